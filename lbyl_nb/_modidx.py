@@ -149,6 +149,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'lbyl_nb.recover.save_restored': ('recover.html#save_restored', 'lbyl_nb/recover.py')},
             'lbyl_nb.solve': { 'lbyl_nb.solve._check': ('closed_form.html#_check', 'lbyl_nb/solve.py'),
                                'lbyl_nb.solve._direction': ('closed_form.html#_direction', 'lbyl_nb/solve.py'),
+                               'lbyl_nb.solve._products': ('closed_form.html#_products', 'lbyl_nb/solve.py'),
                                'lbyl_nb.solve._solve': ('closed_form.html#_solve', 'lbyl_nb/solve.py'),
                                'lbyl_nb.solve._spectrum': ('closed_form.html#_spectrum', 'lbyl_nb/solve.py'),
                                'lbyl_nb.solve.centred_ridge': ('closed_form.html#centred_ridge', 'lbyl_nb/solve.py'),

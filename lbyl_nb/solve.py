@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from .delivery import split
 
-# %% ../nbs/03_closed_form.ipynb #0342f97f
-def _spectrum(U):
-    "`U U^T = Q diag(L) Q^T`; eigenvalues up to `floor` are rounding, their directions are known up to `blur` (sine of an angle)."
-    L, Q = torch.linalg.eigh(U @ U.T)
+# %% ../nbs/03_closed_form.ipynb #a9a4a64e
+def _spectrum(G):
+    "`G = Q diag(L) Q^T`; eigenvalues up to `floor` are rounding, their directions are known up to `blur` (sine of an angle)."
+    L, Q = torch.linalg.eigh(G)
     floor = 4 * sqrt(len(L)) * torch.finfo(L.dtype).eps * L[-1].clamp(min=0)
     return L, Q, floor, floor / torch.where(L > floor, L, inf).min()
 
@@ -26,31 +26,44 @@ def _direction(q, D, null, blur, a2, lam1, lam2):
     theta = torch.ones_like(a2).masked_fill(real, lam2)
     return lam1 * q[:, None] * torch.where(null, real.to(D), theta * a2 / D), theta
 
-# %% ../nbs/03_closed_form.ipynb #311cbe2e
-def _solve(U, a, b, K, R, lam1, lam2):
+# %% ../nbs/03_closed_form.ipynb #7839989d
+def _products(W, a, K, R):
+    "Products of the kept folded filters with each other, (t, t), and with the removed ones, (t, r). ValueError if they are not finite."
+    order, t = torch.cat([K, R]), len(K)
+    U, P = W[order].mul_(a[order][:, None]), W.new_empty(t, len(W))
+    for i in range(0, t, 64):
+        j = min(i + 64, t)
+        torch.matmul(U[i:j], U[i:].T, out=P[i:j, i:])
+        P[j:, i:j] = P[i:j, j:t].T
+    if not P.isfinite().all(): raise ValueError('W holds NaN or infinity, or numbers too large to be squared')
+    return P[:, :t], P[:, t:]
+
+# %% ../nbs/03_closed_form.ipynb #c6fbf7a9
+def _solve(W, a, b, K, R, lam1, lam2):
     "Theorem 2 for all removed channels: ridge in the eigenbasis of the kept filters, then the rank-one term of `lam1`."
-    L, Q, floor, blur = _spectrum(U[K])
+    G, C = _products(W, a, K, R)
+    L, Q, floor, blur = _spectrum(G)
     a2, q = a[R].square(), Q.T @ b[K]                                           # (r,), (t,)
     null = (L <= floor)[:, None] & (lam2 * a2 <= floor)                         # (t, r)
     D = (L[:, None] + lam2 * a2).masked_fill(null, 1.)
-    Y = (Q.T @ (U[K] @ U[R].T)).masked_fill(null, 0.) / D                       # minimisers for lam1 = 0
+    Y = (Q.T @ C).masked_fill(null, 0.) / D                                     # minimisers for lam1 = 0
     v, theta = _direction(q, D, null, blur, a2, lam1, lam2)
     Y = Y + v * ((b[R] - q @ Y) / (theta + q @ v))                              # what batch-norm error is left, along v
     return (Q @ Y).T.masked_fill(a2[:, None] == 0, 0.)                          # (r, t)
 
-# %% ../nbs/03_closed_form.ipynb #4e8b965e
+# %% ../nbs/03_closed_form.ipynb #85e8489b
 def _check(W, a, b, lam1, lam2):
     "Rows of `W`, `a` and `b` in one dtype that can be solved in, or ValueError naming the argument."
     for name, lam in dict(lam1=lam1, lam2=lam2).items():
         if not 0 <= lam < inf: raise ValueError(f'{name} must be a finite number >= 0, got {lam}')
     for name, v in dict(a=a, b=b).items():
         if v.shape != (len(W),): raise ValueError(f'{name} must be ({len(W)},), one number a filter, got {tuple(v.shape)}')
-    for name, v in dict(W=W, a=a, b=b).items():
+    for name, v in dict(a=a, b=b).items():
         if not v.isfinite().all(): raise ValueError(f'{name} holds NaN or infinity')
     dtype = torch.promote_types(torch.promote_types(W.dtype, a.dtype), torch.promote_types(b.dtype, torch.float32))
     return W.flatten(1).to(dtype), a.to(dtype), b.to(dtype)
 
-# %% ../nbs/03_closed_form.ipynb #5c650bf8
+# %% ../nbs/03_closed_form.ipynb #20d1b691
 def lbyl_delivery(
     W: Tensor,                    # filters, (m, ...), flattened to rows
     a: Tensor,                    # scale of the batch norm, (m,)
@@ -62,7 +75,7 @@ def lbyl_delivery(
     "The minimiser of `loss` for every removed channel (Theorem 2 of LBYL, arXiv 2502.08474). ValueError names a bad argument."
     W, a, b = _check(W, a, b, lam1, lam2)
     K, R = split(keep, len(W))
-    return _solve(a[:, None] * W, a, b, K, R, lam1, lam2)
+    return _solve(W, a, b, K, R, lam1, lam2)
 
 # %% ../nbs/03_closed_form.ipynb #86ef9a6b
 def centred_ridge(

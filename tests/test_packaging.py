@@ -110,7 +110,7 @@ def test_wheel_says_what_settings_say(wheel):
     for key, field in [('lib_name', 'Name'), ('version', 'Version'), ('description', 'Summary'), ('license', 'License'), ('author', 'Author')]:
         assert meta[field] == said[key]
     assert meta['Requires-Python'] == f'>={said["min_python"]}'
-    assert meta.get_payload().strip() == (ROOT/'README.md').read_text(encoding='utf-8').strip()
+    assert meta.get_payload(decode=True).decode().strip() == (ROOT/'README.md').read_text(encoding='utf-8').strip()
     run = [r for r in meta.get_all('Requires-Dist') if 'extra ==' not in r]
     dev = [r for r in meta.get_all('Requires-Dist') if 'extra ==' in r]
     assert parsed(run) == parsed(said['requirements'].split())
