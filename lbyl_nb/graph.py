@@ -222,7 +222,7 @@ def remove_channels(
         if len(idx): net.dg.get_pruning_group(layer, _cut(net, layer), [int(i) for i in idx]).prune()
     return net.model
 
-# %% ../nbs/10_graph.ipynb #149dec77
+# %% ../nbs/10_graph.ipynb #896dd4d6
 @dataclass(frozen=True)
 class Channels:
     "The channels of one group as tensors: what criteria and restorers see."
@@ -231,6 +231,7 @@ class Channels:
     a: Tensor                 # (m,) scale of the batch norm, gamma/sigma; ones without batch norm
     b: Tensor                 # (m,) offset: z = a * (W x) + b
     gamma: Tensor | None      # (m,) batch-norm scale as trained; None without batch norm
+    beta: Tensor | None       # (m,) batch-norm offset as trained, the mean of z; None without batch norm
     activation: str | None    # 'relu' or None
 
     @property
@@ -238,7 +239,7 @@ class Channels:
         "(m, d) filters; (m, d + 1) with the bias as last entry where there is no batch norm."
         return self.W if self.gamma is not None else torch.cat([self.W, self.b[:, None]], 1)
 
-# %% ../nbs/10_graph.ipynb #f4fd1fda
+# %% ../nbs/10_graph.ipynb #ad1e5d86
 def channels(
     model: nn.Module,        # the dense network
     group: Group,            # one of its groups
@@ -248,10 +249,10 @@ def channels(
     layer = model.get_submodule(group.name)
     W = layer.weight.detach().to(dtype).flatten(1)
     bias = W.new_zeros(len(W)) if layer.bias is None else layer.bias.detach().to(dtype)
-    if group.norm is None: return Channels(group.name, W, torch.ones_like(bias), bias, None, group.activation)
+    if group.norm is None: return Channels(group.name, W, torch.ones_like(bias), bias, None, None, group.activation)
     bn = model.get_submodule(group.norm)
     if bn.running_var is None: raise ValueError(f'{group.norm}: this batch norm keeps no running statistics')
     mean, var = bn.running_mean.to(dtype), bn.running_var.to(dtype)
     gamma, beta = (torch.ones_like(mean), torch.zeros_like(mean)) if bn.weight is None else (bn.weight.detach().to(dtype), bn.bias.detach().to(dtype))
     a, b = bn_affine(gamma, beta, mean, var, bn.eps, bias)
-    return Channels(group.name, W, a, b, gamma, group.activation)
+    return Channels(group.name, W, a, b, gamma, beta, group.activation)

@@ -8,13 +8,14 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
+from lbyl_nb import files
 from lbyl_nb.criteria import bn_scale, geometric_median, l1_norm, l2_norm, random_scores
 from lbyl_nb.graph import find_groups, trace
 from lbyl_nb.models import digits_net, resnet20, resnet50_cifar, vgg16_bn
-from lbyl_nb.recover import lbyl, lbyl_restore, load_restored, merging, plan, prune_only, restore, save_restored
+from lbyl_nb.recover import gaussian, lbyl, lbyl_restore, load_restored, merging, plan, prune_only, restore, save_restored
 
 FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-RESTORERS = dict(prune_only=prune_only(), merging=merging(), lbyl=lbyl(), no_ridge=lbyl(0, 0), plain=lbyl(.1, .1, centred=False))
+RESTORERS = dict(prune_only=prune_only(), merging=merging(), gaussian=gaussian(), lbyl=lbyl(), no_ridge=lbyl(0, 0), plain=lbyl(.1, .1, centred=False))
 
 
 class Block(nn.Module):
@@ -184,15 +185,13 @@ def test_damaged_files_leave_everything_as_it_was(tmp_path):
 
 
 def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
-    import lbyl_nb.recover as recover
     net, x, path = digits_net().eval(), torch.zeros(1, 1, 8, 8), tmp_path/'small.safetensors'
     r = restore(net, x, ratio=.5)
     save_restored(r.model, r.plan, path)
     old = path.read_bytes()
     def fail(tensors, file, meta):
         file.write_bytes(b'half'); raise OSError('disk full')
-    module = recover if hasattr(recover, 'save_file') else __import__('lbyl_nb.files', fromlist=['save_file'])
-    monkeypatch.setattr(module, 'save_file', fail)
+    monkeypatch.setattr(files, 'save_file', fail)
     with pytest.raises(OSError, match='disk full'): save_restored(r.model, r.plan, path)
     assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ['small.safetensors']
     with pytest.raises(FileNotFoundError, match='no folder'): save_restored(r.model, r.plan, tmp_path/'nowhere'/'f')
