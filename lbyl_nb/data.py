@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SETS', 'STATS', 'known', 'Dataset', 'Spec', 'data_dir', 'from_torchvision', 'prepare', 'read_npz', 'check_arrays',
-           'load', 'digits', 'subset', 'Stats', 'normalise']
+           'load', 'digits', 'subset', 'Stats', 'normalise', 'crop_flip']
 
 # %% ../nbs/30_data.ipynb #ae3d6203
 import os, sys, zipfile, zlib
@@ -178,3 +178,16 @@ def normalise(
         raise ValueError(f"mean, std: {len(mean)} and {len(std)} numbers for {images.shape[1]} channels")
     mean, std = (torch.tensor(v, dtype=torch.float32, device=images.device)[:, None, None] for v in (mean, std))
     return (images.float()/255 - mean)/std
+
+# %% ../nbs/30_data.ipynb #eac939d0
+def crop_flip(
+    x: Tensor, # images, (n, channels, height, width)
+    pad: int = 4, # shift by up to so many pixels in each direction; zeros come in
+) -> Tensor: # of the same shape
+    "Images shifted and reflected at random, each by itself: the usual augmentation for CIFAR"
+    n, _, h, w = x.shape
+    dy, dx = torch.randint(0, 2*pad + 1, (2, n, 1), device=x.device)
+    rows, columns = dy + torch.arange(h, device=x.device), dx + torch.arange(w, device=x.device)
+    columns = torch.where(torch.rand(n, 1, device=x.device) < .5, columns, columns.flip(1))
+    x = torch.nn.functional.pad(x, (pad, pad, pad, pad))
+    return x[torch.arange(n, device=x.device)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

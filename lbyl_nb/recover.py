@@ -33,14 +33,14 @@ def prune_only():
     def restorer(ch, keep): return Delivery.nothing(len(ch.W), len(keep), ch.W.dtype, ch.W.device)
     return restorer
 
-# %% ../nbs/13_recover.ipynb #2338d374
+# %% ../nbs/13_recover.ipynb #9a9d5f6c
 def constants(
     ch,      # channels of a group
     keep,    # kept channels
 ) -> Tensor: # (m - t,)
     "What each removed channel is if it does not depend on the input (gamma = 0), else zero."
     out = removed(keep, len(ch.W)).to(ch.W.device)
-    value = ch.b.relu() if ch.activation == 'relu' else ch.b
+    value = ch.activation(ch.b) if ch.activation else ch.b
     return torch.where(ch.a[out] == 0, value[out], 0)
 
 # %% ../nbs/13_recover.ipynb #cea2695b
@@ -70,16 +70,16 @@ def lbyl(
         return Delivery(S, constants(ch, keep))
     return restorer
 
-# %% ../nbs/13_recover.ipynb #804a978e
+# %% ../nbs/13_recover.ipynb #7bfebe90
 def gaussian(
     ridge: float = .01,    # fraction of the mean variance of the kept channels
-    fallback=lbyl(),       # restorer for groups without batch norm or without ReLU
+    fallback=lbyl(),       # restorer for groups without batch norm or without activation
 ):
-    "Regression behind the ReLU under Gaussian pre-activations, with the mean as a constant. ValueError for ridge <= 0."
+    "Regression behind the activation under Gaussian pre-activations, with the mean as a constant. ValueError for ridge <= 0."
     if not 0 < ridge < math.inf: raise ValueError(f'ridge must be a positive number, got {ridge}')
     def restorer(ch, keep):
-        if ch.gamma is None or ch.activation != 'relu': return fallback(ch, keep)
-        return gaussian_delivery(ch.a[:, None] * ch.W, ch.beta, ch.gamma, keep, ridge)
+        if ch.gamma is None or ch.activation is None: return fallback(ch, keep)
+        return gaussian_delivery(ch.a[:, None] * ch.W, ch.beta, ch.gamma, keep, ridge, ch.activation)
     return restorer
 
 # %% ../nbs/13_recover.ipynb #0d8b191a
@@ -170,10 +170,10 @@ def _errors(ch, keep, S):
     re, be = residual(ch.W, ch.a, S, keep).square().sum(1), bn_error(ch.b, S, keep).square()
     return re[live].mean().item(), be[live].mean().item()
 
-# %% ../nbs/13_recover.ipynb #5a4028a5
+# %% ../nbs/13_recover.ipynb #fb751c17
 def _row(g, ch=None, keep=None, S=None):
     "One group as a row of the report."
-    row = dict(layer=g.name, shares_with=', '.join(p for p in g.producers if p != g.name), norm=g.norm or '', activation=g.activation or '',
+    row = dict(layer=g.name, shares_with=', '.join(p for p in g.producers if p != g.name), norm=g.norm or '', activation=str(g.activation or ''),
                consumers=', '.join(c.name for c in g.consumers), channels=g.channels, kept=g.channels,
                re_before=math.nan, re_after=math.nan, be_before=math.nan, be_after=math.nan, left_alone=g.reason)
     if ch is None: return row
