@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'prune_only', 'constants', 'merging', 'lbyl', 'gaussian', 'check_model', 'check_plan', 'plan', 'cost',
            'Restoration', 'restore', 'lbyl_restore', 'save_restored', 'load_restored', 'load_tensors']
 
-# %% ../nbs/13_recover.ipynb #9c80feee
+# %% ../nbs/13_recover.ipynb #d2a043b4
 import difflib
 import json
 import math
@@ -23,8 +23,9 @@ from .delivery import Delivery, removed
 from .errors import bn_error, residual
 from .gaussian import gaussian_delivery
 from .files import read_safetensors, write_safetensors
-from .graph import BATCH_NORM, as_args, channels, find_groups, remove_channels, trace
+from .graph import add_constant, channels, find_groups, remove_channels, trace
 from .merging import merging_delivery
+from .probe import BATCH_NORM, as_args
 from .solve import centred_ridge, lbyl_delivery
 
 # %% ../nbs/13_recover.ipynb #2cad5a77
@@ -92,12 +93,15 @@ def check_model(model: nn.Module):
         if isinstance(m, BATCH_NORM) and m.running_var is not None and (m.running_var < 0).any():
             raise ValueError(f'{name}.running_var: holds negative variances')
 
-# %% ../nbs/13_recover.ipynb #3c35ec76
-def _choose(model, groups, ratio, criterion, dtype):
+# %% ../nbs/13_recover.ipynb #71ae0163
+def _choose(model, net, groups, ratio, criterion, dtype):
     "Kept channels of every group that can be pruned."
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
         raise ValueError(f'ratio must be a number in [0, 1), got {ratio!r}')
-    return {g.name: keep_best(criterion(channels(model, g, dtype)), ratio, g.name) for g in groups if not g.reason}
+    groups = [g for g in groups if not g.reason]
+    if hasattr(criterion, 'scores'): scores = criterion.scores(net, groups)
+    else: scores = {g.name: criterion(channels(model, g, dtype)) for g in groups}
+    return {k: keep_best(v, ratio, k) for k, v in scores.items()}
 
 # %% ../nbs/13_recover.ipynb #b60338bc
 def _near(name, names):
@@ -136,7 +140,7 @@ def _prunable(model, groups):
     why = '; '.join(f'{g.name}: {g.reason}' for g in groups[:5]) or 'it calls no convolution or linear layer'
     raise ValueError(f'{type(model).__name__} has nothing to prune ({why})')
 
-# %% ../nbs/13_recover.ipynb #91e5f298
+# %% ../nbs/13_recover.ipynb #eaf6ff65
 def plan(
     model: nn.Module,        # the network to prune; not changed
     example_inputs,          # a tensor, tuple or dict that its forward accepts
@@ -145,11 +149,12 @@ def plan(
 ) -> dict[str, list[int]]:   # {layer: kept channels}, for every group that can be pruned
     "Which channels to keep. Raises ValueError for bad inputs, ratios, weights, and networks with nothing to prune."
     check_model(model)
-    groups = find_groups(trace(model, example_inputs))
+    net = trace(model, example_inputs)
+    groups = find_groups(net)
     _prunable(model, groups)
-    return _choose(model, groups, ratio, criterion, torch.float64)
+    return _choose(model, net, groups, ratio, criterion, torch.float64)
 
-# %% ../nbs/13_recover.ipynb #161e189c
+# %% ../nbs/13_recover.ipynb #ae5b9070
 @torch.no_grad()
 def _absorb(model, consumer, delivery, keep):
     "Let a consumer read the kept channels in place of all, in place; the columns of removed ones are left for the cut."
@@ -157,11 +162,18 @@ def _absorb(model, consumer, delivery, keep):
     cols = consumer.columns.to(layer.weight.device)
     V, offset = delivery.absorb(layer.weight[:, cols], keep)
     layer.weight[:, cols[keep]] = V
-    if not offset.any(): return
-    norm = consumer.norm and model.get_submodule(consumer.norm)
-    if layer.bias is not None: layer.bias += offset
-    elif norm is not None and norm.running_mean is not None: norm.running_mean -= offset
-    else: layer.bias = nn.Parameter(offset)
+    add_constant(model, consumer.name, consumer.norm, offset)
+
+# %% ../nbs/13_recover.ipynb #c2c3c215
+def _one_by_one(model, net, groups, chosen, restorer, dtype):
+    "Put every group right by itself; returns the coefficients of each."
+    S = {}
+    for g in tqdm(groups, 'restoring', delay=2, leave=False):
+        ch, keep = channels(model, g, dtype), chosen[g.name]
+        delivery = restorer(ch, keep)
+        for c in g.consumers: _absorb(net.model, c, delivery, keep)
+        S[g.name] = delivery.S
+    return S
 
 # %% ../nbs/13_recover.ipynb #8c380d43
 def _errors(ch, keep, S):
@@ -170,15 +182,16 @@ def _errors(ch, keep, S):
     re, be = residual(ch.W, ch.a, S, keep).square().sum(1), bn_error(ch.b, S, keep).square()
     return re[live].mean().item(), be[live].mean().item()
 
-# %% ../nbs/13_recover.ipynb #fb751c17
-def _row(g, ch=None, keep=None, S=None):
+# %% ../nbs/13_recover.ipynb #91c4f1f2
+def _row(g, ch=None, keep=None, S=None, missed=math.nan):
     "One group as a row of the report."
     row = dict(layer=g.name, shares_with=', '.join(p for p in g.producers if p != g.name), norm=g.norm or '', activation=str(g.activation or ''),
                consumers=', '.join(c.name for c in g.consumers), channels=g.channels, kept=g.channels,
-               re_before=math.nan, re_after=math.nan, be_before=math.nan, be_after=math.nan, left_alone=g.reason)
-    if ch is None: return row
+               re_before=math.nan, re_after=math.nan, be_before=math.nan, be_after=math.nan, output_error=missed, left_alone=g.reason)
+    if keep is not None: row['kept'] = len(keep)
+    if S is None: return row
     before, after = _errors(ch, keep, torch.zeros_like(S)), _errors(ch, keep, S)
-    return row | dict(kept=len(keep), re_before=before[0], re_after=after[0], be_before=before[1], be_after=after[1])
+    return row | dict(re_before=before[0], re_after=after[0], be_before=before[1], be_after=after[1])
 
 # %% ../nbs/13_recover.ipynb #50f369f0
 def cost(model, example_inputs) -> dict:
@@ -206,7 +219,7 @@ def _dress(small, model):
     for (_, m), (_, ref) in zip(small.named_modules(), model.named_modules()): m.training = ref.training
     return small
 
-# %% ../nbs/13_recover.ipynb #257d4b8c
+# %% ../nbs/13_recover.ipynb #0c1c8201
 def restore(
     model: nn.Module,           # the dense network; never changed
     example_inputs,             # a tensor, a tuple of positional or a dict of keyword arguments that its forward accepts
@@ -214,7 +227,7 @@ def restore(
     ratio: float | None = None, # fraction of the channels to remove from each group, in [0, 1); or
     keep: dict | None = None,   # a plan {layer: kept channels}; layers not named keep all
     criterion=l2_norm,          # with `ratio`: a function from `Channels` to one score a channel
-    restorer=lbyl(),            # a function from `Channels` and kept channels to a `Delivery`
+    restorer=lbyl(),            # a function from `Channels` and kept channels to a `Delivery`, or an object with `rewrite`
     dtype=torch.float64,        # precision of the solver, whatever the model's
 ) -> Restoration:
     "Prune a network and let the kept channels carry the removed ones. ValueError or TypeError for bad input, naming layer or argument."
@@ -223,15 +236,14 @@ def restore(
     net = trace(model, example_inputs)
     groups = find_groups(net)
     _prunable(model, groups)
-    chosen = _choose(model, groups, ratio, criterion, dtype) if keep is None else check_plan(keep, groups)
-    before, rows, gone = cost(net.model, net.args), [], {}
-    for g in tqdm(groups, 'restoring', delay=2, leave=False):
-        gone[g.name] = removed(chosen[g.name], g.channels).tolist() if g.name in chosen else []
-        if not gone[g.name]: rows.append(_row(g)); continue
-        ch = channels(model, g, dtype)
-        delivery = restorer(ch, chosen[g.name])
-        for c in g.consumers: _absorb(net.model, c, delivery, chosen[g.name])
-        rows.append(_row(g, ch, chosen[g.name], delivery.S))
+    chosen = _choose(model, net, groups, ratio, criterion, dtype) if keep is None else check_plan(keep, groups)
+    gone = {g.name: removed(chosen[g.name], g.channels).tolist() for g in groups if g.name in chosen}
+    touched = [g for g in groups if gone.get(g.name)]
+    before, S, missed = cost(net.model, net.args), {}, {}
+    if hasattr(restorer, 'rewrite'): missed = restorer.rewrite(net, touched, chosen)
+    else: S = _one_by_one(model, net, touched, chosen, restorer, dtype)
+    lost = lambda g: max((missed[c.name] for c in g.consumers if c.name in missed), default=math.nan)
+    rows = [_row(g, channels(model, g, dtype), chosen[g.name], S.get(g.name), lost(g)) if g in touched else _row(g) for g in groups]
     small = remove_channels(net, gone)
     costs = pd.DataFrame(dict(before=before, after=cost(small, net.args))).T
     return Restoration(_dress(small, model), chosen, pd.DataFrame(rows), costs)
