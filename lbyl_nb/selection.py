@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['Columns', 'elimination', 'output_scale', 'columns_of', 'LeastLost', 'least_lost']
 
-# %% ../nbs/15_selection.ipynb #45910518
-import copy
+# %% ../nbs/15_selection.ipynb #cc3c3688
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
