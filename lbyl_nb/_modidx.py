@@ -212,7 +212,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'lbyl_nb.probe.prediction_error': ('probe.html#prediction_error', 'lbyl_nb/probe.py'),
                                'lbyl_nb.probe.random_like': ('probe.html#random_like', 'lbyl_nb/probe.py'),
                                'lbyl_nb.probe.regress': ('probe.html#regress', 'lbyl_nb/probe.py'),
-                               'lbyl_nb.probe.ridge_solution': ('probe.html#ridge_solution', 'lbyl_nb/probe.py'),
                                'lbyl_nb.probe.shifted_products': ('probe.html#shifted_products', 'lbyl_nb/probe.py'),
                                'lbyl_nb.probe.solution': ('probe.html#solution', 'lbyl_nb/probe.py'),
                                'lbyl_nb.probe.stationary_gram': ('probe.html#stationary_gram', 'lbyl_nb/probe.py'),
@@ -258,4 +257,5 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'lbyl_nb.solve._solve': ('closed_form.html#_solve', 'lbyl_nb/solve.py'),
                                'lbyl_nb.solve._spectrum': ('closed_form.html#_spectrum', 'lbyl_nb/solve.py'),
                                'lbyl_nb.solve.centred_ridge': ('closed_form.html#centred_ridge', 'lbyl_nb/solve.py'),
-                               'lbyl_nb.solve.lbyl_delivery': ('closed_form.html#lbyl_delivery', 'lbyl_nb/solve.py')}}}
+                               'lbyl_nb.solve.lbyl_delivery': ('closed_form.html#lbyl_delivery', 'lbyl_nb/solve.py'),
+                               'lbyl_nb.solve.ridge_solution': ('closed_form.html#ridge_solution', 'lbyl_nb/solve.py')}}}

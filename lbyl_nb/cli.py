@@ -21,13 +21,16 @@ from fastcore.script import call_parse
 from torch import nn
 from tqdm.auto import tqdm
 
-# %% ../nbs/34_cli.ipynb #104db663
+# %% ../nbs/34_cli.ipynb #573f6e46
 from .bench import accuracy, environment, mean_sd, sweep, train
 from .criteria import bn_scale, geometric_median, l1_norm, l2_norm, random_scores
 from .data import STATS, Dataset, Stats, digits, known, load, subset
 from .files import writing
 from .models import digits_net, initialised, pretrained
-from .recover import cost, lbyl, lbyl_restore, merging, prune_only
+from .distilled import distilled
+from .layerwise import layerwise
+from .probe import noise
+from .recover import cost, gaussian, lbyl, lbyl_restore, merging, prune_only
 
 # %% ../nbs/34_cli.ipynb #f8b8a481
 def can_write(
@@ -70,7 +73,7 @@ def one_thread():
     try: yield
     finally: torch.set_num_threads(n)
 
-# %% ../nbs/34_cli.ipynb #2caa7f15
+# %% ../nbs/34_cli.ipynb #d9fb6e04
 def demo_rows(
     path: str | Path, # results file
     seeds: int = 3, # networks
@@ -82,7 +85,7 @@ def demo_rows(
     lam1: float = 1., lam2: float = 0.01, # of `lbyl`
 ) -> pd.DataFrame: # one row a network, method and ratio
     "Train networks on digits, prune and restore them, and count what they get right of the 500 test images"
-    restorers = {"pruned": prune_only(), "neuron merging": merging(), "LBYL": lbyl(lam1, lam2)}
+    restorers = {"pruned": prune_only(), "neuron merging": merging(), "LBYL": lbyl(lam1, lam2), "layer by layer": layerwise(noise())}
     train_set, test_set = digits()
     net = cache(lambda seed: trained(train_set, seed, epochs, width, offset))
     def measure(s):
@@ -157,18 +160,21 @@ def demo(
     print(f"\naccuracy in % on {rows.n[0]} test images, mean ± sd (networks)\n\n{demo_table(rows).to_string()}\n")
     print(", ".join(f"{k} {v}" for k, v in environment().items()) + f"; {time.perf_counter() - start:.0f} s\nfigure: {out}")
 
-# %% ../nbs/34_cli.ipynb #6bd1ad9a
+# %% ../nbs/34_cli.ipynb #2f51cc83
 class Published(NamedTuple):
     "What a published network is measured on"
     images: str # image set
     stats: Stats # normalisation it was trained with
     merging: Callable = merging() # neuron merging with its authors' settings for this network
+    reflect: bool = True # was it trained on mirrored images as well?
 
-# %% ../nbs/34_cli.ipynb #21b3688c
+# %% ../nbs/34_cli.ipynb #6696bbf1
 NETWORKS = dict(resnet20_cifar10=Published("cifar10", STATS["imagenet"]), resnet56_cifar10=Published("cifar10", STATS["imagenet"]),
-                lenet_300_100_fashion_mnist=Published("fashion_mnist", STATS["half"], merging(cos_weight=1., threshold=0.45)))
+                lenet_300_100_fashion_mnist=Published("fashion_mnist", STATS["half"], merging(cos_weight=1., threshold=0.45), reflect=False))
 CRITERIA = dict(l1=lambda seed: l1_norm, l2=lambda seed: l2_norm, l2_gm=lambda seed: geometric_median, bn=lambda seed: bn_scale, random=random_scores)
-RESTORERS = dict(pruned=lambda net, lam1, lam2: prune_only(), merging=lambda net, lam1, lam2: net.merging, lbyl=lambda net, lam1, lam2: lbyl(lam1, lam2))
+RESTORERS = dict(pruned=lambda net, lam1, lam2: prune_only(), merging=lambda net, lam1, lam2: net.merging, lbyl=lambda net, lam1, lam2: lbyl(lam1, lam2),
+                 gaussian=lambda net, lam1, lam2: gaussian(), noise=lambda net, lam1, lam2: layerwise(noise(), refit=False),
+                 distilled=lambda net, lam1, lam2: layerwise(distilled(reflect=net.reflect)))
 
 # %% ../nbs/34_cli.ipynb #9b837c60
 def bench_settings(
@@ -209,14 +215,14 @@ def bench_rows(
         return dict(right=right, n=n, accuracy=100*right/n) | cost(small, example)
     return sweep(path, settings, measure, device=device)
 
-# %% ../nbs/34_cli.ipynb #4cb31f27
+# %% ../nbs/34_cli.ipynb #1d98a2bd
 @call_parse
 def bench(
     network: str, # published network, a file NAME.safetensors in $LBYL_WEIGHTS
     results: str = "results.csv", # results file: finished trials are kept there and not measured again
     ratios: str = "0.1,0.2,0.3,0.4,0.5,0.6,0.7", # shares of the channels to remove
     criteria: str = "l2", # among l1, l2, l2_gm, bn, random
-    restorers: str = "pruned,merging,lbyl", # among these
+    restorers: str = "pruned,merging,lbyl", # among these and gaussian, noise, distilled
     seeds: int = 3, # of random criteria
     lam1: float = 0.01, # LBYL's weight of the batch-norm error
     lam2: float = 0.01, # LBYL's weight of the ridge

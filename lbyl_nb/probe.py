@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['BATCH_NORM', 'RIDGES', 'as_args', 'call', 'map_tensors', 'pin', 'Probes', 'coloured', 'random_like', 'noise',
            'calibration', 'shifted_products', 'unfolded_gram', 'frame_gram', 'stationary_gram', 'padded',
-           'is_stationary', 'patch_gram', 'patch_cross', 'Moments', 'target_moments', 'moments', 'ridge_solution',
-           'prediction_error', 'solution', 'held_out_ridge', 'Fit', 'regress', 'look']
+           'is_stationary', 'patch_gram', 'patch_cross', 'Moments', 'target_moments', 'moments', 'prediction_error',
+           'solution', 'held_out_ridge', 'Fit', 'regress', 'look']
 
-# %% ../nbs/05_probe.ipynb #b4502d16
+# %% ../nbs/05_probe.ipynb #902570ee
 import copy
 import math
 from collections.abc import Callable
@@ -17,6 +17,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .solve import ridge_solution
 
 # %% ../nbs/05_probe.ipynb #25c8c684
 def as_args(example_inputs):
@@ -244,19 +246,6 @@ def moments(
     m = Moments(n=ones.numel(), G=patch_gram(layer, x).double(), p=patch_cross(layer, x, torch.ones_like(ones))[0].double(), **target_moments(layer, x, y))
     if not (m.G.isfinite().all() and m.C.isfinite().all()): raise ValueError(f'{name}: NaN or infinity met while probing')
     return m
-
-# %% ../nbs/05_probe.ipynb #13b2cca6
-def ridge_solution(
-    G: Tensor,      # (d, d) covariance of the regressors
-    C: Tensor,      # (o, d) covariance of targets and regressors
-    prior: Tensor,  # (o, d) coefficients that the ridge pulls to
-    ridge: float,   # fraction of the mean diagonal of `G`, > 0
-) -> Tensor:        # (o, d)
-    "Least squares with a ridge: one factorisation for all targets."
-    rho, eye = ridge * G.diagonal().mean().clamp(min=torch.finfo(G.dtype).tiny), torch.eye(len(G), dtype=G.dtype, device=G.device)
-    L, failed = torch.linalg.cholesky_ex(G + rho * eye)
-    while failed: rho = 10 * rho; L, failed = torch.linalg.cholesky_ex(G + rho * eye)
-    return torch.cholesky_solve((C + rho * prior).T, L).T
 
 # %% ../nbs/05_probe.ipynb #14a9506f
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.)

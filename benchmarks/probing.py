@@ -1,0 +1,89 @@
+"""Restoring by probes against forward passes, distillation against training steps, and the patch Gram by offsets against unfolding.
+
+ResNet-56 at 32 pixels and ResNet-50 at 224, 30 % of the channels removed, random weights: they decide nothing about time. Every
+measurement runs in a process of its own, so that its peak memory can be read; ratios are to what ran in the same call of the script."""
+import json
+import resource
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+import torchvision
+
+from lbyl_nb.bench import environment
+from lbyl_nb.distilled import distil
+from lbyl_nb.layerwise import layerwise, probe
+from lbyl_nb.models import resnet56
+from lbyl_nb.probe import noise, stationary_gram, unfolded_gram
+from lbyl_nb.recover import restore
+
+NETWORKS = dict(resnet56=(resnet56, 32, 128), resnet50=(torchvision.models.resnet50, 224, 32))   # with pixels and number of probes
+STEPS = 3
+
+
+def peak():
+    "Most memory this process ever held, in GB."
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6 / (1000 if sys.platform == 'darwin' else 1)
+
+
+def forward(net, x, n):
+    with torch.inference_mode():
+        for part in torch.randn(256, *x.shape[1:]).split(64): net(part)
+
+
+def training(net, x, n):
+    net, batch = net.train(), torch.randn(n, *x.shape[1:])
+    opt = torch.optim.SGD(net.parameters(), .1)
+    for _ in range(STEPS): opt.zero_grad(); F.cross_entropy(net(batch), torch.zeros(n, dtype=torch.long)).backward(); opt.step()
+
+
+WHAT = dict(forward=forward, training=training,
+            distillation=lambda net, x, n: distil(net, (torch.randn(n, *x.shape[1:]),), STEPS),
+            probe=lambda net, x, n: restore(net, x, ratio=.3, restorer=probe(noise(n))),
+            layerwise=lambda net, x, n: restore(net, x, ratio=.3, restorer=layerwise(noise(n), refit=False)),
+            every_layer=lambda net, x, n: restore(net, x, ratio=.3, restorer=layerwise(noise(n))))
+
+
+def one(network, what):
+    "Time and memory of one measurement, as a dict."
+    torch.manual_seed(0)
+    build, size, n = NETWORKS[network]
+    net, before = build().eval(), peak()
+    start = time.perf_counter()
+    WHAT[what](net, torch.randn(1, 3, size, size), n)
+    return dict(network=network, what=what, probes=n, seconds=time.perf_counter() - start, gigabytes=peak() - before)
+
+
+def gram(m, size, n=64):
+    "The patch Gram of a 3x3 convolution in two ways: how much faster, and how far apart."
+    x, took = torch.randn(n, m, size, size), []
+    for f in (unfolded_gram, stationary_gram):
+        f(x[:2], 3, 1)
+        start = time.perf_counter(); out = f(x, 3, 1); took.append((time.perf_counter() - start, out))
+    (slow, a), (fast, b) = took
+    return dict(channels=m, pixels=size, faster=slow / fast, difference=((a - b).abs().max() / a.abs().max()).item())
+
+
+def main():
+    rows = []
+    for network in NETWORKS:
+        for what in WHAT:
+            print(f'{network}: {what}', file=sys.stderr)
+            out = subprocess.run([sys.executable, __file__, network, what], check=True, stdout=subprocess.PIPE, text=True).stdout
+            rows.append(json.loads(out.splitlines()[-1]))
+    t = pd.DataFrame(rows).set_index(['network', 'what'])
+    for name, base in (('forward pass of 256', 'forward'), ('training steps', 'training')):
+        t[f'time / {name}'] = t.seconds / t.seconds.xs(base, level='what').reindex(t.index, level='network')
+    t.loc[t.index.get_level_values('what') != 'distillation', 'time / training steps'] = float('nan')
+    print(t.drop(columns='seconds').rename(columns=dict(gigabytes='peak memory beyond the model (GB)')).round(2).to_string(na_rep=''))
+    print('\npatch Gram of a 3x3 convolution: by offsets against unfolded (times faster), and the largest difference relative to the largest entry')
+    print(pd.DataFrame([gram(m, s) for m, s in ((16, 32), (64, 32), (64, 56), (128, 28), (256, 14))]).to_string(index=False, float_format='{:.2g}'.format))
+    print('\n' + ', '.join(f'{k} {v}' for k, v in environment().items()) + f', {torch.get_num_threads()} threads')
+
+
+if __name__ == '__main__':
+    if len(sys.argv) == 3: print(json.dumps(one(*sys.argv[1:])))
+    else: main()
