@@ -168,12 +168,12 @@ class Published(NamedTuple):
     merging: Callable = merging() # neuron merging with its authors' settings for this network
     reflect: bool = True # was it trained on mirrored images as well?
 
-# %% ../nbs/34_cli.ipynb #6696bbf1
+# %% ../nbs/34_cli.ipynb #848192d7
 NETWORKS = dict(resnet20_cifar10=Published("cifar10", STATS["imagenet"]), resnet56_cifar10=Published("cifar10", STATS["imagenet"]),
                 lenet_300_100_fashion_mnist=Published("fashion_mnist", STATS["half"], merging(cos_weight=1., threshold=0.45), reflect=False))
 CRITERIA = dict(l1=lambda seed: l1_norm, l2=lambda seed: l2_norm, l2_gm=lambda seed: geometric_median, bn=lambda seed: bn_scale, random=random_scores)
 RESTORERS = dict(pruned=lambda net, lam1, lam2: prune_only(), merging=lambda net, lam1, lam2: net.merging, lbyl=lambda net, lam1, lam2: lbyl(lam1, lam2),
-                 gaussian=lambda net, lam1, lam2: gaussian(), noise=lambda net, lam1, lam2: layerwise(noise(), refit=False),
+                 gaussian=lambda net, lam1, lam2: gaussian(), noise=lambda net, lam1, lam2: layerwise(noise()),
                  distilled=lambda net, lam1, lam2: layerwise(distilled(reflect=net.reflect)))
 
 # %% ../nbs/34_cli.ipynb #9b837c60

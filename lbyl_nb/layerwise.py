@@ -221,26 +221,27 @@ def missing(
     back = torch.where(scale.abs() > 1e-3 * scale.abs().max(), 1 / scale, 0)
     return (dense - restored) * back.view(-1, *[1] * (shortcut.ndim - 2))
 
-# %% ../nbs/14_layerwise.ipynb #803b7631
+# %% ../nbs/14_layerwise.ipynb #a292a86c
 @dataclass(frozen=True)
 class Layerwise:
     "The restorer that `layerwise` makes."
     source: Callable     # of probes
-    refit: bool          # rewrite every layer, or consumers of pruned groups alone?
+    refit: bool | None   # rewrite every layer, or consumers of pruned groups alone? None: every layer unless probes are noise
     ridge: float | None  # None: chosen on held-out probes
 
     def rewrite(self, net, groups, chosen):
         "Put all layers right, in place, in one pass; returns what fraction of the variance each fit misses."
-        probes, sites = self.source(net.model, net.args), find_sites(net, groups, chosen, every=self.refit)
+        probes = self.source(net.model, net.args)
+        sites = find_sites(net, groups, chosen, every=probes.alike if self.refit is None else self.refit)
         fits = SideBySide(probes.model, sites, self.ridge).run(probes.args)
         for name, fit in fits.items(): rewrite(net.model, sites[name], fit)
         return {name: fit.error for name, fit in fits.items()}
 
-# %% ../nbs/14_layerwise.ipynb #cea1a5e2
+# %% ../nbs/14_layerwise.ipynb #b7df4ed1
 def layerwise(
     source: Callable = noise(),    # of probes: `noise`, `calibration`, `distilled`
     *,
-    refit: bool = True,            # rewrite every layer for its changed input; False: consumers of pruned groups alone
+    refit: bool | None = None,     # rewrite every layer for its changed input, or (False) consumers of pruned groups alone; None: every layer unless probes are noise
     ridge: float | None = None,    # fraction of the mean variance of what is read; None: chosen on held-out probes, layer by layer
 ) -> Layerwise:
     "A restorer: dense and restored network side by side on probes, each layer rewritten for what it will really read. ValueError for ridge <= 0."
