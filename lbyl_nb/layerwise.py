@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST', 'ADDITIONS', 'GRID', 'Site', 'site', 'channel_rows', 'site_moments', 'site_fit', 'rewrite', 'find_sites',
-           'Probe', 'probe', 'Pending', 'apply_fit', 'SideBySide', 'missing', 'Layerwise', 'layerwise',
-           'missed_channels', 'ProbedLbyl', 'probed_lbyl']
+           'Probe', 'probe', 'Pending', 'apply_fit', 'layer_hook', 'norm_hook', 'settle', 'SideBySide', 'missing',
+           'Layerwise', 'layerwise', 'missed_channels', 'ProbedLbyl', 'probed_lbyl']
 
 # %% ../nbs/14_layerwise.ipynb #3a000ad8
 import copy
@@ -155,59 +155,64 @@ def apply_fit(layer: nn.Module, s: Site, fit: Fit, x: Tensor) -> Tensor:
     if isinstance(layer, nn.Linear): return F.linear(x[..., s.read.to(x.device)], V, c)
     return layer._conv_forward(x[:, s.read.to(x.device)], V, c)
 
-# %% ../nbs/14_layerwise.ipynb #62bfcc8c
+# %% ../nbs/14_layerwise.ipynb #45494db0
+def layer_hook(pair, s: Site):
+    "A forward hook that solves for a layer and replaces the restored half of its output."
+    def hook(layer, inputs, output):
+        (dense, x), y = inputs[0].chunk(2), output.chunk(2)[0]
+        halves = [site_moments(s, layer, x[i::2], dense[i::2], y[i::2]) for i in (0, 1)]
+        pair.fits[s.reader.name] = fit = site_fit(s, layer, halves, pair.ridge)
+        pair.bar.update()
+        out = torch.cat([y, apply_fit(layer, s, fit, x)])
+        place, key = (pair.waiting, s.reader.norm) if s.reader.norm else (pair.pending, id(out))
+        if s.reader.added and s.free: place[key] = (out, Pending(s, halves, x, y))
+        return out
+    return hook
+
+# %% ../nbs/14_layerwise.ipynb #d5112e88
+def norm_hook(pair, name: str):
+    "A forward hook that marks what a batch norm hands to an addition."
+    def hook(norm, inputs, out):
+        if name in pair.waiting: pair.pending[id(out)] = (out, pair.waiting.pop(name)[1])
+    return hook
+
+# %% ../nbs/14_layerwise.ipynb #d2fbcb04
+def settle(pair, out: Tensor, shortcut: Tensor):
+    "Solve again with what the shortcut lacks, and put the restored half of the summand right, in place."
+    p = pair.pending.pop(id(out))[1]
+    r = p.site.reader
+    layer, norm = pair.model.get_submodule(r.name), r.norm and pair.model.get_submodule(r.norm)
+    y, read = p.y + missing(shortcut, norm), p.x.index_select(1 if p.x.ndim == 4 else -1, p.site.read.to(p.x.device))
+    halves = [replace(M, **target_moments(layer, read[i::2], y[i::2])) for i, M in enumerate(p.halves)]
+    pair.fits[r.name] = fit = site_fit(p.site, layer, halves, pair.ridge)
+    new = apply_fit(layer, p.site, fit, p.x)
+    out.chunk(2)[1].copy_(norm.forward(new) if norm else new)
+
+# %% ../nbs/14_layerwise.ipynb #05fb340d
 class SideBySide(TorchFunctionMode):
     "One forward pass of dense and restored network; `fits` holds the result, a `Fit` for each site."
     def __init__(self, model: nn.Module, sites: dict, ridge: float | None):
+        super().__init__()
         self.model, self.sites, self.ridge, self.fits = model, sites, ridge, {}
-        self.waiting, self.pending = {}, {}    # by name of the batch norm; by identity of the summand
+        self.waiting, self.pending = {}, {}    # summands to be: by name of the batch norm, by identity
         self.bar = tqdm(total=len(sites), desc='restoring', delay=2, leave=False)
 
+    def __torch_function__(self, f, types, args=(), kwargs=None):
+        if f in ADDITIONS and self.pending and len(args) > 1:
+            for a, other in (args[:2], args[1::-1]):
+                if id(a) in self.pending and isinstance(other, Tensor) and a.shape == other.shape: settle(self, a, other)
+        return f(*args, **(kwargs or {}))
+
     def run(self, args) -> dict:
-        norms = {s.reader.norm: None for s in self.sites.values() if s.reader.added and s.reader.norm}
-        hooks = [self.model.get_submodule(k).register_forward_hook(self.layer(s)) for k, s in self.sites.items()]
-        hooks += [self.model.get_submodule(k).register_forward_hook(self.norm(k)) for k in norms]
+        norms = {s.reader.norm for s in self.sites.values() if s.reader.added and s.reader.norm}
+        hooks = [self.model.get_submodule(k).register_forward_hook(layer_hook(self, s)) for k, s in self.sites.items()]
+        hooks += [self.model.get_submodule(k).register_forward_hook(norm_hook(self, k)) for k in norms]
         try:
             with torch.no_grad(), self: call(self.model, map_tensors(args, lambda v: torch.cat([v, v])))
         finally:
             for h in hooks: h.remove()
             self.bar.close()
         return self.fits
-
-    def layer(self, s):
-        "The hook that solves for a layer."
-        def hook(layer, inputs, output):
-            (dense, x), y = inputs[0].chunk(2), output.chunk(2)[0]
-            halves = [site_moments(s, layer, x[i::2], dense[i::2], y[i::2]) for i in (0, 1)]
-            self.fits[s.reader.name] = fit = site_fit(s, layer, halves, self.ridge)
-            self.bar.update()
-            out = torch.cat([y, apply_fit(layer, s, fit, x)])
-            if s.reader.added and s.free: (self.waiting if s.reader.norm else self.pending)[s.reader.norm or id(out)] = (out, Pending(s, halves, x, y))
-            return out
-        return hook
-
-    def norm(self, name):
-        "The hook that marks what a batch norm hands to an addition."
-        def hook(norm, inputs, out):
-            if name in self.waiting: self.pending[id(out)] = (out, self.waiting.pop(name)[1])
-        return hook
-
-    def __torch_function__(self, f, types, args=(), kwargs=None):
-        if f in ADDITIONS and self.pending:
-            for i in (0, 1):
-                if id(args[i]) in self.pending and isinstance(args[1 - i], Tensor) and args[0].shape == args[1].shape: self.settle(args[i], args[1 - i])
-        return f(*args, **(kwargs or {}))
-
-    def settle(self, out, shortcut):
-        "Solve again with what the shortcut lacks, and put the restored half of the summand right, in place."
-        p = self.pending.pop(id(out))[1]
-        layer, norm = self.model.get_submodule(p.site.reader.name), p.site.reader.norm and self.model.get_submodule(p.site.reader.norm)
-        y = p.y + missing(shortcut, norm)
-        read = p.x.index_select(1 if p.x.ndim == 4 else -1, p.site.read.to(p.x.device))
-        halves = [replace(M, **target_moments(layer, read[i::2], y[i::2])) for i, M in enumerate(p.halves)]
-        self.fits[p.site.reader.name] = fit = site_fit(p.site, layer, halves, self.ridge)
-        new = apply_fit(layer, p.site, fit, p.x)
-        out.chunk(2)[1].copy_(norm.forward(new) if norm else new)
 
 # %% ../nbs/14_layerwise.ipynb #d88a16f0
 def missing(
