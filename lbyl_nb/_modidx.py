@@ -197,6 +197,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'lbyl_nb.probe.as_args': ('probe.html#as_args', 'lbyl_nb/probe.py'),
                                'lbyl_nb.probe.calibration': ('probe.html#calibration', 'lbyl_nb/probe.py'),
                                'lbyl_nb.probe.call': ('probe.html#call', 'lbyl_nb/probe.py'),
+                               'lbyl_nb.probe.channel_dim': ('probe.html#channel_dim', 'lbyl_nb/probe.py'),
                                'lbyl_nb.probe.coloured': ('probe.html#coloured', 'lbyl_nb/probe.py'),
                                'lbyl_nb.probe.frame_gram': ('probe.html#frame_gram', 'lbyl_nb/probe.py'),
                                'lbyl_nb.probe.held_out_ridge': ('probe.html#held_out_ridge', 'lbyl_nb/probe.py'),

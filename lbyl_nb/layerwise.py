@@ -7,7 +7,7 @@ __all__ = ['MOST', 'ADDITIONS', 'GRID', 'Site', 'site', 'channel_rows', 'site_mo
            'Probe', 'probe', 'Pending', 'apply_fit', 'layer_hook', 'norm_hook', 'settle', 'SideBySide', 'missing',
            'Layerwise', 'layerwise', 'missed_channels', 'ProbedLbyl', 'probed_lbyl']
 
-# %% ../nbs/14_layerwise.ipynb #3a000ad8
+# %% ../nbs/14_layerwise.ipynb #b9d38452
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from .delivery import removed
 from .graph import Consumer, Reader, add_constant, channels, find_readers
-from .probe import Fit, Moments, call, look, map_tensors, moments, noise, regress, target_moments
+from .probe import Fit, Moments, call, channel_dim, look, map_tensors, moments, noise, regress, target_moments
 from .recover import absorb, lbyl
 
 # %% ../nbs/14_layerwise.ipynb #bb82df65
@@ -51,16 +51,17 @@ def site(
     keep = list(range(len(columns))) if keep is None else keep
     return Site(reader, columns, keep, taps and columns[keep].numel() * layer.weight[0, 0].numel() <= MOST)
 
-# %% ../nbs/14_layerwise.ipynb #fabbb0e8
+# %% ../nbs/14_layerwise.ipynb #94f9b6b9
 def channel_rows(
-    x: Tensor,        # what the consumer reads, (n, channels, h, w) or (..., channels)
+    layer: nn.Module, # the consumer
+    x: Tensor,        # what it reads, (n, channels, h, w) or, if it is linear, (..., channels)
     columns: Tensor,  # (m, span): input columns of each channel
 ) -> Tensor:          # (positions, m)
     "Channels as columns: one row for each sample and position."
-    x = x.movedim(1, -1) if x.ndim == 4 else x
+    x = x.movedim(channel_dim(layer), -1)
     return x[..., columns.to(x.device)].movedim(-2, -1).reshape(-1, len(columns))
 
-# %% ../nbs/14_layerwise.ipynb #81cf8a4d
+# %% ../nbs/14_layerwise.ipynb #95959eff
 def site_moments(
     s: Site,           # which channels to read
     layer: nn.Module,  # the layer
@@ -69,9 +70,9 @@ def site_moments(
     y: Tensor,         # what it shall give
 ) -> Moments:
     "Moments of kept patches and output; where taps are not free, of kept channels and removed ones."
-    if s.free: return moments(layer, x.index_select(1 if x.ndim == 4 else -1, s.read.to(x.device)), y, s.reader.name)
+    if s.free: return moments(layer, x.index_select(channel_dim(layer), s.read.to(x.device)), y, s.reader.name)
     out = removed(s.keep, len(s.columns))
-    return moments(nn.Linear(1, 1), channel_rows(x, s.columns[s.keep]), channel_rows(dense, s.columns[out]), s.reader.name)
+    return moments(nn.Linear(1, 1), channel_rows(layer, x, s.columns[s.keep]), channel_rows(layer, dense, s.columns[out]), s.reader.name)
 
 # %% ../nbs/14_layerwise.ipynb #2d6f03a7
 def site_fit(
@@ -176,13 +177,13 @@ def norm_hook(pair, name: str):
         if name in pair.waiting: pair.pending[id(out)] = (out, pair.waiting.pop(name)[1])
     return hook
 
-# %% ../nbs/14_layerwise.ipynb #d2fbcb04
+# %% ../nbs/14_layerwise.ipynb #5ef82eba
 def settle(pair, out: Tensor, shortcut: Tensor):
     "Solve again with what the shortcut lacks, and put the restored half of the summand right, in place."
     p = pair.pending.pop(id(out))[1]
     r = p.site.reader
     layer, norm = pair.model.get_submodule(r.name), r.norm and pair.model.get_submodule(r.norm)
-    y, read = p.y + missing(shortcut, norm), p.x.index_select(1 if p.x.ndim == 4 else -1, p.site.read.to(p.x.device))
+    y, read = p.y + missing(shortcut, norm), p.x.index_select(channel_dim(layer), p.site.read.to(p.x.device))
     halves = [replace(M, **target_moments(layer, read[i::2], y[i::2])) for i, M in enumerate(p.halves)]
     pair.fits[r.name] = fit = site_fit(p.site, layer, halves, pair.ridge)
     new = apply_fit(layer, p.site, fit, p.x)
@@ -263,7 +264,7 @@ def missed_channels(S: Tensor, M: Tensor, keep: list, weight: Tensor) -> float:
     at = torch.cat([torch.tensor(keep), out])
     return ((E @ M[at][:, at] @ E.T) * weight).sum().item()
 
-# %% ../nbs/14_layerwise.ipynb #6a8c0784
+# %% ../nbs/14_layerwise.ipynb #15579391
 @dataclass(frozen=True)
 class ProbedLbyl:
     "The restorer that `probed_lbyl` makes."
@@ -272,7 +273,7 @@ class ProbedLbyl:
     def rewrite(self, net, groups, chosen):
         "Put all consumers right, in place, by LBYL with the weights that miss least on the probes; returns nothing to report."
         probes, of = self.source(net.model, net.args), {c.name: c for g in groups for c in g.consumers}
-        rows = lambda layer, x, y, name: (lambda r: moments(nn.Linear(1, 1), r, r[:, :1], name))(channel_rows(x, of[name].columns))
+        rows = lambda layer, x, y, name: (lambda r: moments(nn.Linear(1, 1), r, r[:, :1], name))(channel_rows(layer, x, of[name].columns))
         seen, original = look(probes, of, rows), copy.deepcopy(net.model)
         for g in groups:
             ch, keep = channels(original, g), chosen[g.name]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BATCH_NORM', 'RIDGES', 'as_args', 'call', 'map_tensors', 'pin', 'Probes', 'coloured', 'random_like', 'noise',
-           'calibration', 'shifted_products', 'unfolded_gram', 'frame_gram', 'stationary_gram', 'padded',
+           'calibration', 'shifted_products', 'unfolded_gram', 'frame_gram', 'stationary_gram', 'channel_dim', 'padded',
            'is_stationary', 'patch_gram', 'patch_cross', 'Moments', 'target_moments', 'moments', 'prediction_error',
            'solution', 'held_out_ridge', 'Fit', 'regress', 'look']
 
@@ -172,6 +172,11 @@ def stationary_gram(
             G[:, p[0], p[1], :, q[0], q[1]] = F_[d] if d in F_ else F_[-d[0], -d[1]].T
     G = G.view(m * k * k, m * k * k)
     return G - frame_gram(x, k, pad) if pad < k - 1 else G
+
+# %% ../nbs/05_probe.ipynb #1383b65a
+def channel_dim(layer) -> int:
+    "Where the input of a layer has its channels: last for a linear layer, second for a convolution."
+    return -1 if isinstance(layer, nn.Linear) else 1
 
 # %% ../nbs/05_probe.ipynb #42993979
 def padded(layer, x):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Columns', 'elimination', 'output_scale', 'columns_of', 'LeastLost', 'least_lost']
 
-# %% ../nbs/15_selection.ipynb #cc3c3688
+# %% ../nbs/15_selection.ipynb #c5f6e467
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .layerwise import MOST, channel_rows
-from .probe import Moments, look, moments, noise
+from .probe import Moments, channel_dim, look, moments, noise
 
 # %% ../nbs/15_selection.ipynb #8b13055e
 class Columns:
@@ -83,7 +83,7 @@ def columns_of(model, consumer, M: Moments, ridge):
     V = V.flatten(1) if len(G) == V[0].numel() else V.transpose(1, 2).flatten(0, 1)
     return Columns(G, V, m, ridge)
 
-# %% ../nbs/15_selection.ipynb #5bdb0a67
+# %% ../nbs/15_selection.ipynb #10d2369c
 @dataclass(frozen=True)
 class LeastLost:
     "The criterion that `least_lost` makes."
@@ -95,8 +95,8 @@ class LeastLost:
         probes, of = self.source(net.model, net.args), {c.name: c for g in groups for c in g.consumers}
         def measure(layer, x, y, name):
             c = of[name]
-            if layer.weight[0].numel() > MOST: x = channel_rows(x, c.columns); return moments(nn.Linear(1, 1), x, x[:, :1], name)
-            return moments(layer, x.index_select(1 if x.ndim == 4 else -1, c.columns.flatten().to(x.device)), y, name)
+            if layer.weight[0].numel() > MOST: x = channel_rows(layer, x, c.columns); return moments(nn.Linear(1, 1), x, x[:, :1], name)
+            return moments(layer, x.index_select(channel_dim(layer), c.columns.flatten().to(x.device)), y, name)
         seen, out = look(probes, of, measure), {}
         for g in tqdm(groups, 'choosing channels', delay=2, leave=False):
             consumers = [columns_of(net.model, c, sum(seen[c.name][1:], seen[c.name][0]), self.ridge) for c in g.consumers]
