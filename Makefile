@@ -40,8 +40,8 @@ readme: $(VENV)/.installed-dev ## write README.md anew from nbs/index.ipynb
 	@$(PY) tools/docs.py readme
 	@echo "README.md now says what nbs/index.ipynb says."
 
-bench: $(VENV)/.installed ## measure speed and memory, by benchmarks/*.py one after another
-	@for script in benchmarks/*.py; do echo "Running $$script."; $(PY) $$script || exit 1; done
+bench: $(VENV)/.installed ## measure speed and memory, by the scripts in benchmarks/, one after another
+	@for script in benchmarks/[a-z]*.py; do echo "Running $$script."; $(PY) $$script || exit 1; done
 
 clean: ## remove what the other targets built, but keep .venv
 	@rm -rf _proc _docs build dist *.egg-info demo.png .pytest_cache .hypothesis nbs/nbdev.yml

@@ -2,18 +2,14 @@
 
 ResNet-56 at 32 pixels and ResNet-50 at 224, 30 % of the channels removed, random weights: they decide nothing about time. Every
 measurement runs in a process of its own, so that its peak memory can be read; ratios are to what ran in the same call of the script."""
-import json
-import resource
-import subprocess
-import sys
 import time
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 import torchvision
+from _process import against, each, footer, measured, peak, run
 
-from lbyl_nb.bench import environment
 from lbyl_nb.distilled import distil
 from lbyl_nb.layerwise import layerwise, probe
 from lbyl_nb.models import resnet56
@@ -22,11 +18,6 @@ from lbyl_nb.recover import restore
 
 NETWORKS = dict(resnet56=(resnet56, 32, 128), resnet50=(torchvision.models.resnet50, 224, 32))   # with pixels and number of probes
 STEPS = 3
-
-
-def peak():
-    "Most memory this process ever held, in GB."
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6 / (1000 if sys.platform == 'darwin' else 1)
 
 
 def forward(net, x, n):
@@ -52,9 +43,7 @@ def one(network, what):
     torch.manual_seed(0)
     build, size, n = NETWORKS[network]
     net, before = build().eval(), peak()
-    start = time.perf_counter()
-    WHAT[what](net, torch.randn(1, 3, size, size), n)
-    return dict(network=network, what=what, probes=n, seconds=time.perf_counter() - start, gigabytes=peak() - before)
+    return measured(network, what, lambda: WHAT[what](net, torch.randn(1, 3, size, size), n), before) | dict(probes=n)
 
 
 def gram(m, size, n=64):
@@ -68,22 +57,13 @@ def gram(m, size, n=64):
 
 
 def main():
-    rows = []
-    for network in NETWORKS:
-        for what in WHAT:
-            print(f'{network}: {what}', file=sys.stderr)
-            out = subprocess.run([sys.executable, __file__, network, what], check=True, stdout=subprocess.PIPE, text=True).stdout
-            rows.append(json.loads(out.splitlines()[-1]))
-    t = pd.DataFrame(rows).set_index(['network', 'what'])
-    for name, base in (('forward pass of 256', 'forward'), ('training steps', 'training')):
-        t[f'time / {name}'] = t.seconds / t.seconds.xs(base, level='what').reindex(t.index, level='network')
-    t.loc[t.index.get_level_values('what') != 'distillation', 'time / training steps'] = float('nan')
+    t = pd.DataFrame(each(__file__, [(n, w) for n in NETWORKS for w in WHAT])).set_index(['network', 'what'])
+    t['time / forward pass of 256'] = against(t, 'forward')
+    t['time / training steps'] = against(t, 'training').where(t.index.get_level_values('what') == 'distillation')
     print(t.drop(columns='seconds').rename(columns=dict(gigabytes='peak memory beyond the model (GB)')).round(2).to_string(na_rep=''))
     print('\npatch Gram of a 3x3 convolution: by offsets against unfolded (times faster), and the largest difference relative to the largest entry')
     print(pd.DataFrame([gram(m, s) for m, s in ((16, 32), (64, 32), (64, 56), (128, 28), (256, 14))]).to_string(index=False, float_format='{:.2g}'.format))
-    print('\n' + ', '.join(f'{k} {v}' for k, v in environment().items()) + f', {torch.get_num_threads()} threads')
+    print(footer())
 
 
-if __name__ == '__main__':
-    if len(sys.argv) == 3: print(json.dumps(one(*sys.argv[1:])))
-    else: main()
+if __name__ == '__main__': run(one, main)

@@ -7,9 +7,9 @@ from collections import Counter
 import pandas as pd
 import torch
 import torchvision
+from _process import footer
 from tqdm.auto import tqdm
 
-from lbyl_nb.bench import environment
 from lbyl_nb.delivery import split
 from lbyl_nb.solve import lbyl_delivery
 
@@ -75,7 +75,7 @@ def main():
                                 'batched / Gram and factorisation alone': v.batched / v.factor})
     print(pd.concat([t[['filters', 'weights', 'layers']], t.apply(show, axis=1).round(2)], axis=1).to_string(index=False))
     print('\nwhole network:'); print(show(total).round(2).to_string())
-    print('\n' + ', '.join(f'{k} {v}' for k, v in environment().items()) + f', {torch.get_num_threads()} threads')
+    print(footer())
 
 
 if __name__ == '__main__': main()

@@ -14,21 +14,20 @@ from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
-# %% ../nbs/34_cli.ipynb #5a67a096
+# %% ../nbs/34_cli.ipynb #b26fe054
 import pandas as pd
 import torch
 from fastcore.script import call_parse
 from torch import nn
-from tqdm.auto import tqdm
 
-# %% ../nbs/34_cli.ipynb #573f6e46
+# %% ../nbs/34_cli.ipynb #d0b8eb2d
 from .bench import accuracy, environment, mean_sd, sweep, train
 from .criteria import bn_scale, geometric_median, l1_norm, l2_norm, random_scores
 from .data import STATS, Dataset, Stats, digits, known, load, subset
-from .files import writing
-from .models import digits_net, initialised, pretrained
 from .distilled import distilled
+from .files import writing
 from .layerwise import layerwise
+from .models import digits_net, initialised, pretrained
 from .probe import noise
 from .recover import cost, gaussian, lbyl, lbyl_restore, merging, prune_only
 

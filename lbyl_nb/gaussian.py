@@ -9,7 +9,7 @@ __all__ = ['relu', 'silu', 'tanh', 'sigmoid', 'mish', 'hardsigmoid', 'hardswish'
            'hinge_covariance', 'variance', 'moments', 'correlations', 'deviations', 'gaussian_delivery',
            'predicted_activation_error']
 
-# %% ../nbs/04_gaussian.ipynb #c746553e
+# %% ../nbs/04_gaussian.ipynb #df30c91e
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .delivery import Delivery, split
-from .solve import ridge_solution
+from .solve import check_ridge, ridge_solution
 
 # %% ../nbs/04_gaussian.ipynb #84c074f7
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def deviations(
     "Deviations of the pre-activations, |gamma|; a dead channel gets the smallest one that arithmetic still sees beside its mean."
     return gamma.abs().clamp(min=torch.finfo(beta.dtype).eps * (1 + beta.abs()))
 
-# %% ../nbs/04_gaussian.ipynb #02b011fa
+# %% ../nbs/04_gaussian.ipynb #52f442e4
 def gaussian_delivery(
     U: Tensor,                      # (m, d) folded filters, a * W
     beta: Tensor,                   # (m,) mean of each pre-activation: offset of the batch norm
@@ -229,7 +229,7 @@ def gaussian_delivery(
     activation: Activation = relu,  # behind the batch norm
 ) -> Delivery:
     "Regression of removed channels on kept ones behind the activation, for Gaussian pre-activations and white input. ValueError for ridge <= 0."
-    if not 0 < ridge < math.inf: raise ValueError(f'ridge must be a positive number, got {ridge}')
+    check_ridge(ridge)
     K, R = split(keep, len(U))
     m, C = moments(beta, deviations(beta, gamma), correlations(U), activation)
     S = ridge_solution(C[K][:, K], C[R][:, K], U.new_zeros(len(R), len(K)), ridge)

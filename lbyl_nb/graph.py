@@ -6,14 +6,13 @@
 __all__ = ['LAYERS', 'HALF', 'PASSING', 'SAYS', 'ACTIVATIONS', 'Consumer', 'Group', 'Traced', 'trace', 'LeftAlone', 'width',
            'Reader', 'find_readers', 'find_groups', 'remove_channels', 'Channels', 'channels', 'add_constant']
 
-# %% ../nbs/10_graph.ipynb #9f288f48
+# %% ../nbs/10_graph.ipynb #23c5354b
 import copy
 import math
 import re
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.utils import parametrize

@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'prune_only', 'constants', 'merging', 'lbyl', 'gaussian', 'check_model', 'check_plan', 'plan', 'absorb',
            'cost', 'Restoration', 'restore', 'lbyl_restore', 'save_restored', 'load_restored', 'load_tensors']
 
-# %% ../nbs/13_recover.ipynb #d2a043b4
+# %% ../nbs/13_recover.ipynb #ce571473
 import difflib
 import json
 import math
@@ -26,7 +26,7 @@ from .files import read_safetensors, write_safetensors
 from .graph import add_constant, channels, find_groups, remove_channels, trace
 from .merging import merging_delivery
 from .probe import BATCH_NORM, as_args
-from .solve import centred_ridge, lbyl_delivery
+from .solve import centred_ridge, check_ridge, lbyl_delivery
 
 # %% ../nbs/13_recover.ipynb #2cad5a77
 def prune_only():
@@ -71,13 +71,13 @@ def lbyl(
         return Delivery(S, constants(ch, keep))
     return restorer
 
-# %% ../nbs/13_recover.ipynb #7bfebe90
+# %% ../nbs/13_recover.ipynb #054f6927
 def gaussian(
     ridge: float = .01,    # fraction of the mean variance of the kept channels
     fallback=lbyl(),       # restorer for groups without batch norm or without activation
 ):
     "Regression behind the activation under Gaussian pre-activations, with the mean as a constant. ValueError for ridge <= 0."
-    if not 0 < ridge < math.inf: raise ValueError(f'ridge must be a positive number, got {ridge}')
+    check_ridge(ridge)
     def restorer(ch, keep):
         if ch.gamma is None or ch.activation is None: return fallback(ch, keep)
         return gaussian_delivery(ch.a[:, None] * ch.W, ch.beta, ch.gamma, keep, ridge, ch.activation)

@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['Columns', 'elimination', 'output_scale', 'columns_of', 'LeastLost', 'least_lost']
 
-# %% ../nbs/15_selection.ipynb #c5f6e467
+# %% ../nbs/15_selection.ipynb #f51c10c6
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from .layerwise import MOST, channel_rows
-from .probe import Moments, channel_dim, look, moments, noise
+from .layerwise import channel_rows, taps_fit
+from .probe import Moments, look, moments, noise, norm_scale, row_moments, selected, total
+from .solve import check_ridge
 
 # %% ../nbs/15_selection.ipynb #8b13055e
 class Columns:
@@ -66,24 +67,23 @@ def elimination(
         left = left[stay]
     return rank
 
-# %% ../nbs/15_selection.ipynb #41784e17
+# %% ../nbs/15_selection.ipynb #acf90be5
 def output_scale(model, consumer):
     "(o,) scale that the batch norm behind a consumer puts on its outputs; ones without one."
-    norm = consumer.norm and model.get_submodule(consumer.norm)
-    out = model.get_submodule(consumer.name).weight.new_ones(len(model.get_submodule(consumer.name).weight)).double()
-    if not norm or norm.running_var is None: return out
-    return out * (norm.running_var.double() + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight.detach().double())
+    norm, weight = consumer.norm and model.get_submodule(consumer.norm), model.get_submodule(consumer.name).weight
+    if not norm or norm.running_var is None: return weight.new_ones(len(weight)).double()
+    return norm_scale(norm).double()
 
-# %% ../nbs/15_selection.ipynb #e4cf387a
+# %% ../nbs/15_selection.ipynb #9043b946
 def columns_of(model, consumer, M: Moments, ridge):
     "The `Columns` of a consumer from its moments: of taps, or of channels alone."
     V, m = model.get_submodule(consumer.name).weight.detach().double(), len(consumer.columns)
     V = (V * output_scale(model, consumer).view(-1, *[1] * (V.ndim - 1)))[:, consumer.columns.flatten().to(V.device)].view(len(V), m, -1)
-    G = M.centred()[0]
+    G = M.centred().G
     V = V.flatten(1) if len(G) == V[0].numel() else V.transpose(1, 2).flatten(0, 1)
     return Columns(G, V, m, ridge)
 
-# %% ../nbs/15_selection.ipynb #10d2369c
+# %% ../nbs/15_selection.ipynb #21046b86
 @dataclass(frozen=True)
 class LeastLost:
     "The criterion that `least_lost` makes."
@@ -95,19 +95,19 @@ class LeastLost:
         probes, of = self.source(net.model, net.args), {c.name: c for g in groups for c in g.consumers}
         def measure(layer, x, y, name):
             c = of[name]
-            if layer.weight[0].numel() > MOST: x = channel_rows(layer, x, c.columns); return moments(nn.Linear(1, 1), x, x[:, :1], name)
-            return moments(layer, x.index_select(channel_dim(layer), c.columns.flatten().to(x.device)), y, name)
+            if taps_fit(layer, c.columns): return moments(layer, selected(layer, x, c.columns.flatten()), y, name)
+            return row_moments(channel_rows(layer, x, c.columns), name=name)
         seen, out = look(probes, of, measure), {}
         for g in tqdm(groups, 'choosing channels', delay=2, leave=False):
-            consumers = [columns_of(net.model, c, sum(seen[c.name][1:], seen[c.name][0]), self.ridge) for c in g.consumers]
+            consumers = [columns_of(net.model, c, total(seen[c.name]), self.ridge) for c in g.consumers]
             out[g.name] = elimination(consumers, g.channels)
         return out
 
-# %% ../nbs/15_selection.ipynb #b0425fd9
+# %% ../nbs/15_selection.ipynb #28d6aca6
 def least_lost(
     source: Callable = noise(),   # of probes: `noise`, `calibration`, `distilled`
     ridge: float = .01,           # fraction of the mean variance of what is read; keeps the inverse tame
 ) -> LeastLost:
     "A criterion: keep the channels without which consumers would lose most, all others taking over. ValueError for ridge <= 0."
-    if not 0 < ridge < math.inf: raise ValueError(f'ridge must be a positive number, got {ridge}')
+    check_ridge(ridge)
     return LeastLost(source, ridge)

@@ -1,0 +1,48 @@
+"""Measurements in processes of their own, so that the peak memory of each can be read."""
+import json
+import resource
+import subprocess
+import sys
+import time
+
+import torch
+
+from lbyl_nb.bench import environment
+
+
+def peak():
+    "Most memory this process ever held, in GB."
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6 / (1000 if sys.platform == 'darwin' else 1)
+
+
+def measured(network, what, f, before):
+    "Time of a call, and memory beyond what was held `before`, as a dict."
+    start = time.perf_counter()
+    f()
+    return dict(network=network, what=what, seconds=time.perf_counter() - start, gigabytes=peak() - before)
+
+
+def each(script, cases):
+    "What a script prints when it is called with (network, what), for all cases, as dicts."
+    rows = []
+    for network, what in cases:
+        print(f'{network}: {what}', file=sys.stderr)
+        out = subprocess.run([sys.executable, script, network, what], check=True, stdout=subprocess.PIPE, text=True).stdout
+        rows.append(json.loads(out.splitlines()[-1]))
+    return rows
+
+
+def against(t, base):
+    "Times as multiples of that of `base` for the same network; `t` is indexed by network and what."
+    return t.seconds / t.seconds.xs(base, level='what').reindex(t.index, level='network')
+
+
+def footer():
+    "Versions and threads, as a line to print below a table."
+    return '\n' + ', '.join(f'{k} {v}' for k, v in environment().items()) + f', {torch.get_num_threads()} threads'
+
+
+def run(one, main):
+    "Entry of a script: one measurement where a network and what are given, all otherwise."
+    if len(sys.argv) == 3: print(json.dumps(one(*sys.argv[1:])))
+    else: main()
