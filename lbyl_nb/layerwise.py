@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MOST', 'ADDITIONS', 'GRID', 'taps_fit', 'Site', 'site', 'channel_rows', 'site_moments', 'site_fit', 'rewrite',
            'find_sites', 'Probe', 'probe', 'Pending', 'apply_fit', 'layer_hook', 'norm_hook', 'settle', 'SideBySide',
-           'missing', 'Layerwise', 'layerwise', 'missed_channels', 'ProbedLbyl', 'probed_lbyl']
+           'missing', 'Layerwise', 'layerwise', 'missed_channels', 'look_at_consumers', 'ProbedLbyl', 'probed_lbyl']
 
-# %% ../nbs/14_layerwise.ipynb #7f1dc0ad
+# %% ../nbs/14_layerwise.ipynb #b426e137
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,17 +19,17 @@ from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
 from .delivery import removed
-from .graph import Consumer, Reader, add_constant, channels, find_readers
-from .probe import Fit, Moments, call, channel_dim, in_turn, look, map_tensors, moments, noise, norm_scale, regress, row_moments, selected, target_moments, total
+from .graph import Reader, add_constant, by_output, channels, find_readers
+from .probe import Fit, Moments, Probes, call, channel_dim, in_turn, look, map_tensors, moments, noise, norm_scale, regress, row_moments, selected, target_moments, total
 from .recover import absorb, lbyl
 from .solve import check_ridge
 
-# %% ../nbs/14_layerwise.ipynb #3e2619be
+# %% ../nbs/14_layerwise.ipynb #e34678d4
 MOST = 8192    # unknowns for one output: beyond, the Gram matrix takes too much memory, and channels are reproduced
 
 def taps_fit(layer, columns):
-    "Do the taps of these columns of a layer fit into one Gram matrix?"
-    return columns.numel() * layer.weight[0, 0].numel() <= MOST
+    "Can all taps of these columns be free: is the layer of a kind whose patches we know, and do they fit into one Gram matrix?"
+    return type(layer) in (nn.Conv2d, nn.Linear) and columns.numel() * layer.weight[0, 0].numel() <= MOST
 
 @dataclass(frozen=True)
 class Site:
@@ -42,18 +42,21 @@ class Site:
     @property
     def read(self): return self.columns[self.keep].flatten()
 
-# %% ../nbs/14_layerwise.ipynb #1668d261
+# %% ../nbs/14_layerwise.ipynb #6aa820a5
 def site(
     model: nn.Module,           # in which the layer is found
     reader: Reader,             # the layer
-    consumer: Consumer | None,  # what ties it to a pruned group; None: it reads all its input
-    keep: list | None,          # kept channels of that group
+    tied: list,                 # pairs of a `Consumer` and the kept channels of its pruned group, all with this layer's name
     taps: bool = True,          # shall taps be free?
 ) -> Site:
-    "The site of a layer; taps are not free where there would be more than `MOST` of them."
+    "The site of a layer; it reads all columns that belong to no pruned group. Taps are not free where there would be more than `MOST` of them."
     layer = model.get_submodule(reader.name)
-    columns = consumer.columns if consumer else torch.arange(layer.weight.shape[1])[:, None]
-    keep = list(range(len(columns))) if keep is None else keep
+    every = torch.arange(by_output(layer).shape[1])
+    lost = torch.cat([every[:0], *(c.columns[removed(keep, len(c.columns))].flatten() for c, keep in tied)])
+    rest = every[~torch.isin(every, torch.cat([every[:0], *(c.columns.flatten() for c, _ in tied)]))]
+    parts = [c.columns for c, _ in tied] + ([rest[:, None]] if len(rest) else [])
+    columns = torch.cat(parts) if len({p.shape[1] for p in parts}) == 1 else every[:, None]    # channels of unequal spans: each column by itself
+    keep = (~torch.isin(columns[:, 0], lost)).nonzero().flatten().tolist()
     return Site(reader, columns, keep, taps and taps_fit(layer, columns[keep]))
 
 # %% ../nbs/14_layerwise.ipynb #94f9b6b9
@@ -79,7 +82,7 @@ def site_moments(
     kept, out = torch.arange(len(s.read)).view(len(s.keep), -1), removed(s.keep, len(s.columns))
     return row_moments(channel_rows(layer, read, kept), channel_rows(layer, dense, s.columns[out]), s.reader.name)
 
-# %% ../nbs/14_layerwise.ipynb #2d6f03a7
+# %% ../nbs/14_layerwise.ipynb #3eabe3ae
 def site_fit(
     s: Site,                # which channels to read
     layer: nn.Module,       # with its dense weights
@@ -87,31 +90,31 @@ def site_fit(
     ridge: float | None,    # None: chosen on held-out probes
 ) -> Fit:                   # V: (o, columns x taps), c: (o,)
     "New taps and bias of a layer."
-    W = layer.weight.detach().double()
+    W = by_output(layer).detach().double()
     if s.free: return regress(halves, W[:, s.read.to(W.device)].flatten(1), ridge)
     out, V = removed(s.keep, len(s.columns)), W[:, s.columns.to(W.device)].view(len(W), *s.columns.shape, -1)    # (o, m, span, taps)
     S = regress(halves, W.new_zeros(len(out), len(s.keep)), ridge)
     bias = 0 if layer.bias is None else layer.bias.detach().double()
     return replace(S, V=(V[:, s.keep] + torch.einsum('orst,rk->okst', V[:, out], S.V)).flatten(1), c=bias + V[:, out].sum((2, 3)) @ S.c)
 
-# %% ../nbs/14_layerwise.ipynb #e7a794ce
+# %% ../nbs/14_layerwise.ipynb #149ce089
 @torch.no_grad()
 def rewrite(model: nn.Module, s: Site, fit: Fit):
     "Put new taps and bias into a layer, in place; columns that it no longer reads become zero."
     layer = model.get_submodule(s.reader.name)
     weight = torch.zeros_like(layer.weight)
-    weight[:, s.read] = fit.V.view(len(weight), len(s.read), *weight.shape[2:]).to(weight)
+    by_output(layer, weight)[:, s.read] = fit.V.view(len(fit.V), len(s.read), *weight.shape[2:]).to(weight)
     layer.weight.copy_(weight)
     add_constant(model, s.reader.name, s.reader.norm, fit.c - (0 if layer.bias is None else layer.bias.double()))
 
-# %% ../nbs/14_layerwise.ipynb #4dcbf845
+# %% ../nbs/14_layerwise.ipynb #f2e8687c
 def find_sites(net, groups, chosen, taps=True, every=False) -> dict[str, Site]:
     "Sites of the consumers of pruned groups; with `every`, also of all other layers behind the first of them. In forward order."
-    pruned = {c.name: (c, chosen[g.name]) for g in groups for c in g.consumers}
-    found = {}
+    pruned, found = {}, {}
+    for g in groups:
+        for c in g.consumers: pruned.setdefault(c.name, []).append((c, chosen[g.name]))
     for r in find_readers(net):
-        c, keep = pruned.get(r.name, (None, None))
-        if c or (every and found): found[r.name] = site(net.model, r, c, keep, taps)
+        if r.name in pruned or (every and found): found[r.name] = site(net.model, r, pruned.get(r.name, []), taps)
     return {k: s for k, s in found.items() if s.free or k in pruned}
 
 # %% ../nbs/14_layerwise.ipynb #db08a19a
@@ -155,11 +158,15 @@ class Pending:
     y: Tensor       # what the dense layer gives
     out: Tensor     # its output, or that of the batch norm behind it: what the addition will take
 
-# %% ../nbs/14_layerwise.ipynb #a4f0f2ac
+# %% ../nbs/14_layerwise.ipynb #012bbf45
 def apply_fit(layer: nn.Module, fit: Fit, read: Tensor) -> Tensor:
     "Output of a layer with new taps for what it reads."
     V, c = fit.V.to(read).view(len(fit.V), -1, *layer.weight.shape[2:]), fit.c.to(read)
-    return F.linear(read, V, c) if isinstance(layer, nn.Linear) else layer._conv_forward(read, V, c)
+    if isinstance(layer, nn.Linear): return F.linear(read, V, c)
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        transposed = getattr(F, f'conv_transpose{V.ndim - 2}d')
+        return transposed(read, V.transpose(0, 1), c, layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
+    return layer._conv_forward(read, V, c)
 
 # %% ../nbs/14_layerwise.ipynb #5929c72c
 def layer_hook(pair, s: Site):
@@ -232,27 +239,27 @@ def missing(
     back = torch.where(scale.abs() > 1e-3 * scale.abs().max(), 1 / scale, 0)
     return (dense - restored) * back.view(-1, *[1] * (shortcut.ndim - 2))
 
-# %% ../nbs/14_layerwise.ipynb #a292a86c
+# %% ../nbs/14_layerwise.ipynb #d85057d2
 @dataclass(frozen=True)
 class Layerwise:
     "The restorer that `layerwise` makes."
     source: Callable     # of probes
-    refit: bool | None   # rewrite every layer, or consumers of pruned groups alone? None: every layer unless probes are noise
+    refit: bool          # rewrite every layer, or consumers of pruned groups alone?
     ridge: float | None  # None: chosen on held-out probes
 
     def rewrite(self, net, groups, chosen):
         "Put all layers right, in place, in one pass; returns what fraction of the variance each fit misses."
         probes = self.source(net.model, net.args)
-        sites = find_sites(net, groups, chosen, every=probes.alike if self.refit is None else self.refit)
+        sites = find_sites(net, groups, chosen, every=self.refit)
         fits = SideBySide(probes.model, sites, self.ridge).run(probes.args)
         for name, fit in fits.items(): rewrite(net.model, sites[name], fit)
         return {name: fit.error for name, fit in fits.items()}
 
-# %% ../nbs/14_layerwise.ipynb #a3261d89
+# %% ../nbs/14_layerwise.ipynb #b8fbadf5
 def layerwise(
     source: Callable = noise(),    # of probes: `noise`, `calibration`, `distilled`
     *,
-    refit: bool | None = None,     # rewrite every layer for its changed input, or (False) consumers of pruned groups alone; None: every layer unless probes are noise
+    refit: bool = True,            # rewrite every layer for its changed input; False: consumers of pruned groups alone
     ridge: float | None = None,    # fraction of the mean variance of what is read; None: chosen on held-out probes, layer by layer
 ) -> Layerwise:
     "A restorer: dense and restored network side by side on probes, each layer rewritten for what it will really read. ValueError for ridge <= 0."
@@ -269,7 +276,22 @@ def missed_channels(S: Tensor, M: Tensor, keep: list, weight: Tensor) -> float:
     at = torch.cat([torch.tensor(keep), out])
     return ((E @ M[at][:, at] @ E.T) * weight).sum().item()
 
-# %% ../nbs/14_layerwise.ipynb #d69a346c
+# %% ../nbs/14_layerwise.ipynb #8b0a37e6
+def look_at_consumers(
+    probes: Probes,     # what to look with
+    groups: list,       # whose consumers are of interest
+    measure: Callable,  # (consumer, layer, x, y) -> Moments
+) -> dict:              # {(group, consumer): two halves}
+    "Moments of each consumer of each group."
+    todo, seen = [(g.name, c) for g in groups for c in g.consumers], {}
+    while todo:
+        turn = {c.name: (g, c) for g, c in reversed(todo)}
+        halves = look(probes, turn, lambda layer, x, y, name: measure(turn[name][1], layer, x, y))
+        seen |= {(g, c.name): halves[c.name] for g, c in turn.values()}
+        todo = [v for v in todo if (v[0], v[1].name) not in seen]
+    return seen
+
+# %% ../nbs/14_layerwise.ipynb #85a48601
 @dataclass(frozen=True)
 class ProbedLbyl:
     "The restorer that `probed_lbyl` makes."
@@ -277,15 +299,14 @@ class ProbedLbyl:
 
     def rewrite(self, net, groups, chosen):
         "Put all consumers right, in place, by LBYL with the weights that miss least on the probes; returns nothing to report."
-        probes, of = self.source(net.model, net.args), {c.name: c for g in groups for c in g.consumers}
-        rows = lambda layer, x, y, name: row_moments(channel_rows(layer, x, of[name].columns), name=name)
-        seen, original = look(probes, of, rows), copy.deepcopy(net.model)
+        probes, original = self.source(net.model, net.args), copy.deepcopy(net.model)
+        seen = look_at_consumers(probes, groups, lambda c, layer, x, y: row_moments(channel_rows(layer, x, c.columns), name=c.name))
         for g in groups:
             ch, keep = channels(original, g), chosen[g.name]
             pairs = [(l1 * ch.W.square().sum(1).mean() / ch.b.square().mean().clamp(min=1e-12), l2 * ch.W.square().sum(1).mean()) for l1, l2 in GRID]
             made = [lbyl(float(l1), float(l2))(ch, keep) for l1, l2 in pairs]
             for c in g.consumers:
-                M, V = total(seen[c.name]), original.get_submodule(c.name).weight.detach().double()
+                M, V = total(seen[g.name, c.name]), by_output(original.get_submodule(c.name)).detach().double()
                 V = V[:, c.columns[removed(keep, g.channels)]].transpose(0, 1).flatten(1)
                 best = min(made, key=lambda d: missed_channels(d.S, M.G / M.n, keep, V @ V.T))
                 absorb(net.model, c, best, keep)

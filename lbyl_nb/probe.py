@@ -66,13 +66,12 @@ def pin(
     for m, ref in zip(norms, statistics_of(model)): m.momentum = ref.momentum
     return net.eval()
 
-# %% ../nbs/05_probe.ipynb #1be2dec4
+# %% ../nbs/05_probe.ipynb #c97504a1
 @dataclass(frozen=True)
 class Probes:
     "Inputs, and the network as it shall be looked at."
     model: nn.Module    # in evaluation mode
     args: tuple | dict  # arguments of its forward, n samples in the first dimension of every tensor
-    alike: bool = True  # are they enough like the data that layers which lost nothing may be fitted to them?
 
     def __len__(self): return max(map(len, tensors(self.args)), default=0)
 
@@ -106,7 +105,7 @@ def random_like(
     else: x = torch.randint(int(v.min()), int(v.max()) + 1, shape, generator=generator)
     return x.to(v)
 
-# %% ../nbs/05_probe.ipynb #dc72b982
+# %% ../nbs/05_probe.ipynb #77588b61
 def noise(
     n: int = 128,          # how many probes
     seed: int = 0,         # another seed, another noise
@@ -116,7 +115,7 @@ def noise(
     if n < 2: raise ValueError(f'n: statistics need at least 2 probes, got {n}')
     def source(model, args):
         gen = torch.Generator().manual_seed(seed)
-        probes = Probes(model, map_tensors(args, lambda v: random_like(v, n, power, gen)), alike=False)
+        probes = Probes(model, map_tensors(args, lambda v: random_like(v, n, power, gen)))
         return replace(probes, model=pin(model, probes.batches()))
     return source
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Columns', 'elimination', 'output_scale', 'columns_of', 'LeastLost', 'least_lost']
 
-# %% ../nbs/15_selection.ipynb #f51c10c6
+# %% ../nbs/15_selection.ipynb #2f0e9520
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .layerwise import channel_rows, taps_fit
-from .probe import Moments, look, moments, noise, norm_scale, row_moments, selected, total
+from .graph import by_output
+from .layerwise import channel_rows, look_at_consumers, taps_fit
+from .probe import Moments, moments, noise, norm_scale, row_moments, selected, total
 from .solve import check_ridge
 
 # %% ../nbs/15_selection.ipynb #8b13055e
@@ -67,23 +68,23 @@ def elimination(
         left = left[stay]
     return rank
 
-# %% ../nbs/15_selection.ipynb #acf90be5
+# %% ../nbs/15_selection.ipynb #3952ac67
 def output_scale(model, consumer):
     "(o,) scale that the batch norm behind a consumer puts on its outputs; ones without one."
-    norm, weight = consumer.norm and model.get_submodule(consumer.norm), model.get_submodule(consumer.name).weight
+    norm, weight = consumer.norm and model.get_submodule(consumer.norm), by_output(model.get_submodule(consumer.name))
     if not norm or norm.running_var is None: return weight.new_ones(len(weight)).double()
     return norm_scale(norm).double()
 
-# %% ../nbs/15_selection.ipynb #9043b946
+# %% ../nbs/15_selection.ipynb #f62f468c
 def columns_of(model, consumer, M: Moments, ridge):
     "The `Columns` of a consumer from its moments: of taps, or of channels alone."
-    V, m = model.get_submodule(consumer.name).weight.detach().double(), len(consumer.columns)
+    V, m = by_output(model.get_submodule(consumer.name)).detach().double(), len(consumer.columns)
     V = (V * output_scale(model, consumer).view(-1, *[1] * (V.ndim - 1)))[:, consumer.columns.flatten().to(V.device)].view(len(V), m, -1)
     G = M.centred().G
     V = V.flatten(1) if len(G) == V[0].numel() else V.transpose(1, 2).flatten(0, 1)
     return Columns(G, V, m, ridge)
 
-# %% ../nbs/15_selection.ipynb #21046b86
+# %% ../nbs/15_selection.ipynb #3c6290f1
 @dataclass(frozen=True)
 class LeastLost:
     "The criterion that `least_lost` makes."
@@ -92,14 +93,12 @@ class LeastLost:
 
     def scores(self, net, groups) -> dict:
         "Ranks of the channels of every group, {producer: (m,)}."
-        probes, of = self.source(net.model, net.args), {c.name: c for g in groups for c in g.consumers}
-        def measure(layer, x, y, name):
-            c = of[name]
-            if taps_fit(layer, c.columns): return moments(layer, selected(layer, x, c.columns.flatten()), y, name)
-            return row_moments(channel_rows(layer, x, c.columns), name=name)
-        seen, out = look(probes, of, measure), {}
+        def measure(c, layer, x, y):
+            if taps_fit(layer, c.columns): return moments(layer, selected(layer, x, c.columns.flatten()), y, c.name)
+            return row_moments(channel_rows(layer, x, c.columns), name=c.name)
+        seen, out = look_at_consumers(self.source(net.model, net.args), groups, measure), {}
         for g in tqdm(groups, 'choosing channels', delay=2, leave=False):
-            consumers = [columns_of(net.model, c, total(seen[c.name]), self.ridge) for c in g.consumers]
+            consumers = [columns_of(net.model, c, total(seen[g.name, c.name]), self.ridge) for c in g.consumers]
             out[g.name] = elimination(consumers, g.channels)
         return out
 

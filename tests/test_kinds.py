@@ -1,0 +1,104 @@
+"Every kind of channel group: removed channels that repeat kept ones are restored without loss, whatever lies between producer and consumer."
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lbyl_nb.graph import by_output, find_groups, trace
+from lbyl_nb.layerwise import layerwise, probe
+from lbyl_nb.probe import calibration
+from lbyl_nb.recover import lbyl, lbyl_restore, merging, prune_only, restore
+from lbyl_nb.selection import least_lost
+
+EXACT = dict(merging=lambda s: merging(), lbyl=lambda s: lbyl(0, 0), probe=lambda s: probe(s, ridge=1e-9), channels=lambda s: probe(s, taps=False, ridge=1e-9),
+             layerwise=lambda s: layerwise(s, refit=False, ridge=1e-9))
+
+
+class Net(nn.Module):
+    "Layers by name, and a function of them and of the input."
+    def __init__(self, f, **layers):
+        super().__init__()
+        self.f, self.layers = f, nn.ModuleDict(layers)
+    def forward(self, x): return self.f(self.layers, x)
+
+
+def stream(l, x):
+    x = l['bn0'](l['stem'](x)).relu()
+    x = (x + l['bn2'](l['b'](l['bn1'](l['a'](x)).relu()))).relu()
+    return l['fc']((x + l['c'](x)).relu().mean((2, 3)))
+
+
+def dense(l, x):
+    x = l['stem'](x)
+    for k in 'abc': x = torch.cat([x, l[k](l['n' + k](x).relu())], 1)
+    return l['fc'](x.relu().mean((2, 3)))
+
+
+def gated(l, x):
+    x = l['dbn'](l['dw'](F.silu(l['bn'](l['expand'](x)))))
+    return l['out'](x * l['excite'](l['squeeze'](x.mean((2, 3), keepdim=True)).relu()).sigmoid()).mean((2, 3))
+
+
+def mlp(l, x):
+    x = x + l['down'](F.gelu(l['up'](l['norm'](x))))
+    return l['fc'](x.mean(1))
+
+
+C, B = nn.Conv2d, nn.BatchNorm2d
+KINDS = dict(
+    stream=(lambda: Net(stream, stem=C(3, 8, 3, padding=1), bn0=B(8), a=C(8, 10, 3, padding=1), bn1=B(10), b=C(10, 8, 3, padding=1), bn2=B(8), c=C(8, 8, 1), fc=nn.Linear(8, 4)), (3, 8, 8)),
+    concatenation=(lambda: Net(dense, stem=C(3, 4, 1), na=B(4), a=C(4, 6, 3, padding=1), nb=B(10), b=C(10, 6, 3, padding=1), nc=B(16), c=C(16, 6, 3, padding=1), fc=nn.Linear(22, 4)), (3, 8, 8)),
+    gated_depthwise=(lambda: Net(gated, expand=C(3, 8, 1), bn=B(8), dw=C(8, 8, 3, padding=1, groups=8), dbn=B(8), squeeze=C(8, 6, 1), excite=C(6, 8, 1), out=C(8, 4, 1)), (3, 8, 8)),
+    transposed=(lambda: nn.Sequential(C(3, 8, 3), B(8), nn.ReLU(), nn.ConvTranspose2d(8, 6, 3, stride=2), nn.ReLU(), nn.ConvTranspose2d(6, 6, 2, bias=False), nn.ReLU(), C(6, 2, 1)), (3, 8, 8)),
+    one_dimension=(lambda: nn.Sequential(nn.Conv1d(3, 8, 3, padding=1), nn.BatchNorm1d(8), nn.ReLU(), nn.Conv1d(8, 6, 5, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(36, 4)), (3, 16)),
+    three_dimensions=(lambda: nn.Sequential(nn.Conv3d(2, 8, 3, padding=1), nn.BatchNorm3d(8), nn.ReLU(), nn.MaxPool3d(2), nn.Conv3d(8, 6, 2), nn.ReLU(), nn.Flatten(), nn.Linear(48, 4)), (2, 6, 6, 6)),
+    transformer_mlp=(lambda: Net(mlp, norm=nn.LayerNorm(6), up=nn.Linear(6, 12), down=nn.Linear(12, 6), fc=nn.Linear(6, 3)), (5, 6)),
+    several_consumers=(lambda: Net(lambda l, x: (lambda y: l['b'](y).relu().mean((2, 3)) + l['c'](y)[:, :, 0, 0])(l['a'](x).relu()), a=C(3, 8, 3), b=C(8, 4, 3), c=C(8, 4, 1)), (3, 8, 8)))
+
+
+def made(kind, double=True):
+    "A network of a kind with random weights and statistics, and inputs."
+    torch.manual_seed(0)
+    build, shape = KINDS[kind]
+    net, x = build().eval(), torch.randn(64, *shape)
+    for m in net.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm): m.weight.data.uniform_(.5, 1.5); m.bias.data.normal_(); m.running_mean.normal_(); m.running_var.uniform_(.5, 2)
+    return (net.double(), x.double()) if double else (net, x)
+
+
+def repeated(net, group):
+    "The network with the last channels of a group equal to its first ones, and the plan that removes them."
+    net, half = copy.deepcopy(net), group.channels // 2
+    with torch.no_grad():
+        for name, at in group.cut:
+            m = net.get_submodule(name)
+            for t in [by_output(m) if k == 'weight' and m.weight.ndim > 1 else v for k, v in [*m.named_parameters(), *m.named_buffers()] if v.ndim]:
+                t[at[-half:].flatten()] = t[at[:half].flatten()]
+    return net, {group.name: list(range(group.channels - half))}
+
+
+def groups_of(kind):
+    net, x = made(kind)
+    return [g for g in find_groups(trace(net, x), streams=True) if not g.reason]
+
+
+@pytest.mark.parametrize('kind,group', [(k, g.name) for k in KINDS for g in groups_of(k)])
+def test_repeated_channels_are_restored_exactly(kind, group):
+    net, x = made(kind)
+    net, keep = repeated(net, next(g for g in groups_of(kind) if g.name == group))
+    far = lambda restorer: (lbyl_restore(net, x, keep=keep, restorer=restorer)(x) - net(x)).abs().max().item() / net(x).abs().max().item()
+    gaps = {k: far(f(calibration(x))) for k, f in EXACT.items()}
+    assert max(gaps.values()) < 1e-5 < far(prune_only()), gaps
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_all_groups_together(kind):
+    "Everything pruned at once, by a ratio and an own kept set: it runs, is smaller, and is the better for restoration."
+    net, x = made(kind, double=False)
+    r = {k: restore(net, x, ratio=.3, streams=True, criterion=least_lost(calibration(x)), restorer=f) for k, f in dict(pruned=prune_only(), restored=layerwise(calibration(x))).items()}
+    assert len(r['pruned'].plan) == len(groups_of(kind)) and r['restored'].model(x).shape == net(x).shape
+    assert r['restored'].cost.params['after'] < r['restored'].cost.params['before']
+    gap = {k: (v.model(x) - net(x)).norm().item() for k, v in r.items()}
+    assert gap['restored'] < gap['pruned'] + 1e-4 * net(x).norm().item(), gap
