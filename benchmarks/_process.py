@@ -37,9 +37,9 @@ def against(t, base):
     return t.seconds / t.seconds.xs(base, level='what').reindex(t.index, level='network')
 
 
-def footer():
-    "Versions and threads, as a line to print below a table."
-    return '\n' + ', '.join(f'{k} {v}' for k, v in environment().items()) + f', {torch.get_num_threads()} threads'
+def footer(device='cpu'):
+    "Versions, device and threads, as a line to print below a table."
+    return '\n' + ', '.join(f'{k} {v}' for k, v in environment(device).items()) + f', {torch.get_num_threads()} threads'
 
 
 def run(one, main):

@@ -1,0 +1,107 @@
+"""One training step of a pruned network: as it is, over-parameterized and contracted before use, over-parameterized and run factor by factor.
+
+ResNet-20 (50 % of the channels inside its blocks removed) and MobileNetV2 for images of 32 pixels (half as wide,
+which leaves 30 % of the parameters), rate 3. Prints ratios of times, median of interleaved repeats in one process, and the peak memory of a process of its own. Weights are random: they decide nothing about time."""
+import argparse
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import torch
+import torchvision
+from _process import footer, peak
+from torch import nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from lbyl_nb.expand import expand
+from lbyl_nb.models import resnet20
+from lbyl_nb.recover import lbyl_restore
+
+FORMS = {'compact': lambda net: net, 'composed': lambda net: expand(net, composed=True), 'cheaper form': expand, 'consecutive': lambda net: expand(net, composed=False)}
+
+
+def mobilenet():
+    "MobileNetV2 as it is used on CIFAR: the first strides are 1."
+    net = torchvision.models.mobilenet_v2(num_classes=10, width_mult=.5)
+    for m in list(net.features[0].modules()) + list(net.features[2].modules()):
+        if isinstance(m, nn.Conv2d): m.stride = 1, 1
+    return net
+
+
+NETWORKS = {'resnet20': lambda: lbyl_restore(resnet20().eval(), torch.randn(1, 3, 32, 32), ratio=.5), 'mobilenet_v2': mobilenet}
+
+
+def step(net, batch, device):
+    "A function that does one training step."
+    net = net.to(device).train()
+    x, y = torch.randn(batch, 3, 32, 32, device=device), torch.randint(10, (batch,), device=device)
+    optimiser = torch.optim.SGD(net.parameters(), lr=.01, momentum=.9)
+    def once():
+        optimiser.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        optimiser.step()
+        if device == 'cuda': torch.cuda.synchronize()
+    return once
+
+
+def seconds(f):
+    start = time.perf_counter()
+    f()
+    return time.perf_counter() - start
+
+
+def held(device):
+    "Most memory this process ever held, in GB: of the GPU where it is used."
+    return torch.cuda.max_memory_allocated() / 1e9 if device == 'cuda' else peak()
+
+
+def memory(network, form, batch, device):
+    "Peak memory of two steps in a process of their own, beyond what was held before, in GB."
+    torch.manual_seed(0)
+    net = FORMS[form](NETWORKS[network]())
+    before, once = 0 if device == 'cuda' else held(device), step(net, batch, device)
+    once(); once()
+    return held(device) - before
+
+
+def compare(network, batch, device, repeats, compiled):
+    "Median time of a step in every form; forms take turns."
+    torch.manual_seed(0)
+    net = NETWORKS[network]()
+    steps = {k: f(net) for k, f in FORMS.items()}
+    if compiled: steps = {k: torch.compile(n) for k, n in steps.items()}
+    steps = {k: step(n, batch, device) for k, n in steps.items()}
+    for once in steps.values(): once()
+    times = pd.DataFrame([{k: seconds(once) for k, once in steps.items()} for _ in tqdm(range(repeats), f'{network}, batch {batch}', leave=False)])
+    return times.median()
+
+
+def show(title, cases, rows):
+    "A table with a column for each network and batch."
+    print(f'{title}\n{pd.DataFrame(rows, index=pd.MultiIndex.from_tuples(cases, names=["network", "batch"])).T.round(2).to_string()}\n')
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--networks', nargs='+', default=list(NETWORKS), choices=list(NETWORKS))
+    p.add_argument('--batches', nargs='+', type=int, default=[128, 256])
+    p.add_argument('--repeats', type=int, default=5)
+    p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    p.add_argument('--compile', action='store_true', help='also with torch.compile')
+    p.add_argument('--one', nargs=3, help=argparse.SUPPRESS)
+    a = p.parse_args()
+    if a.one: return print(memory(a.one[0], a.one[1], int(a.one[2]), a.device))
+    cases, memories = [(n, b) for n in a.networks for b in a.batches], []
+    for network, batch in tqdm(cases, 'peak memory', leave=False):    # first: a process inherits the peak of the one that starts it
+        one = lambda form: [sys.executable, __file__, '--one', network, form, str(batch), '--device', a.device]
+        memories.append({form: float(subprocess.run(one(form), check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1]) for form in FORMS})
+    show('peak memory beyond the model, GB', cases, memories)
+    for compiled in (False, True) if a.compile else (False,):
+        times = [compare(*case, a.device, a.repeats, compiled) for case in cases]
+        show(f'time of a training step / compact{", torch.compile" if compiled else ""}', cases, [t / t.compact for t in times])
+    print(footer(a.device))
+
+
+if __name__ == '__main__': main()

@@ -1,0 +1,238 @@
+"Expansion and contraction over random layers, networks and settings, and bad input."
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+import torchvision
+from hypothesis import HealthCheck, given, settings, strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from lbyl_nb.expand import Expanded, contract, expand, expandable, is_composed, operations
+from lbyl_nb.models import digits_net, resnet20
+from lbyl_nb.recover import lbyl_restore
+
+FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+pytestmark = pytest.mark.filterwarnings('ignore:Using padding=.same. with even kernel')
+
+
+@st.composite
+def convolutions(draw):
+    "A random convolution and an input that it accepts, batched or not."
+    dims, groups = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    per_axis = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(dims))
+    n, m, kernel, dilation = groups * draw(st.integers(1, 3)), groups * draw(st.integers(1, 3)), per_axis(1, 3), per_axis(1, 2)
+    padding = draw(st.sampled_from(['same', 'valid', per_axis(0, 2), 1]))
+    stride = 1 if padding == 'same' else per_axis(1, 2)
+    mode = draw(st.sampled_from(['zeros', 'reflect', 'replicate', 'circular']))
+    torch.manual_seed(draw(st.integers(0, 1000)))
+    layer = CONVOLUTIONS[dims](m, n, kernel, stride, padding, dilation, groups, draw(st.booleans()), mode)
+    x = torch.randn(*draw(st.sampled_from([(), (1,), (3,)])), m, *per_axis(5, 7))
+    return layer, x if mode == 'zeros' or x.ndim > dims + 1 else x[None]
+
+
+@st.composite
+def linears(draw):
+    torch.manual_seed(draw(st.integers(0, 1000)))
+    layer = nn.Linear(draw(st.integers(1, 9)), draw(st.integers(1, 9)), draw(st.booleans()))
+    return layer, torch.randn(*draw(st.sampled_from([(), (1,), (4,), (2, 3)])), layer.in_features)
+
+
+def far(a, b):
+    "Largest difference, relative to the largest number."
+    return ((a - b).abs().max() / b.abs().max().clamp(min=1e-3)).item()
+
+
+def forms(net):
+    "The network with all layers composed, and with all consecutive."
+    for composed in (True, False, None):
+        for m in net.modules():
+            if isinstance(m, Expanded): m.composed = composed
+        yield net
+
+
+def condition(big):
+    "By how much rounding may be magnified: product of the random factors' condition numbers; up to 100 is taken for granted. Few channels may be drawn badly."
+    worst = 1.
+    for w in (big.first, big.last):
+        if w is None: continue
+        s = torch.linalg.svdvals(w.detach().double().reshape(big.groups, -1, w.shape[1]))
+        worst *= (s[..., 0] / s[..., -1]).max().item()
+    return max(1., worst / 100)
+
+
+@FEW
+@given(st.one_of(convolutions(), linears()), st.floats(2, 4), st.sampled_from([2, 3]), st.integers(0, 99), st.sampled_from([(torch.float64, 1e-10), (torch.float32, 1e-5)]))
+def test_any_layer(case, rate, factors, seed, precision):
+    "Same output there and back, in all forms; same class, settings and state names."
+    (layer, x), (dtype, bound) = case, precision
+    layer, x = layer.to(dtype), x.to(dtype)
+    big, y = expand(layer, rate, linear_rate=rate, linear_factors=factors, seed=seed), layer(x)
+    for net in forms(big): assert far(net(x), y) < bound * condition(big)
+    small = contract(big)
+    assert far(small(x), y) < bound * condition(big)
+    assert type(small) is type(layer) and str(small) == str(layer) and list(small.state_dict()) == list(layer.state_dict())
+
+
+@FEW
+@given(st.one_of(convolutions(), linears()), st.floats(1, 4), st.sampled_from([2, 3]))
+def test_gradients_and_counts(case, rate, factors):
+    "Gradients of both forms are equal; the form taken by itself is the one with fewer multiplications."
+    layer, x = case[0].double(), case[1].double()
+    big, grads = expand(layer, rate, linear_rate=rate, linear_factors=factors), []
+    for net in forms(big):
+        inputs = [x.clone().requires_grad_(), *net.parameters()]
+        grads.append(torch.autograd.grad(net(inputs[0]).sin().sum(), inputs))
+    for other in grads[1:]:
+        for a, b in zip(grads[0], other): assert far(a, b) < 1e-10 * condition(big)
+    cost = operations(big, x.shape)
+    assert is_composed(big, x.shape) == (cost['composed'] <= cost['consecutive']) and cost['compact'] <= cost['composed']
+
+
+class Shared(nn.Module):
+    "One convolution used twice, one registered under two names, and two linear layers with one weight."
+    def __init__(self):
+        super().__init__()
+        self.twice, self.a, self.head, self.tail = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 4, 1), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.b, self.tail.weight = self.a, self.head.weight
+    def forward(self, x): return self.tail(self.head(self.a(self.twice(self.twice(x)).relu()).mean((2, 3))).relu())
+
+
+def test_shared_layers_stay_one_and_tied_weights_are_left_alone():
+    net, x = Shared().double(), torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    assert expandable(net) == dict(twice='', a='', head='shares a parameter with another layer', tail='shares a parameter with another layer')
+    big = expand(net)
+    assert big.a is big.b and isinstance(big.twice, Expanded) and big.head.weight is big.tail.weight
+    for step in range(2):
+        big(x).square().sum().backward()
+        with torch.no_grad():
+            for p in big.parameters(): p -= .01 * p.grad
+    small = contract(big)
+    assert small.a is small.b and small.head.weight is small.tail.weight
+    assert far(small(x), big(x)) < 1e-10 and far(small(x), net(x)) > 1e-3
+    net.load_state_dict(small.state_dict(), strict=True)
+    assert far(net(x), big(x)) < 1e-10
+
+
+def test_weights_tied_by_memory_are_seen():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    net[1].weight.data = net[0].weight.data
+    assert all(expandable(net).values())
+
+
+@pytest.mark.parametrize('spoil, reason', [
+    (lambda n: nn.utils.parametrizations.weight_norm(n), 'parametrised'),
+    (lambda n: nn.utils.spectral_norm(n), 'not a parameter'),
+    (lambda n: n.register_forward_hook(lambda *a: None) and n, 'hooks'),
+    (lambda n: nn.LazyConv2d(3, 3), 'a class of its own'),
+    (lambda n: nn.ConvTranspose2d(3, 3, 3), 'transposed'),
+    (lambda n: n.to('meta'), 'no values'),
+    (lambda n: n.to(torch.complex64), 'complex64')])
+def test_left_alone_with_reason(spoil, reason):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        net = nn.Sequential(spoil(nn.Conv2d(3, 3, 3)), nn.Linear(2, 2))
+    assert reason in expandable(net)['0'] and expandable(net)['1'] == ''
+    assert type(expand(net)[0]) is type(net[0])
+    with pytest.raises(ValueError, match='no layer to expand'): expand(net, layers=lambda name, m: name == '0')
+
+
+@pytest.mark.parametrize('build, size', [(resnet20, 32), (digits_net, 8), (lambda: torchvision.models.mobilenet_v2(width_mult=.25), 32),
+                                         (lambda: torchvision.models.shufflenet_v2_x0_5(), 32)])
+def test_architectures(build, size):
+    "Every layer is expanded; outputs agree; the state of the compact network loads after contraction; nothing happens to the model passed in."
+    torch.manual_seed(0)
+    net = build().double().eval()
+    x, before = torch.randn(2, 1 if build is digits_net else 3, size, size, dtype=torch.float64), copy.deepcopy(net.state_dict())
+    big = expand(net)
+    assert not any(expandable(net).values()) and expandable(big) == {}
+    for b in forms(big): assert far(b(x), net(x)) < 1e-10
+    small = contract(big)
+    assert far(small(x), net(x)) < 1e-10
+    assert list(small.state_dict()) == list(before) and str(small) == str(net)
+    small.load_state_dict(before, strict=True)
+    assert torch.equal(small(x), net(x))
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_transformer_reads_the_weight():
+    "Fast paths that read a layer's weight find the contracted one."
+    torch.manual_seed(0)
+    net, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.randn(2, 5, 8)
+    big = expand(net)
+    assert [k for k, r in expandable(net).items() if r] == ['self_attn.out_proj']
+    with torch.no_grad(): fast = big(x)
+    assert far(fast, net(x)) < 1e-5 and far(big.train().eval()(x), net(x)) < 1e-5
+
+
+def test_training_on_a_pruned_network():
+    "Real steps with batch norm in float32: contraction computes what the expanded network does."
+    torch.manual_seed(0)
+    net, x = resnet20(), torch.randn(16, 3, 32, 32)
+    big = expand(lbyl_restore(net.eval(), x[:1], ratio=.5)).train()
+    optimiser = torch.optim.SGD(big.parameters(), lr=.01, momentum=.9)
+    for _ in range(3):
+        optimiser.zero_grad()
+        F.cross_entropy(big(x), torch.arange(16) % 10).backward()
+        optimiser.step()
+    assert all(p.grad.isfinite().all() for p in big.parameters())
+    small = contract(big.eval())
+    with torch.no_grad(): assert far(small(x), big(x)) < 1e-5
+    assert not any(p.shape != q.shape for p, q in zip(small.parameters(), lbyl_restore(net, x[:1], ratio=.5).parameters()))
+
+
+def test_state_of_an_expanded_network_and_whole_modules_are_files(tmp_path):
+    net, x = digits_net().eval(), torch.randn(2, 1, 8, 8)
+    big, other = expand(net, seed=1), expand(digits_net().eval(), seed=2)
+    other.load_state_dict(big.state_dict(), strict=True)
+    assert torch.equal(other(x), big(x))
+    file = io.BytesIO()
+    torch.save(big, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(x), big(x))
+
+
+def test_seed_decides():
+    net = digits_net()
+    same = lambda a, b: all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+    torch.manual_seed(0); state = torch.get_rng_state()
+    assert same(expand(net), expand(net)) and not same(expand(net, seed=1), expand(net))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize('rate', [.99, 0, -1, float('nan'), float('inf')])
+def test_rate_too_small_names_the_layer(rate):
+    with pytest.raises(ValueError, match=r'conv1: no inverse exists at rate .* the least rate is 1'): expand(resnet20(), rate)
+    with pytest.raises(ValueError, match=r'linear: no inverse exists at rate .* the least rate is 1'): expand(resnet20(), 2, linear_rate=rate)
+
+
+def test_bad_input():
+    net = digits_net()
+    with pytest.raises(ValueError, match='expanded already'): expand(expand(net))
+    with pytest.raises(ValueError, match='expanded already'): expand(expand(nn.Linear(2, 2)))
+    with pytest.warns(UserWarning, match='not expanded'): same = contract(net)
+    assert same is not net and all(torch.equal(a, b) for a, b in zip(same.parameters(), net.parameters()))
+    with torch.no_grad(): next(net.parameters()).fill_(float('nan'))
+    with pytest.raises(ValueError, match='holds NaN'): expand(net)
+    with pytest.raises(ValueError, match='no layer to expand'): expand(nn.ReLU())
+
+
+@pytest.mark.parametrize('dtype, bound', [(torch.float16, 2e-2), (torch.bfloat16, 1e-1)])
+def test_half_precision(dtype, bound):
+    net, x = digits_net().eval().to(dtype), torch.randn(4, 1, 8, 8, dtype=dtype)
+    big = expand(net)
+    assert {p.dtype for p in [*big.parameters(), *contract(big).parameters()]} == {dtype}
+    for b in forms(big): assert far(b(x).float(), net(x).float()) < bound
+    assert far(contract(big)(x).float(), net(x).float()) < bound
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+def test_gpu():
+    net, x = resnet20().eval().cuda(), torch.randn(4, 3, 32, 32, device='cuda')
+    with torch.backends.cudnn.flags(allow_tf32=False), torch.no_grad():
+        for b in forms(expand(net)): assert far(b(x), net(x)) < 1e-4
+        small = contract(expand(net))
+    assert next(small.parameters()).device == x.device
