@@ -7,10 +7,11 @@ __all__ = ['LAYERS', 'PLAIN', 'HALF', 'PASSING', 'SAYS', 'SPATIAL', 'ACTIVATIONS
            'LeftAlone', 'is_depthwise', 'width', 'by_output', 'Reader', 'find_readers', 'find_groups',
            'remove_channels', 'silence', 'layer_outputs', 'differing', 'Channels', 'channels', 'add_constant']
 
-# %% ../nbs/10_graph.ipynb #74031c3e
+# %% ../nbs/10_graph.ipynb #4f2aee3a
 import copy
 import math
 import re
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -74,18 +75,20 @@ def _try_forward(model, args):
         for h in hooks: h.remove()
     return calls
 
-# %% ../nbs/10_graph.ipynb #63b8b74a
+# %% ../nbs/10_graph.ipynb #37a0c210
 def trace(
     model: nn.Module,   # any network that autograd can follow; it is copied, not changed
     example_inputs,     # a tensor, a tuple of positional or a dict of keyword arguments of its forward
 ) -> Traced:
-    "Copy a model and find its dependency graph. Raises ValueError if the model cannot be run on `example_inputs`."
+    "Copy a model and find its dependency graph. ValueError if it cannot be run on `example_inputs` or followed; warns of layers that are not called."
     net, args = copy.deepcopy(model).eval(), as_args(example_inputs)
     if any(p.dtype in HALF for p in net.parameters()):
         net, args = net.float(), map_tensors(args, lambda v: v.float() if v.dtype in HALF else v)
     for p in net.parameters():
         if p.is_floating_point(): p.requires_grad_(True)
     calls = _try_forward(net, args)
+    idle = [k for k, m in net.named_modules() if type(m) in PLAIN and k not in calls]
+    if idle: warnings.warn(f'not called on example_inputs, and left as they are, even if what they read on other inputs changes: {", ".join(idle[:5])}')
     try:
         with torch.enable_grad(): dg = tp.DependencyGraph().build_dependency(net, args, verbose=False)
     except Exception as e:
@@ -187,13 +190,17 @@ def by_output(layer, weight=None):
     weight = layer.weight if weight is None else weight
     return weight.transpose(0, 1) if isinstance(layer, nn.modules.conv._ConvTransposeNd) else weight
 
-# %% ../nbs/10_graph.ipynb #2cc044c8
-def _refuse(name, layer, calls):
+# %% ../nbs/10_graph.ipynb #12314fe0
+def _refuse(net, name):
     "Raise `LeftAlone` where a layer cannot take part in a group at all."
+    layer, calls = net.model.get_submodule(name), net.calls
     if type(layer) not in PLAIN: raise LeftAlone(f'{name} is a {type(layer).__name__}, which is not handled')
     if getattr(layer, 'groups', 1) > 1 and not is_depthwise(layer): raise LeftAlone(f'{name} is a grouped convolution')
     if calls.get(name, 0) > 1: raise LeftAlone(f'{name} is called {calls[name]} times in one forward pass')
     if parametrize.is_parametrized(layer): raise LeftAlone(f'{name} is parametrized')
+    own = {id(p) for p in layer.parameters()}
+    tied = [k for k, m in net.model.named_modules() if m is not layer and own & {id(p) for p in m.parameters(recurse=False)}]
+    if tied: raise LeftAlone(f'{name} shares a parameter with {tied[0]}')
 
 # %% ../nbs/10_graph.ipynb #453b2b08
 def _columns(item, m, name=''):
@@ -234,12 +241,12 @@ def _branches(net, writers, names):
         out.append(tuple((names[n.module], norm and names[norm.module]) for n, norm in branch))
     return tuple(out), f
 
-# %% ../nbs/10_graph.ipynb #960f6187
+# %% ../nbs/10_graph.ipynb #708c8b07
 def _tie(net, name, layer, items, names, streams):
     "The group of a producer, from the walk and from Torch-Pruning's items; raises `LeftAlone` where it cannot be pruned."
     writers, readers, between = _cast(net, items, names)
     for k in writers | readers | between:
-        if isinstance(module := net.model.get_submodule(k), LAYERS): _refuse(k, module, net.calls)
+        if isinstance(net.model.get_submodule(k), LAYERS): _refuse(net, k)
     for k in writers: _follow(net.dg.module2node[net.model.get_submodule(k)], streams)
     m = width(layer)
     cut = tuple((k, _columns(i, m, k)) for k, i in (writers | between).items())
@@ -257,7 +264,7 @@ class Reader:
     norm: str | None = None   # batch norm that alone reads its output
     added: bool = False       # is its output, behind the norm, a summand?
 
-# %% ../nbs/10_graph.ipynb #cf2004da
+# %% ../nbs/10_graph.ipynb #c049b6f3
 def find_readers(
     net: Traced,      # from `trace`
 ) -> list[Reader]:    # in the order of the forward pass
@@ -265,7 +272,7 @@ def find_readers(
     names, found = {m: k for k, m in net.model.named_modules()}, []
     for name in net.calls:
         layer = net.model.get_submodule(name)
-        try: _refuse(name, layer, net.calls)
+        try: _refuse(net, name)
         except LeftAlone: continue
         node = net.dg.module2node.get(layer)
         norm = _behind(node, names) if node else None
@@ -284,7 +291,7 @@ def _items(net, layer):
     try: return net.dg.get_pruning_group(layer, _cut(net, layer), list(range(width(layer)))).items
     except Exception as e: raise LeftAlone(f'Torch-Pruning cannot follow its channels ({type(e).__name__}: {e})') from e
 
-# %% ../nbs/10_graph.ipynb #bc19019e
+# %% ../nbs/10_graph.ipynb #ecec6e1c
 def find_groups(
     net: Traced,             # from `trace`
     streams: bool = False,   # residual streams too
@@ -296,7 +303,7 @@ def find_groups(
         if name in seen or is_depthwise(layer): continue
         writers = (name,)
         try:
-            _refuse(name, layer, net.calls)
+            _refuse(net, name)
             if layer not in net.dg.module2node: raise LeftAlone("its output does not reach the network's")
             _follow(net.dg.module2node[layer], streams)
             items = _items(net, layer)

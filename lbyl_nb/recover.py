@@ -83,10 +83,13 @@ def gaussian(
         return gaussian_delivery(ch.a[:, None] * ch.W, ch.beta, ch.gamma, keep, ridge, ch.activation)
     return restorer
 
-# %% ../nbs/13_recover.ipynb #0d8b191a
+# %% ../nbs/13_recover.ipynb #e2f04132
 def check_model(model: nn.Module):
     "Raise ValueError, naming the tensor, for NaN or infinity in weights or statistics, negative running variances, tensors without values."
     for name, v in model.state_dict().items():
+        if name.endswith('_extra_state'): continue
+        if not isinstance(v, torch.Tensor): raise ValueError(f'{name}: packed or quantized weights are not handled')
+        if v.is_quantized: raise ValueError(f'{name}: quantized weights are not handled')
         if v.is_meta: raise ValueError(f'{name}: is on the meta device and holds no values')
         if v.is_floating_point() and not torch.isfinite(v).all(): raise ValueError(f'{name}: holds NaN or infinity')
     for name, m in model.named_modules():
