@@ -76,6 +76,15 @@ class Shift:
         return crop_flip(x, 1)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    "As many threads here as in the scripts: sums depend on it in their last digits."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope='module')
 def data(): return subset(digits()[0], 256)
 
