@@ -308,6 +308,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'lbyl_nb.recover._cut': ('recover.html#_cut', 'lbyl_nb/recover.py'),
                                  'lbyl_nb.recover._dress': ('recover.html#_dress', 'lbyl_nb/recover.py'),
                                  'lbyl_nb.recover._errors': ('recover.html#_errors', 'lbyl_nb/recover.py'),
+                                 'lbyl_nb.recover._group_of': ('recover.html#_group_of', 'lbyl_nb/recover.py'),
                                  'lbyl_nb.recover._indices': ('recover.html#_indices', 'lbyl_nb/recover.py'),
                                  'lbyl_nb.recover._near': ('recover.html#_near', 'lbyl_nb/recover.py'),
                                  'lbyl_nb.recover._one_by_one': ('recover.html#_one_by_one', 'lbyl_nb/recover.py'),

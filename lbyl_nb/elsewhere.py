@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['from_masks', 'from_pruned', 'restore_inside']
 
-# %% ../nbs/16_elsewhere.ipynb #cf67a3e9
+# %% ../nbs/16_elsewhere.ipynb #c28682ec
 import copy
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ from torch.nn.utils import prune
 
 from .graph import by_output, find_groups, trace
 from .probe import as_args, call
-from .recover import Restoration, check_model, restore
+from .recover import Restoration, restore
 
 # %% ../nbs/16_elsewhere.ipynb #ef6d8e4d
 def from_masks(

@@ -241,14 +241,13 @@ def _branches(net, writers, names):
         out.append(tuple((names[n.module], norm and names[norm.module]) for n, norm in branch))
     return tuple(out), f
 
-# %% ../nbs/10_graph.ipynb #708c8b07
-def _tie(net, name, layer, items, names, streams):
+# %% ../nbs/10_graph.ipynb #a762cb2d
+def _tie(net, name, writers, readers, between, names, streams):
     "The group of a producer, from the walk and from Torch-Pruning's items; raises `LeftAlone` where it cannot be pruned."
-    writers, readers, between = _cast(net, items, names)
     for k in writers | readers | between:
         if isinstance(net.model.get_submodule(k), LAYERS): _refuse(net, k)
-    for k in writers: _follow(net.dg.module2node[net.model.get_submodule(k)], streams)
-    m = width(layer)
+    for k in writers.keys() - {name}: _follow(net.dg.module2node[net.model.get_submodule(k)], streams)
+    m = width(net.model.get_submodule(name))
     cut = tuple((k, _columns(i, m, k)) for k, i in (writers | between).items())
     for k, columns in cut:
         if k in writers and columns.numel() != width(net.model.get_submodule(k)): raise LeftAlone(f'its channels do not match those of {k} one to one')
@@ -291,7 +290,7 @@ def _items(net, layer):
     try: return net.dg.get_pruning_group(layer, _cut(net, layer), list(range(width(layer)))).items
     except Exception as e: raise LeftAlone(f'Torch-Pruning cannot follow its channels ({type(e).__name__}: {e})') from e
 
-# %% ../nbs/10_graph.ipynb #ecec6e1c
+# %% ../nbs/10_graph.ipynb #a495636a
 def find_groups(
     net: Traced,             # from `trace`
     streams: bool = False,   # residual streams too
@@ -306,9 +305,9 @@ def find_groups(
             _refuse(net, name)
             if layer not in net.dg.module2node: raise LeftAlone("its output does not reach the network's")
             _follow(net.dg.module2node[layer], streams)
-            items = _items(net, layer)
-            writers = tuple(_cast(net, items, names)[0])
-            found.append(_tie(net, name, layer, items, names, streams))
+            cast = _cast(net, _items(net, layer), names)
+            writers = tuple(cast[0])
+            found.append(_tie(net, name, *cast, names, streams))
         except LeftAlone as e: found.append(Group(name, width(layer), producers=writers, reason=str(e)))
         seen.update(writers)
     return found

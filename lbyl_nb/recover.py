@@ -96,17 +96,13 @@ def check_model(model: nn.Module):
         if isinstance(m, BATCH_NORM) and m.running_var is not None and (m.running_var < 0).any():
             raise ValueError(f'{name}.running_var: holds negative variances')
 
-# %% ../nbs/13_recover.ipynb #5f8ffd8e
+# %% ../nbs/13_recover.ipynb #253c4561
 def _ratios(ratio, groups):
     "Fraction to remove from every group that can be pruned; ValueError for bad numbers and names."
     for r in ratio.values() if isinstance(ratio, dict) else [ratio]:
         if isinstance(r, bool) or not isinstance(r, (int, float)) or not 0 <= r < 1: raise ValueError(f'ratio must be a number in [0, 1), got {r!r}')
     if not isinstance(ratio, dict): return {g.name: ratio for g in groups if not g.reason}
-    owner = {p: g for g in groups for p in g.producers}
-    for name in ratio:
-        if name not in owner: raise ValueError(f'ratio: the model has no prunable layer {name!r}{_near(name, owner)}')
-        if owner[name].reason: raise ValueError(f'ratio: {name} cannot be pruned: {owner[name].reason}')
-    return {owner[name].name: r for name, r in ratio.items()}
+    return {_group_of(name, groups, 'ratio').name: r for name, r in ratio.items()}
 
 def _choose(model, net, groups, ratio, criterion, dtype):
     "Kept channels of every group that is to be pruned."
@@ -116,11 +112,18 @@ def _choose(model, net, groups, ratio, criterion, dtype):
     else: scores = {g.name: criterion(channels(model, g, dtype)) for g in groups}
     return {k: keep_best(v, ratios[k], k) for k, v in scores.items()}
 
-# %% ../nbs/13_recover.ipynb #b60338bc
+# %% ../nbs/13_recover.ipynb #516b6ac0
 def _near(name, names):
     "A hint at names like this one."
     near = difflib.get_close_matches(name, names, n=3)
     return f'; did you mean {", ".join(near)}?' if near else ''
+
+def _group_of(name, groups, argument):
+    "The group that a layer writes to; ValueError naming argument and layer if there is none or it is left alone."
+    owner = {p: g for g in groups for p in g.producers}
+    if name not in owner: raise ValueError(f'{argument}: the model has no prunable layer {name!r}{_near(name, owner)}')
+    if owner[name].reason: raise ValueError(f'{argument}: {name} cannot be pruned: {owner[name].reason}')
+    return owner[name]
 
 # %% ../nbs/13_recover.ipynb #890518a0
 def _indices(name, kept, m):
@@ -132,15 +135,13 @@ def _indices(name, kept, m):
     if len(set(kept)) < len(kept): raise ValueError(f'keep: {name} has repeated indices')
     return sorted(kept)
 
-# %% ../nbs/13_recover.ipynb #2cc17b07
+# %% ../nbs/13_recover.ipynb #8899857f
 def check_plan(keep, groups) -> dict[str, list[int]]:
     "A plan with sorted plain indices, each group under its first producer. Raises TypeError or ValueError naming the layer that is unknown, wrong, or tied to others."
     if not isinstance(keep, dict): raise TypeError(f'keep must be a dict {{layer name: kept indices}}, got {type(keep).__name__}')
-    owner, out, said = {p: g for g in groups for p in g.producers}, {}, {}
+    out, said = {}, {}
     for name, kept in keep.items():
-        if name not in owner: raise ValueError(f'keep: the model has no prunable layer {name!r}{_near(name, owner)}')
-        g = owner[name]
-        if g.reason: raise ValueError(f'keep: {name} cannot be pruned: {g.reason}')
+        g = _group_of(name, groups, 'keep')
         kept, other = _indices(name, kept, g.channels), said.setdefault(g.name, name)
         if out.setdefault(g.name, kept) != kept: raise ValueError(f'keep: {other} and {name} share their channels, but the plan keeps different ones')
     return out
