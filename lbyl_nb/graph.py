@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAYERS', 'PLAIN', 'HALF', 'PASSING', 'SAYS', 'SPATIAL', 'ACTIVATIONS', 'Consumer', 'Group', 'Traced', 'trace',
-           'LeftAlone', 'is_depthwise', 'width', 'by_output', 'Reader', 'find_readers', 'find_groups',
+           'LeftAlone', 'is_depthwise', 'width', 'by_output', 'in_weight', 'Reader', 'find_readers', 'find_groups',
            'remove_channels', 'silence', 'layer_outputs', 'differing', 'Channels', 'channels', 'add_constant']
 
 # %% ../nbs/10_graph.ipynb #4f2aee3a
@@ -12,7 +12,7 @@ import copy
 import math
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch_pruning as tp
@@ -23,7 +23,7 @@ from torch_pruning import ops
 from . import gaussian as act
 from .errors import bn_affine
 from .gaussian import Activation
-from .probe import BATCH_NORM, as_args, call, channel_dim, map_tensors
+from .probe import BATCH_NORM, as_args, call, channel_dim, conv_groups, map_tensors
 
 # %% ../nbs/10_graph.ipynb #3e5d52bd
 @dataclass(frozen=True)
@@ -46,6 +46,10 @@ class Group:
     branches: tuple = ()                  # for each summand, pairs (layer, batch norm or None): the producer, then depthwise convolutions
     cut: tuple = ()                       # pairs (module, its output channels (m, span)): producers, and modules that treat channels one by one
     reason: str = ''                      # why the group is left alone; empty where it can be pruned
+    period: int | None = None             # channels whose numbers are equal modulo this stay or go together; None: each by itself
+
+    @property
+    def units(self): return self.period or self.channels    # how many choices there are
 
 # %% ../nbs/10_graph.ipynb #fa62ec18
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)   # what may produce or read channels
@@ -195,12 +199,17 @@ def _refuse(net, name):
     "Raise `LeftAlone` where a layer cannot take part in a group at all."
     layer, calls = net.model.get_submodule(name), net.calls
     if type(layer) not in PLAIN: raise LeftAlone(f'{name} is a {type(layer).__name__}, which is not handled')
-    if getattr(layer, 'groups', 1) > 1 and not is_depthwise(layer): raise LeftAlone(f'{name} is a grouped convolution')
+    if conv_groups(layer) > 1 and isinstance(layer, nn.modules.conv._ConvTransposeNd): raise LeftAlone(f'{name} is a transposed convolution in groups')
     if calls.get(name, 0) > 1: raise LeftAlone(f'{name} is called {calls[name]} times in one forward pass')
     if parametrize.is_parametrized(layer): raise LeftAlone(f'{name} is parametrized')
     own = {id(p) for p in layer.parameters()}
     tied = [k for k, m in net.model.named_modules() if m is not layer and own & {id(p) for p in m.parameters(recurse=False)}]
     if tied: raise LeftAlone(f'{name} shares a parameter with {tied[0]}')
+
+# %% ../nbs/10_graph.ipynb #65bc943d
+def in_weight(layer, columns):
+    "Where input columns stand in the weight: all of them, or those of the first group, whose places serve the others too."
+    return columns.flatten() if conv_groups(layer) == 1 else columns[columns < by_output(layer).shape[1]]
 
 # %% ../nbs/10_graph.ipynb #453b2b08
 def _columns(item, m, name=''):
@@ -228,6 +237,18 @@ def _cast(net, items, names):
     in_order = lambda d: {k: d[k] for k in net.calls if k in d}
     return in_order(writers), in_order(readers), between
 
+# %% ../nbs/10_graph.ipynb #1cf9640e
+def _period(net, m, tied):
+    "Size of the units that grouped convolutions ask for, None without any; `tied` are pairs (layer name, its channels (m, 1)). Raises `LeftAlone` where there is no choice."
+    sizes = []
+    for name, columns in tied:
+        n = conv_groups(net.model.get_submodule(name))
+        if n == 1 or is_depthwise(net.model.get_submodule(name)): continue
+        if columns.shape != (m, 1) or not torch.equal(columns.flatten(), torch.arange(m)): raise LeftAlone(f'{name} is a grouped convolution that has its channels in another order')
+        sizes.append(m // n)
+    if sizes and math.gcd(*sizes) == 1: raise LeftAlone(f'grouped convolutions leave no choice: units of {m} channels')
+    return math.gcd(*sizes) if sizes else None
+
 # %% ../nbs/10_graph.ipynb #31778f14
 def _branches(net, writers, names):
     "Branches of a group, and the activation that its consumers see."
@@ -253,7 +274,8 @@ def _tie(net, name, writers, readers, between, names, streams):
         if k in writers and columns.numel() != width(net.model.get_submodule(k)): raise LeftAlone(f'its channels do not match those of {k} one to one')
     consumers = tuple(Consumer(k, _columns(i, m, k), _behind(i.dep.target, names)) for k, i in readers.items())
     branches, f = _branches(net, writers, names)
-    return Group(name, m, branches[0][-1][1], f, consumers, tuple(writers), branches, cut)
+    period = _period(net, m, [(c.name, c.columns) for c in consumers] + [(k, columns) for k, columns in cut if k in writers])
+    return Group(name, m, branches[0][-1][1], f, consumers, tuple(writers), branches, cut, period=period)
 
 # %% ../nbs/10_graph.ipynb #303ad670
 @dataclass(frozen=True)
@@ -333,7 +355,9 @@ def silence(
     "Give weight zero to removed channels wherever they are read."
     for g in groups:
         if not removed.get(g.name): continue
-        for c in g.consumers: by_output(model.get_submodule(c.name))[:, c.columns[removed[g.name]].flatten()] = 0
+        for c in g.consumers:
+            layer = model.get_submodule(c.name)
+            by_output(layer)[:, in_weight(layer, c.columns[removed[g.name]])] = 0
 
 # %% ../nbs/10_graph.ipynb #67697338
 @torch.no_grad()
@@ -384,11 +408,17 @@ class Channels:
         "(m, d) filters; (m, d + 1) with the bias as last entry where there is no batch norm."
         return self.W if self.gamma is not None else torch.cat([self.W, self.b[:, None]], 1)
 
+    def block(self, i: int, n: int):
+        "The channels of block i of n."
+        at = slice(i * len(self.W) // n, (i + 1) * len(self.W) // n)
+        return replace(self, **{k: None if getattr(self, k) is None else getattr(self, k)[at] for k in ('W', 'a', 'b', 'gamma', 'beta')})
+
 # %% ../nbs/10_graph.ipynb #9bc19d0a
 def _stage(model, name, norm, dtype):
     "One layer and the batch norm behind it: filters as rows, a, b, gamma, beta."
     layer = model.get_submodule(name)
     W = by_output(layer).detach().to(dtype).flatten(1)
+    if conv_groups(layer) > 1 and not is_depthwise(layer): W = torch.block_diag(*W.chunk(layer.groups))
     bias = W.new_zeros(len(W)) if layer.bias is None else layer.bias.detach().to(dtype)
     if norm is None: return W, torch.ones_like(bias), bias, None, None
     bn = model.get_submodule(norm)

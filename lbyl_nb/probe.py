@@ -6,8 +6,8 @@
 __all__ = ['BATCH_NORM', 'RIDGES', 'as_args', 'call', 'map_tensors', 'tensors', 'statistics_of', 'norm_scale', 'pin', 'Probes',
            'coloured', 'random_like', 'noise', 'calibration', 'shifted_products', 'unfolded_gram', 'frame_gram',
            'stationary_gram', 'channel_dim', 'selected', 'padded', 'is_stationary', 'patch_gram', 'patch_cross',
-           'Moments', 'Centred', 'in_turn', 'total', 'target_moments', 'moments', 'row_moments', 'prediction_error',
-           'solution', 'held_out_ridge', 'Fit', 'regress', 'look']
+           'Moments', 'Centred', 'in_turn', 'total', 'stacked', 'conv_groups', 'target_moments', 'moments',
+           'row_moments', 'prediction_error', 'solution', 'held_out_ridge', 'Fit', 'regress', 'look']
 
 # %% ../nbs/05_probe.ipynb #894a7c61
 import copy
@@ -234,7 +234,7 @@ def patch_cross(
 class Moments:
     "Sums over samples and positions of what a layer reads (patches p) and of what it shall give (y), in float64."
     n: float     # number of positions
-    G: Tensor    # (d, d) sum of p p^T
+    G: Tensor    # (d, d) sum of p p^T; for a grouped convolution (groups, d, d), and so on
     C: Tensor    # (o, d) sum of y p^T
     p: Tensor    # (d,) sum of p
     y: Tensor    # (o,) sum of y
@@ -244,7 +244,8 @@ class Moments:
 
     def centred(self):
         p, y = self.p / self.n, self.y / self.n
-        return Centred(self.G / self.n - torch.outer(p, p), self.C / self.n - torch.outer(y, p), p, y, (self.yy / self.n - y**2).clamp(min=0))
+        G, C = (v / self.n - w[..., :, None] * p[..., None, :] for v, w in ((self.G, p), (self.C, y)))
+        return Centred(G, C, p, y, (self.yy / self.n - y**2).clamp(min=0))
 
 @dataclass
 class Centred:
@@ -264,25 +265,36 @@ def total(halves):
     "The sum of a list of `Moments`."
     return sum(halves[1:], halves[0])
 
+def stacked(parts):
+    "`Moments` of the same positions, stacked along a new first axis."
+    return Moments(parts[0].n, *(torch.stack([getattr(M, f) for M in parts]) for f in ('G', 'C', 'p', 'y', 'yy')))
+
+def conv_groups(layer) -> int:
+    "Number of groups of a convolution; 1 for a linear layer."
+    return getattr(layer, 'groups', 1)
+
 # %% ../nbs/05_probe.ipynb #6fdad01d
 @torch.no_grad()
 def target_moments(layer, x, y) -> dict:
     "The fields of `Moments` that depend on the output."
-    rows = y if isinstance(layer, nn.Linear) else y.movedim(1, -1)
+    rows, n = y if isinstance(layer, nn.Linear) else y.movedim(1, -1), conv_groups(layer)
     rows = rows.reshape(-1, rows.shape[-1]).double()
-    return dict(C=patch_cross(layer, x, y).double(), y=rows.sum(0), yy=rows.square().sum(0))
+    C = patch_cross(layer, x, y).double() if n == 1 else torch.stack([patch_cross(layer, *v).double() for v in zip(x.chunk(n, 1), y.chunk(n, 1))])
+    return dict(C=C, y=rows.sum(0).view(C.shape[:-1]), yy=rows.square().sum(0).view(C.shape[:-1]))
 
 # %% ../nbs/05_probe.ipynb #84c0483c
 @torch.no_grad()
 def moments(
-    layer: nn.Module,   # convolution without groups, or linear
-    x: Tensor,          # what it reads, or some of its channels
+    layer: nn.Module,   # convolution or linear
+    x: Tensor,          # what it reads, or some of its channels, as many of each group
     y: Tensor,          # what it shall give
     name: str = '',     # of the layer, for messages
-) -> Moments:
+) -> Moments:           # of a grouped convolution: stacked
     "Moments of one batch. ValueError naming the layer if there is NaN or infinity in it."
-    ones = y[..., :1] if isinstance(layer, nn.Linear) else y[:, :1]
-    m = Moments(n=ones.numel(), G=patch_gram(layer, x).double(), p=patch_cross(layer, x, torch.ones_like(ones))[0].double(), **target_moments(layer, x, y))
+    ones, n = torch.ones_like(y[..., :1] if isinstance(layer, nn.Linear) else y[:, :1]), conv_groups(layer)
+    G, p = zip(*((patch_gram(layer, v).double(), patch_cross(layer, v, ones)[0].double()) for v in ([x] if n == 1 else x.chunk(n, 1))))
+    G, p = (v[0] if n == 1 else torch.stack(v) for v in (G, p))
+    m = Moments(n=ones.numel(), G=G, p=p, **target_moments(layer, x, y))
     if not (m.G.isfinite().all() and m.C.isfinite().all()): raise ValueError(f'{name}: NaN or infinity met while probing')
     return m
 
@@ -299,14 +311,14 @@ def prediction_error(
     M: Centred,    # of probes that V has not seen, or has
 ) -> Tensor:       # (o,) mean square of y - V p - c
     "What is missed on average, from moments alone."
-    bias = M.y - V @ M.p - c
-    return (M.var - 2 * (V * M.C).sum(1) + ((V @ M.G) * V).sum(1)).clamp(min=0) + bias**2
+    bias = M.y - (V @ M.p[..., None])[..., 0] - c
+    return (M.var - 2 * (V * M.C).sum(-1) + ((V @ M.G) * V).sum(-1)).clamp(min=0) + bias**2
 
 # %% ../nbs/05_probe.ipynb #6c784ad6
 def solution(M, prior, ridge):
     "Coefficients and constants for given `Centred` moments."
     V = ridge_solution(M.G, M.C, prior, ridge)
-    return V, M.y - V @ M.p
+    return V, M.y - (V @ M.p[..., None])[..., 0]
 
 # %% ../nbs/05_probe.ipynb #f70ccf65
 def held_out_ridge(

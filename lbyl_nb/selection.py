@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .graph import by_output
-from .layerwise import channel_rows, look_at_consumers, taps_fit
-from .probe import Moments, moments, noise, norm_scale, row_moments, selected, total
+from .graph import by_output, in_weight
+from .layerwise import channel_rows, look_at_consumers, rows_in_blocks, taps_fit
+from .probe import Moments, conv_groups, moments, noise, norm_scale, selected, total
 from .solve import check_ridge
 
 # %% ../nbs/15_selection.ipynb #8b13055e
@@ -76,13 +76,23 @@ def output_scale(model, consumer):
     return norm_scale(norm).double()
 
 # %% ../nbs/15_selection.ipynb #f62f468c
-def columns_of(model, consumer, M: Moments, ridge):
-    "The `Columns` of a consumer from its moments: of taps, or of channels alone."
-    V, m = by_output(model.get_submodule(consumer.name)).detach().double(), len(consumer.columns)
-    V = (V * output_scale(model, consumer).view(-1, *[1] * (V.ndim - 1)))[:, consumer.columns.flatten().to(V.device)].view(len(V), m, -1)
-    G = M.centred().G
-    V = V.flatten(1) if len(G) == V[0].numel() else V.transpose(1, 2).flatten(0, 1)
-    return Columns(G, V, m, ridge)
+def columns_of(
+    model,          # the dense network
+    consumer,       # a `Consumer`
+    M: Moments,     # of taps, or of channels alone
+    ridge: float,   # fraction of the mean diagonal
+    units: int,     # in which channels are removed
+) -> list:          # a `Columns` for each group of the consumer
+    "What a consumer reads, unit by unit."
+    layer, out = model.get_submodule(consumer.name), []
+    W, n = by_output(layer).detach().double(), conv_groups(layer)
+    W = (W * output_scale(model, consumer).view(-1, *[1] * (W.ndim - 1)))[:, in_weight(layer, consumer.columns).to(W.device)]
+    m, C = len(consumer.columns) // n, M.centred().G
+    for G, V in zip(C.view(-1, *C.shape[-2:]), W.view(len(W), m, -1).chunk(n)):
+        V = V.flatten(1) if len(G) == V[0].numel() else V.transpose(1, 2).flatten(0, 1)
+        at = torch.arange(len(G), device=G.device).view(m // units, units, -1).transpose(0, 1).flatten()
+        out.append(Columns(G[at][:, at], V[:, at], units, ridge))
+    return out
 
 # %% ../nbs/15_selection.ipynb #3c6290f1
 @dataclass(frozen=True)
@@ -95,11 +105,12 @@ class LeastLost:
         "Ranks of the channels of every group, {producer: (m,)}."
         def measure(c, layer, x, y):
             if taps_fit(layer, c.columns): return moments(layer, selected(layer, x, c.columns.flatten()), y, c.name)
-            return row_moments(channel_rows(layer, x, c.columns), name=c.name)
+            rows = channel_rows(layer, x, c.columns)
+            return rows_in_blocks(layer, rows, rows[:, :conv_groups(layer)], c.name)
         seen, out = look_at_consumers(self.source(net.model, net.args), groups, measure), {}
         for g in tqdm(groups, 'choosing channels', delay=2, leave=False):
-            consumers = [columns_of(net.model, c, total(seen[g.name, c.name]), self.ridge) for c in g.consumers]
-            out[g.name] = elimination(consumers, g.channels)
+            consumers = [v for c in g.consumers for v in columns_of(net.model, c, total(seen[g.name, c.name]), self.ridge, g.units)]
+            out[g.name] = elimination(consumers, g.units).repeat(g.channels // g.units)
         return out
 
 # %% ../nbs/15_selection.ipynb #28d6aca6

@@ -94,14 +94,17 @@ def check_ridge(ridge: float):
     if not 0 < ridge < inf: raise ValueError(f'ridge must be a positive number, got {ridge}')
 
 def ridge_solution(
-    G: Tensor,      # (d, d) covariance, or second moments, of the regressors
-    C: Tensor,      # (o, d) of targets and regressors
-    prior: Tensor,  # (o, d) coefficients that the ridge pulls to
+    G: Tensor,      # (..., d, d) covariance, or second moments, of the regressors
+    C: Tensor,      # (..., o, d) of targets and regressors
+    prior: Tensor,  # (..., o, d) coefficients that the ridge pulls to
     ridge: float,   # fraction of the mean diagonal of `G`, > 0
-) -> Tensor:        # (o, d)
+) -> Tensor:        # (..., o, d)
     "`(C + rho prior) (G + rho I)^-1`: least squares with a ridge, one factorisation for all targets. ValueError if not finite."
     if not (G.isfinite().all() and C.isfinite().all()): raise ValueError('G, C: hold NaN or infinity')
-    rho, eye = ridge * G.diagonal().mean().clamp(min=torch.finfo(G.dtype).tiny), torch.eye(len(G), dtype=G.dtype, device=G.device)
+    scale, eye = G.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None], torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
+    rho = ridge * scale.clamp(min=torch.finfo(G.dtype).tiny)
     L, failed = torch.linalg.cholesky_ex(G + rho * eye)
-    while failed: rho = 10 * rho; L, failed = torch.linalg.cholesky_ex(G + rho * eye)
-    return torch.cholesky_solve((C + rho * prior).T, L).T
+    while failed.any():
+        rho = torch.where(failed[..., None, None] > 0, 10 * rho, rho)
+        L, failed = torch.linalg.cholesky_ex(G + rho * eye)
+    return torch.cholesky_solve((C + rho * prior).mT, L).mT

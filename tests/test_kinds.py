@@ -51,6 +51,8 @@ KINDS = dict(
     stream=(lambda: Net(stream, stem=C(3, 8, 3, padding=1), bn0=B(8), a=C(8, 10, 3, padding=1), bn1=B(10), b=C(10, 8, 3, padding=1), bn2=B(8), c=C(8, 8, 1), fc=nn.Linear(8, 4)), (3, 8, 8)),
     concatenation=(lambda: Net(dense, stem=C(3, 4, 1), na=B(4), a=C(4, 6, 3, padding=1), nb=B(10), b=C(10, 6, 3, padding=1), nc=B(16), c=C(16, 6, 3, padding=1), fc=nn.Linear(22, 4)), (3, 8, 8)),
     gated_depthwise=(lambda: Net(gated, expand=C(3, 8, 1), bn=B(8), dw=C(8, 8, 3, padding=1, groups=8), dbn=B(8), squeeze=C(8, 6, 1), excite=C(6, 8, 1), out=C(8, 4, 1)), (3, 8, 8)),
+    grouped=(lambda: nn.Sequential(C(3, 12, 1), B(12), nn.ReLU(), C(12, 8, 3, padding=1, groups=2), B(8), nn.ReLU(), C(8, 8, 3, groups=4), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4)), (3, 8, 8)),
+    grouped_1d=(lambda: nn.Sequential(nn.Conv1d(3, 12, 1), nn.ReLU(), nn.Conv1d(12, 6, 3, groups=3), nn.ReLU(), nn.Conv1d(6, 2, 1)), (3, 12)),
     transposed=(lambda: nn.Sequential(C(3, 8, 3), B(8), nn.ReLU(), nn.ConvTranspose2d(8, 6, 3, stride=2), nn.ReLU(), nn.ConvTranspose2d(6, 6, 2, bias=False), nn.ReLU(), C(6, 2, 1)), (3, 8, 8)),
     one_dimension=(lambda: nn.Sequential(nn.Conv1d(3, 8, 3, padding=1), nn.BatchNorm1d(8), nn.ReLU(), nn.Conv1d(8, 6, 5, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(36, 4)), (3, 16)),
     three_dimensions=(lambda: nn.Sequential(nn.Conv3d(2, 8, 3, padding=1), nn.BatchNorm3d(8), nn.ReLU(), nn.MaxPool3d(2), nn.Conv3d(8, 6, 2), nn.ReLU(), nn.Flatten(), nn.Linear(48, 4)), (2, 6, 6, 6)),
@@ -69,14 +71,16 @@ def made(kind, double=True):
 
 
 def repeated(net, group):
-    "The network with the last channels of a group equal to its first ones, and the plan that removes them."
-    net, half = copy.deepcopy(net), group.channels // 2
+    "The network with the last units of a group equal to its first ones (of a grouped convolution: in every group), and the plan that removes them."
+    net, half = copy.deepcopy(net), group.units // 2
+    at = torch.arange(group.channels).view(-1, group.units)
+    last, first = at[:, -half:].flatten(), at[:, :half].flatten()
     with torch.no_grad():
-        for name, at in group.cut:
+        for name, cut in group.cut:
             m = net.get_submodule(name)
             for t in [by_output(m) if k == 'weight' and m.weight.ndim > 1 else v for k, v in [*m.named_parameters(), *m.named_buffers()] if v.ndim]:
-                t[at[-half:].flatten()] = t[at[:half].flatten()]
-    return net, {group.name: list(range(group.channels - half))}
+                t[cut[last].flatten()] = t[cut[first].flatten()]
+    return net, {group.name: at[:, :-half].flatten().tolist()}
 
 
 def groups_of(kind):
