@@ -54,11 +54,9 @@ def random_scores(
 # %% ../nbs/11_criteria.ipynb #921e4709
 def keep_best(
     scores: Tensor,   # (m,) one score a channel, larger is better
-    ratio: float,     # fraction of the channels to remove, in [0, 1)
+    t: int,           # how many channels to keep
     name: str = '',   # layer, for messages
 ) -> list[int]:       # sorted indices of the kept channels
-    "The round(m (1 - ratio)) best channels. Raises ValueError where none would be left or a score is not finite."
-    m, t = len(scores), round(len(scores) * (1 - ratio))
+    "The t best channels. ValueError where a score is not finite."
     if not torch.isfinite(scores).all(): raise ValueError(f'{name}: the criterion gives scores that are not finite')
-    if t < 1: raise ValueError(f'{name}: ratio {ratio} leaves none of its {m} channels')
     return sorted(scores.argsort(descending=True, stable=True)[:t].tolist())

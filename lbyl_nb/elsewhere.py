@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from .graph import by_output, find_groups, trace
-from .probe import as_args, call
+from .graph import by_output, find_groups, first_calls, trace
+from .probe import as_args
 from .recover import Restoration, restore
 
 # %% ../nbs/16_elsewhere.ipynb #ef6d8e4d
@@ -50,7 +50,8 @@ def _signature(model, group, columns=None):
 def _match(small: Tensor, dense: Tensor, name: str) -> list:
     "For each row of `small` the one equal row of `dense`; ValueError naming the layer otherwise."
     if small.shape[1] != dense.shape[1]: raise ValueError(f'{name}: its filters have {small.shape[1]} entries, and {dense.shape[1]} were expected of it')
-    same = torch.isclose(small[:, None], dense[None], rtol=1e-5, atol=1e-7).all(-1)
+    size = (small.norm(dim=1)[:, None] + dense.norm(dim=1)) / 2
+    same = torch.cdist(small, dense, compute_mode='donot_use_mm_for_euclid_dist') <= 1e-5 * size + 1e-7
     if (same.sum(1) == 0).any(): raise ValueError(f'{name}: filter {(same.sum(1) == 0).nonzero()[0].item()} of the pruned network equals none of the dense one; was it trained since?')
     if (same.sum(1) > 1).any(): raise ValueError(f'{name}: filter {(same.sum(1) > 1).nonzero()[0].item()} of the pruned network equals several of the dense one: {same[same.sum(1) > 1][0].nonzero().flatten().tolist()}')
     return same.double().argmax(1).tolist()
@@ -79,15 +80,11 @@ def _has(model, name): return name in dict(model.named_modules())
 
 # %% ../nbs/16_elsewhere.ipynb #1c9338f6
 def _called_with(model, name, args):
-    "Positional and keyword arguments of the first call of a submodule; ValueError if it is not called."
-    seen = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda m, a, k: seen.append((a, k)), with_kwargs=True)
-    try:
-        with torch.no_grad(): call(model, args)
-    finally: handle.remove()
-    if not seen: raise ValueError(f'{name}: not called when the model runs on example_inputs')
-    if seen[0][0] and seen[0][1]: raise ValueError(f'{name}: called with positional and keyword arguments, of which only one kind can be given')
-    return seen[0][1] or seen[0][0]
+    "Arguments of the first call of a submodule; ValueError if it is not called, or with arguments of both kinds."
+    positional, named = first_calls(model, args).get(model.get_submodule(name), (None, None))
+    if positional is None: raise ValueError(f'{name}: not called when the model runs on example_inputs')
+    if positional and named: raise ValueError(f'{name}: called with positional and keyword arguments, of which only one kind can be given')
+    return named or positional
 
 # %% ../nbs/16_elsewhere.ipynb #d4c19058
 def restore_inside(
