@@ -13,7 +13,8 @@ import copy
 import math
 import re
 import warnings
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, is_dataclass, replace
 
 import torch
 import torch_pruning as tp
@@ -100,9 +101,27 @@ def first_calls(model, args) -> dict:
     return seen
 
 # %% ../nbs/10_graph.ipynb #28fdbf80
+def _tensors_in(out):
+    "Tensors in what a network puts out, at any depth of lists, tuples, dicts and data classes; anything else is nobody's channel."
+    if isinstance(out, Tensor): return [out]
+    if isinstance(out, dict): out = out.values()
+    elif is_dataclass(out): out = vars(out).values()
+    elif not isinstance(out, (list, tuple)): return []
+    return [t for v in out for t in _tensors_in(v)]
+
+@contextmanager
+def _without_backward_hooks(net):
+    "Full backward hooks put nodes of their own into the graph of autograd: they are set aside while it is read."
+    own = [(m, m._backward_hooks, m._backward_pre_hooks) for m in net.modules()]
+    for m, *_ in own: m._backward_hooks, m._backward_pre_hooks = {}, {}
+    try: yield
+    finally:
+        for m, hooks, before in own: m._backward_hooks, m._backward_pre_hooks = hooks, before
+
 def _graph(model, args):
     "Torch-Pruning's graph of a network."
-    with torch.enable_grad(): return tp.DependencyGraph().build_dependency(model, args, verbose=False)
+    with torch.enable_grad(), _without_backward_hooks(model):
+        return tp.DependencyGraph().build_dependency(model, args, output_transform=_tensors_in, verbose=False)
 
 def _part_graphs(model, seen):
     "Graphs of the largest parts of a network that can be followed."
@@ -126,7 +145,9 @@ def trace(
     example_inputs,     # a tensor, a tuple of positional or a dict of keyword arguments of its forward
 ) -> Traced:
     "Copy a model and find its dependency graph. ValueError if it cannot be run on `example_inputs` or no part of it can be followed; warns of layers that are not called."
-    net, args = copy.deepcopy(model).eval(), as_args(example_inputs)
+    if torch.is_inference_mode_enabled(): raise ValueError('networks are followed by autograd, which records nothing under torch.inference_mode: call this outside of it')
+    try: net, args = copy.deepcopy(model).eval(), as_args(example_inputs)
+    except Exception as e: raise ValueError(f'{type(model).__name__}: cannot be copied: {type(e).__name__}: {e}') from e
     if any(p.dtype in HALF for p in net.parameters()):
         net, args = net.float(), map_tensors(args, lambda v: v.float() if v.dtype in HALF else v)
     for p in net.parameters():
@@ -306,6 +327,7 @@ def _tie(net, name, writers, readers, between, names, streams):
     "The group of a producer, from the walk and from Torch-Pruning's items; raises `LeftAlone` where it cannot be pruned."
     for k in writers | readers | between:
         if isinstance(net.model.get_submodule(k), LAYERS): _refuse(net, k)
+        elif parametrize.is_parametrized(net.model.get_submodule(k)): raise LeftAlone(f'{k} is parametrized')
     for k in writers.keys() - {name}: _follow(net.node(k), streams)
     m = width(net.model.get_submodule(name))
     cut = tuple((k, _columns(i, m, k)) for k, i in (writers | between).items())

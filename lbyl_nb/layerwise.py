@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
 from .delivery import removed
-from .graph import Reader, add_constant, by_output, channels, find_readers, in_weight
+from .graph import Reader, add_constant, by_output, channels, find_readers, in_weight, is_depthwise
 from .probe import Fit, Moments, Probes, call, channel_dim, conv_groups, in_turn, look, map_tensors, moments, noise, norm_scale, regress, row_moments, selected, stacked, target_moments, total
 from .recover import absorb, in_blocks, lbyl
 from .solve import check_ridge
@@ -101,14 +101,14 @@ def site_fit(
     if s.free:
         prior = W[:, in_weight(layer, s.read).to(W.device)].flatten(1)
         fit = regress(halves, prior if n == 1 else prior.view(n, len(W) // n, -1), ridge)
-        return replace(fit, V=fit.V.flatten(0, -2), c=fit.c.flatten())
+        return replace(fit, V=fit.V.flatten(0, -2).to(layer.weight), c=fit.c.flatten())    # in its final precision: the taps of all layers are held at once
     m, span = len(s.columns) // n, s.columns.shape[1]
     keep, V = [k for k in s.keep if k < m], W[:, in_weight(layer, s.columns).to(W.device)].view(n, len(W) // n, m, span, -1)    # (groups, o, m, span, taps)
     out = removed(keep, m)
     S = regress(halves, W.new_zeros(n, len(out), len(keep)), ridge)
     carried = torch.einsum('gorst,grk->gokst', V[:, :, out], S.V)
     c = torch.einsum('gorst,gr->go', V[:, :, out], S.c).flatten() + (0 if layer.bias is None else layer.bias.detach().double())
-    return replace(S, V=(V[:, :, keep] + carried).flatten(0, 1).flatten(1), c=c)
+    return replace(S, V=(V[:, :, keep] + carried).flatten(0, 1).flatten(1).to(layer.weight), c=c)
 
 # %% ../nbs/14_layerwise.ipynb #149ce089
 @torch.no_grad()
@@ -122,12 +122,13 @@ def rewrite(model: nn.Module, s: Site, fit: Fit):
 
 # %% ../nbs/14_layerwise.ipynb #f2e8687c
 def find_sites(net, groups, chosen, taps=True, every=False) -> dict[str, Site]:
-    "Sites of the consumers of pruned groups; with `every`, also of all other layers behind the first of them. In forward order."
+    "Sites of the consumers of pruned groups; with `every`, also of all other layers behind the first of them that mix channels. In forward order."
     pruned, found = {}, {}
     for g in groups:
         for c in g.consumers: pruned.setdefault(c.name, []).append((c, chosen[g.name]))
     for r in find_readers(net):
-        if r.name in pruned or (every and found): found[r.name] = site(net.model, r, pruned.get(r.name, []), taps)
+        mixes = not is_depthwise(net.model.get_submodule(r.name))
+        if r.name in pruned or (every and found and mixes): found[r.name] = site(net.model, r, pruned.get(r.name, []), taps)
     return {k: s for k, s in found.items() if s.free or k in pruned}
 
 # %% ../nbs/14_layerwise.ipynb #db08a19a
@@ -184,16 +185,15 @@ def apply_fit(layer: nn.Module, fit: Fit, read: Tensor) -> Tensor:
 # %% ../nbs/14_layerwise.ipynb #5929c72c
 def layer_hook(pair, s: Site):
     "A forward hook that solves for a layer and replaces the restored half of its output."
-    def hook(layer, inputs, output):
-        (dense, x), y = inputs[0].chunk(2), output.chunk(2)[0]
+    def hook(layer, inputs, out):
+        (dense, x), (y, restored) = inputs[0].chunk(2), out.chunk(2)
         read = selected(layer, x, s.read)
         halves = in_turn(lambda *v: site_moments(s, layer, *v), read, dense, y)
         pair.fits[s.reader.name] = fit = site_fit(s, layer, halves, pair.ridge)
         pair.bar.update()
-        out = torch.cat([y, apply_fit(layer, fit, read)])
+        restored.copy_(apply_fit(layer, fit, read))
         place, key = (pair.waiting, s.reader.norm) if s.reader.norm else (pair.pending, id(out))
         if s.reader.added and s.free: place[key] = Pending(s, halves, read, y, out)
-        return out
     return hook
 
 # %% ../nbs/14_layerwise.ipynb #efbcb090
@@ -231,8 +231,8 @@ class SideBySide(TorchFunctionMode):
 
     def run(self, args) -> dict:
         norms = {s.reader.norm for s in self.sites.values() if s.reader.added and s.reader.norm}
-        hooks = [self.model.get_submodule(k).register_forward_hook(layer_hook(self, s)) for k, s in self.sites.items()]
-        hooks += [self.model.get_submodule(k).register_forward_hook(norm_hook(self, k)) for k in norms]
+        hooks = [self.model.get_submodule(k).register_forward_hook(layer_hook(self, s), prepend=True) for k, s in self.sites.items()]
+        hooks += [self.model.get_submodule(k).register_forward_hook(norm_hook(self, k), prepend=True) for k in norms]
         try:
             with torch.no_grad(), self: call(self.model, map_tensors(args, lambda v: torch.cat([v, v])))
         finally:

@@ -6,8 +6,8 @@
 __all__ = ['BATCH_NORM', 'RIDGES', 'as_args', 'call', 'map_tensors', 'tensors', 'statistics_of', 'norm_scale', 'pin', 'Probes',
            'coloured', 'random_like', 'noise', 'calibration', 'shifted_products', 'unfolded_gram', 'frame_gram',
            'stationary_gram', 'channel_dim', 'selected', 'padded', 'is_stationary', 'patch_gram', 'patch_cross',
-           'Moments', 'Centred', 'in_turn', 'total', 'stacked', 'conv_groups', 'target_moments', 'moments',
-           'row_moments', 'prediction_error', 'solution', 'held_out_ridge', 'Fit', 'regress', 'look']
+           'minus_products', 'Moments', 'Centred', 'in_turn', 'total', 'stacked', 'conv_groups', 'target_moments',
+           'moments', 'row_moments', 'prediction_error', 'solution', 'held_out_ridge', 'Fit', 'regress', 'look']
 
 # %% ../nbs/05_probe.ipynb #894a7c61
 import copy
@@ -230,6 +230,11 @@ def patch_cross(
     return nn.grad.conv2d_weight(padded(layer, x), shape, y, layer.stride, 0, layer.dilation).flatten(1)
 
 # %% ../nbs/05_probe.ipynb #241d1325
+def minus_products(v, a, b):
+    "v - a b^T in place, for matrices (o, d) or stacks of them; vectors a (o,) and b (d,) likewise."
+    v.view(-1, *v.shape[-2:]).baddbmm_(a.reshape(-1, v.shape[-2], 1), b.reshape(-1, 1, v.shape[-1]), alpha=-1)
+    return v
+
 @dataclass
 class Moments:
     "Sums over samples and positions of what a layer reads (patches p) and of what it shall give (y), in float64."
@@ -244,8 +249,7 @@ class Moments:
 
     def centred(self):
         p, y = self.p / self.n, self.y / self.n
-        G, C = (v / self.n - w[..., :, None] * p[..., None, :] for v, w in ((self.G, p), (self.C, y)))
-        return Centred(G, C, p, y, (self.yy / self.n - y**2).clamp(min=0))
+        return Centred(minus_products(self.G / self.n, p, p), minus_products(self.C / self.n, y, p), p, y, (self.yy / self.n - y**2).clamp(min=0))
 
 @dataclass
 class Centred:
@@ -369,7 +373,7 @@ def look(
             sums[name] = [a + b for a, b in zip(sums[name], new)] if name in sums else new
         return add
     try:
-        for name in names: hooks.append(probes.model.get_submodule(name).register_forward_hook(hook(name)))
+        for name in names: hooks.append(probes.model.get_submodule(name).register_forward_hook(hook(name), prepend=True))
         for args in probes.batches(batch): call(probes.model, args)
     finally:
         for h in hooks: h.remove()

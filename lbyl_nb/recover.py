@@ -12,6 +12,7 @@ import difflib
 import fnmatch
 import json
 import math
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -27,7 +28,7 @@ from .gaussian import gaussian_delivery
 from .files import read_safetensors, write_safetensors
 from .graph import add_constant, by_output, channels, differing, find_groups, layer_outputs, remove_channels, silence, trace
 from .merging import merging_delivery
-from .probe import BATCH_NORM, as_args, conv_groups, map_tensors, random_like
+from .probe import BATCH_NORM, as_args, conv_groups, map_tensors, random_like, tensors
 from .solve import centred_ridge, check_ridge, lbyl_delivery
 
 # %% ../nbs/13_recover.ipynb #2cad5a77
@@ -86,11 +87,23 @@ def gaussian(
     return restorer
 
 # %% ../nbs/13_recover.ipynb #e2f04132
+def _check_kind(model):
+    "TypeError or ValueError for what is no plain module, or computes its weights by hooks."
+    if not isinstance(model, nn.Module): raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}')
+    if isinstance(model, torch.jit.ScriptModule): raise ValueError(f'{type(model).__name__}: TorchScript cannot be followed; give the module that it was made from')
+    for name, m in model.named_modules():
+        for k in ('weight', 'bias'):
+            if isinstance(vars(m).get(k), Tensor):
+                raise ValueError(f'{name}.{k}: is computed by a hook; make it a parameter again, by remove_weight_norm or remove_spectral_norm of torch.nn.utils, or prune.remove')
+
 def check_model(model: nn.Module):
     "Raise ValueError, naming the tensor, for NaN or infinity in weights or statistics, negative running variances, tensors without values."
+    _check_kind(model)
     for name, v in model.state_dict().items():
         if name.endswith('_extra_state'): continue
         if not isinstance(v, torch.Tensor): raise ValueError(f'{name}: packed or quantized weights are not handled')
+        if isinstance(v, nn.parameter.UninitializedTensorMixin): raise ValueError(f'{name}: has no shape yet; call the lazy network once first')
+        if v.is_complex(): raise ValueError(f'{name}: complex weights are not handled')
         if v.is_quantized: raise ValueError(f'{name}: quantized weights are not handled')
         if v.is_meta: raise ValueError(f'{name}: is on the meta device and holds no values')
         if v.is_floating_point() and not torch.isfinite(v).all(): raise ValueError(f'{name}: holds NaN or infinity')
@@ -266,8 +279,9 @@ def _row(g, ch=None, keep=None, S=None, missed=math.nan):
 # %% ../nbs/13_recover.ipynb #50f369f0
 def cost(model, example_inputs) -> dict:
     "Parameters of a model, and multiply-accumulate operations of one forward pass, averaged over the batch."
-    macs, params = tp.utils.count_ops_and_params(model, as_args(example_inputs))
-    return dict(params=int(params), macs=int(macs))
+    args = as_args(example_inputs)
+    with redirect_stdout(None): macs, params = tp.utils.count_ops_and_params(model, args)    # it warns of arguments by keyword, for which it takes no mean
+    return dict(params=int(params), macs=int(macs / max(map(len, tensors(args))) if isinstance(args, dict) else macs))
 
 # %% ../nbs/13_recover.ipynb #35b90abc
 @dataclass(frozen=True)

@@ -101,10 +101,12 @@ def ridge_solution(
 ) -> Tensor:        # (..., o, d)
     "`(C + rho prior) (G + rho I)^-1`: least squares with a ridge, one factorisation for all targets. ValueError if not finite."
     if not (G.isfinite().all() and C.isfinite().all()): raise ValueError('G, C: hold NaN or infinity')
-    scale, eye = G.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None], torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
-    rho = ridge * scale.clamp(min=torch.finfo(G.dtype).tiny)
-    L, failed = torch.linalg.cholesky_ex(G + rho * eye)
+    diagonal = G.diagonal(dim1=-2, dim2=-1)
+    rho = ridge * diagonal.mean(-1, keepdim=True).clamp(min=torch.finfo(G.dtype).tiny)
+    factor = lambda: torch.linalg.cholesky_ex(G.diagonal_scatter(diagonal + rho, dim1=-2, dim2=-1))
+    L, failed = factor()
     while failed.any():
-        rho = torch.where(failed[..., None, None] > 0, 10 * rho, rho)
-        L, failed = torch.linalg.cholesky_ex(G + rho * eye)
-    return torch.cholesky_solve((C + rho * prior).mT, L).mT
+        rho = torch.where(failed[..., None] > 0, 10 * rho, rho)
+        L, failed = factor()
+    Y = torch.linalg.solve_triangular(L, (C + rho[..., None] * prior).mT, upper=False)    # in two steps: `cholesky_solve` copies L
+    return torch.linalg.solve_triangular(L.mT, Y, upper=True).mT

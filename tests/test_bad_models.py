@@ -1,0 +1,408 @@
+"Networks that are not what one hopes for: each is pruned as far as it can be, with a reason for the rest, or refused with an error that says what is wrong."
+import copy, threading, warnings
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+from lbyl_nb.layerwise import layerwise, probe
+from lbyl_nb.probe import calibration, noise
+from lbyl_nb.recover import lbyl, lbyl_restore, load_restored, plan, prune_only, restore, save_restored
+
+RESTORERS = dict(lbyl=lbyl(), probe=probe(noise(8)), layerwise=layerwise(noise(8)))
+each_restorer = pytest.mark.parametrize('restorer', RESTORERS.values(), ids=RESTORERS.keys())
+rows, image, sequence = torch.rand(4, 6), torch.randn(2, 3, 8, 8), torch.randn(4, 5, 6)
+
+
+@pytest.fixture(autouse=True)
+def seed(): torch.manual_seed(0)
+
+
+class Net(nn.Module):
+    "Layers as attributes, and a function of the network and its input."
+    def __init__(self, f, **layers):
+        super().__init__()
+        self.f = f
+        for k, v in layers.items(): self.add_module(k, v)
+    def forward(self, x): return self.f(self, x)
+
+
+def cnn(): return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Conv2d(6, 3, 1))
+
+
+def chain(middle=lambda: nn.Linear(8, 8)): return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), middle(), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+
+
+def reasons(r): return {g.layer: g.left_alone for g in r.report.itertuples() if g.left_alone}
+
+
+# Outputs
+
+def outputs(f): return Net(lambda n, x: (lambda h: (lambda g: f(h, g, n.c(g)))(n.b(h).relu()))(n.a(x).relu()), a=nn.Linear(6, 8), b=nn.Linear(8, 8), c=nn.Linear(8, 3))
+
+
+@dataclass
+class Pair:
+    y: Tensor
+    h: Tensor
+
+
+STRUCTURES = dict(tuple=lambda h, g, y: (y, g), dict=lambda h, g, y: dict(y=y, h=h), nested=lambda h, g, y: dict(a=[y, (g,)]))
+OTHERS = dict(dataclass=lambda h, g, y: Pair(y, h), none=lambda h, g, y: (y, None), number=lambda h, g, y: dict(y=y, n=3))
+
+
+@each_restorer
+@pytest.mark.parametrize('f', [*STRUCTURES.values(), *OTHERS.values()], ids=[*STRUCTURES, *OTHERS])
+def test_outputs_of_any_structure(f, restorer):
+    "Hidden channels can be removed even if they are put out, for shapes of tensors put out beside the last one are nobody's promise."
+    net = outputs(f)
+    r = restore(net, rows, ratio=.5, restorer=restorer)
+    assert type(r.model(rows)) is type(net(rows)) and r.plan.keys() == {'a', 'b'} and 'c' in reasons(r)
+
+
+# Control flow
+
+def test_a_branch_that_is_not_taken():
+    "What example inputs do not reach is left as it is, and a warning names it; inputs that do reach it may find it too wide."
+    net = Net(lambda n, x: n.o((n.p if x.sum() > 0 else n.n)(n.a(x).relu()).relu()), a=nn.Linear(6, 8), p=nn.Linear(8, 8), n=nn.Linear(8, 8), o=nn.Linear(8, 3))
+    with pytest.warns(UserWarning, match='not called on example_inputs.*: n$'): r = restore(net, rows, ratio=.5)
+    assert r.plan.keys() == {'a', 'p'} and r.model(rows).shape == (4, 3) and r.model.n.weight.shape == (8, 8)
+    with pytest.raises(RuntimeError): r.model(-rows)
+
+
+@each_restorer
+def test_a_branch_without_layers(restorer):
+    "Either way the same layers are called, so either way the smaller network runs."
+    net = Net(lambda n, x: n.o(n.a(x).relu() if x.sum() > 0 else n.a(x).relu() * 2), a=nn.Linear(6, 8), o=nn.Linear(8, 3))
+    small = lbyl_restore(net, rows, ratio=.5, restorer=restorer)
+    assert small(rows).shape == small(-rows).shape == (4, 3) and small.a.out_features == 4
+
+
+# Layers
+
+@each_restorer
+def test_a_head_tied_to_an_embedding(restorer, tmp_path):
+    "The tie holds in the restored network and in what is read from its file; the layers in between are pruned."
+    def build():
+        net = Net(lambda n, i: (lambda z: n.head(z + n.b(n.a(z).relu())))(n.e(i)), e=nn.Embedding(11, 6), a=nn.Linear(6, 8), b=nn.Linear(8, 6), head=nn.Linear(6, 11, bias=False))
+        net.head.weight = net.e.weight
+        return net
+    net, words = build(), torch.randint(11, (4, 5))
+    r = restore(net, words, ratio=.5, restorer=restorer)
+    assert r.model.head.weight is r.model.e.weight is not net.e.weight and r.plan.keys() == {'a'}
+    assert reasons(r)['head'] == 'head shares a parameter with e' and torch.equal(r.model.e.weight, net.e.weight)
+    with pytest.raises(ValueError, match='keep: head cannot be pruned: head shares a parameter with e'): lbyl_restore(net, words, keep=dict(head=[0, 1]))
+    save_restored(r.model, r.plan, tmp_path/'f.safetensors')
+    loaded = load_restored(build(), words, tmp_path/'f.safetensors')
+    assert loaded.head.weight is loaded.e.weight and torch.equal(loaded(words), r.model(words))
+
+
+@each_restorer
+def test_layers_that_share_a_weight(restorer):
+    net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    net[2].weight = net[0].weight
+    r = restore(net, rows, ratio=.5, restorer=restorer)
+    assert r.model[2].weight is r.model[0].weight and r.plan.keys() == {'4'} and reasons(r)['2'] == '2 shares a parameter with 0'
+
+
+NORMS = dict(weight_norm=parametrizations.weight_norm, spectral_norm=parametrizations.spectral_norm, orthogonal=parametrizations.orthogonal)
+
+
+@each_restorer
+@pytest.mark.parametrize('norm', NORMS)
+def test_parametrized_layers(norm, restorer):
+    "They and what they read are left alone, and stay parametrized; the rest is pruned."
+    net = chain(lambda: NORMS[norm](nn.Linear(8, 8))).eval()
+    r = restore(net, rows, ratio=.5, restorer=restorer)
+    assert r.plan.keys() == {'4'} and parametrize.is_parametrized(r.model[2]) and torch.equal(r.model[2].weight, net[2].weight)
+    assert all('2 is a ParametrizedLinear' in reasons(r)[k] for k in '02')
+    with pytest.raises(ValueError, match='keep: 2 cannot be pruned: 2 is a ParametrizedLinear'): lbyl_restore(net, rows, keep={'2': [0]})
+
+
+@pytest.mark.filterwarnings('ignore:The .grad attribute')
+def test_a_parametrized_batch_norm():
+    net = cnn()
+    class Positive(nn.Module):
+        def forward(self, x): return x.abs()
+    parametrize.register_parametrization(net[1], 'weight', Positive())
+    assert reasons(restore(net, image, ratio=.5))['0'].startswith('1 is')
+
+
+OLD = dict(weight_norm=nn.utils.weight_norm, spectral_norm=nn.utils.spectral_norm, masks=lambda layer: prune.l1_unstructured(layer, 'weight', .5))
+
+
+@pytest.mark.filterwarnings('ignore:.*deprecated')
+@pytest.mark.parametrize('norm', OLD)
+def test_weights_that_a_hook_computes(norm):
+    "Weight norm and spectral norm of old, and masks: what they make of a layer cannot be copied."
+    with pytest.raises(ValueError, match='2.weight'): plan(chain(lambda: OLD[norm](nn.Linear(8, 8))), rows, .5)
+
+
+@pytest.mark.filterwarnings('ignore')    # of torch, about the end of its quantization
+def test_quantized_layers():
+    net = torch.ao.quantization.quantize_dynamic(chain(), {nn.Linear})
+    for call in (lbyl_restore, plan):
+        with pytest.raises(ValueError, match='0._packed_params.*quantized weights are not handled'): call(net, rows, ratio=.5)
+
+
+def test_networks_without_values():
+    with pytest.raises(ValueError, match='0.weight: is on the meta device'): plan(cnn().to('meta'), image.to('meta'), .5)
+    with pytest.raises(ValueError, match='example_inputs'): plan(cnn(), image.to('meta'), .5)
+
+
+def test_lazy_layers():
+    with pytest.raises(ValueError, match='0.weight'): plan(nn.Sequential(nn.LazyConv2d(8, 3), nn.ReLU(), nn.Conv2d(8, 3, 1)), image, .5)
+
+
+def test_a_plan_that_breaks_the_groups_of_a_convolution():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1, groups=2), nn.ReLU(), nn.Conv2d(8, 3, 1))
+    with pytest.raises(ValueError, match='keep: 0: grouped convolutions tie channels that are equal modulo 4'): restore(net, image, keep={'0': [0, 1, 2]})
+    assert restore(net, image, keep={'0': [0, 1, 4, 5]}).model[2].weight.shape == (8, 2, 1, 1)
+
+
+@each_restorer
+@pytest.mark.parametrize('norm, reason', [(lambda: nn.GroupNorm(4, 8), 'GroupNorm'), (lambda: nn.InstanceNorm2d(8, affine=True), 'go through')])
+def test_channels_that_stand_in_groups(norm, reason, restorer):
+    "They are left alone, so no plan can break their division; the rest is pruned."
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), norm(), nn.ReLU(), nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Conv2d(6, 3, 1))
+    r = restore(net, image, ratio=.5, restorer=restorer)
+    assert reason in reasons(r)['0'] and r.plan.keys() == {'3'}
+    with pytest.raises(ValueError, match=f'keep: 0 cannot be pruned: .*{reason}'): lbyl_restore(net, image, keep={'0': [0, 1, 2]})
+
+
+def own_attention(n, x):
+    "Two heads of width four from one layer for queries, keys and values."
+    z = n.i(x)
+    q, k, v = n.qkv(z).view(*z.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4)
+    z = z + n.p(((q @ k.mT / 2).softmax(-1) @ v).transpose(1, 2).reshape(z.shape))
+    return n.o((z + n.d(n.u(z).relu())).mean(1))
+
+
+def separate_attention(n, x):
+    "The same from three layers, by the function that torch has for it."
+    z = n.i(x)
+    q, k, v = (f(z).view(*z.shape[:2], 2, 4).transpose(1, 2) for f in (n.q, n.k, n.v))
+    z = z + n.p(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(z.shape))
+    return n.o((z + n.d(n.u(z).relu())).mean(1))
+
+
+def module_attention(n, x):
+    z = n.i(x)
+    z = z + n.p(z, z, z, need_weights=False)[0]
+    return n.o((z + n.d(n.u(z).relu())).mean(1))
+
+
+L = nn.Linear
+ATTENTION = dict(own=(own_attention, dict(qkv=L(8, 24), p=L(8, 8)), 'qkv'), separate=(separate_attention, dict(q=L(8, 8), k=L(8, 8), v=L(8, 8), p=L(8, 8)), 'v'),
+                 module=(module_attention, dict(p=nn.MultiheadAttention(8, 2, batch_first=True)), 'i'))
+
+
+@each_restorer
+@pytest.mark.parametrize('streams', [False, True])
+@pytest.mark.parametrize('kind', ATTENTION)
+def test_attention(kind, streams, restorer):
+    "Heads keep their width: layers that write to them are left alone, and a plan that names one is refused. What lies between attentions is pruned."
+    f, layers, name = ATTENTION[kind]
+    net = Net(f, i=L(6, 8), **layers, u=L(8, 12), d=L(12, 8), o=L(8, 3))
+    r = restore(net, sequence, ratio=.5, streams=streams, restorer=restorer)
+    assert r.plan.keys() >= {'u'} and name not in r.plan and r.model(sequence).shape == (4, 3) and r.model.u.out_features == 6
+    with pytest.raises(ValueError, match=f'keep: {name} cannot be pruned: '): lbyl_restore(net, sequence, keep={name: [0, 1, 2]})
+
+
+@each_restorer
+@pytest.mark.parametrize('batch_first', [False, True])
+@pytest.mark.parametrize('kind', [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers(kind, batch_first, restorer):
+    "They and what they read are left alone with a reason; what lies behind is pruned."
+    net = Net(lambda n, x: n.o(n.m(n.r(n.i(x).relu())[0].mean(1)).relu()), i=L(6, 8), r=kind(8, 8, batch_first=batch_first), m=L(8, 8), o=L(8, 3))
+    r = restore(net, sequence, ratio=.5, restorer=restorer)
+    assert r.plan.keys() == {'m'} and reasons(r)['i'].startswith('its channels go through')
+    with pytest.raises(ValueError, match='keep: i cannot be pruned'): lbyl_restore(net, sequence, keep=dict(i=[0]))
+    with pytest.raises(ValueError, match='nothing to prune'): plan(Net(lambda n, x: n.r(x)[0], r=kind(6, 8)), sequence, .5)
+
+
+# Hooks
+
+def forward_hooks(net, log):
+    net[0].register_forward_hook(lambda m, i, o: log.append(('forward', o.shape[1])))
+    net[3].register_forward_hook(lambda m, i, k, o: log.append(('keywords', i[0].shape[1])), with_kwargs=True)
+    net[3].register_forward_pre_hook(lambda m, i: log.append(('before', i[0].shape[1])))
+    net.register_forward_hook(lambda m, i, o: log.append(('whole', o.shape[1])))
+
+
+@each_restorer
+def test_hooks_are_kept_and_fire(restorer):
+    "They belong to the restored network too; on the way they see what passes the private copies, so they must stand other numbers of channels and samples."
+    net, log = cnn(), []
+    forward_hooks(net, log)
+    small = lbyl_restore(net, image, ratio=.5, restorer=restorer)
+    log.clear()
+    small(image)
+    assert log == [('forward', 4), ('before', 4), ('keywords', 4), ('whole', 3)]
+    log.clear()
+    net(image)
+    assert log == [('forward', 8), ('before', 8), ('keywords', 8), ('whole', 3)]
+
+
+@pytest.mark.filterwarnings('ignore:Using a non-full backward hook')
+@pytest.mark.parametrize('full', [True, False])
+def test_backward_hooks(full):
+    "They are kept, fire, and do not hinder pruning."
+    net, log = cnn(), []
+    hook = lambda m, i, o: log.append(o[0].shape[1])
+    net[3].register_full_backward_hook(hook) if full else net[3].register_backward_hook(hook)
+    r = restore(net, image, ratio=.5)
+    r.model(image).sum().backward()
+    assert log == [3] and r.plan.keys() == {'0', '3'}
+
+
+@pytest.mark.parametrize('restorer', [probe, layerwise])
+def test_hooks_that_change_what_passes(restorer):
+    "A hook that doubles an output does so in the restored network, once: what is solved for is what the layer gives to it."
+    net, x = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Conv2d(6, 6, 1), nn.ReLU(), nn.Conv2d(6, 3, 1)).double(), torch.randn(64, 3, 8, 8).double()
+    with torch.no_grad(): net[0].weight[4:], net[0].bias[4:] = net[0].weight[:4], net[0].bias[:4]
+    net[4].register_forward_hook(lambda m, i, o: 2 * o)
+    net[6].register_forward_pre_hook(lambda m, i: (i[0] - 1,))
+    small = lbyl_restore(net, x, keep={'0': [0, 1, 2, 3]}, restorer=restorer(calibration(x), ridge=1e-9))
+    assert small[0].out_channels == 4
+    torch.testing.assert_close(small(x), net(x), rtol=1e-5, atol=1e-5)
+
+
+# State
+
+@each_restorer
+def test_frozen_parameters_and_modes(restorer):
+    "Whatever is frozen or in training mode is so afterwards, layer by layer."
+    net = cnn().train()
+    net[0].weight.requires_grad_(False); net[1].eval()
+    small = lbyl_restore(net, image, ratio=.5, restorer=restorer)
+    assert [k for k, p in small.named_parameters() if not p.requires_grad] == ['0.weight']
+    assert [m.training for m in small] == [m.training for m in net] == [True, False, True, True, True, True]
+
+
+@each_restorer
+def test_a_buffer_that_two_modules_share(restorer):
+    net = Net(lambda n, x: n.b(n.a(x * n.a.scale).relu()) * n.scale, a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(8, 3, 1))
+    for m in (net, net.a): m.register_buffer('scale', scale := net._buffers.get('scale', torch.rand(1, 3, 1, 1)))
+    small = lbyl_restore(net, image, ratio=.5, restorer=restorer)
+    assert small.scale is small.a.scale is not net.scale and torch.equal(small.scale, scale)
+
+
+@each_restorer
+def test_a_number_for_each_channel(restorer):
+    "As a parameter it is cut with the channels; as a buffer it cannot be, so they are left alone."
+    def net(own): return Net(lambda n, x: n.c(n.b((n.a(x) * n.own).relu()).relu()), a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(8, 6, 1), c=nn.Conv2d(6, 3, 1)), own(torch.rand(1, 8, 1, 1))
+    cut, own = net(nn.Parameter); cut.own = own
+    left, own = net(lambda v: v); left.register_buffer('own', own)
+    cut, left = (restore(n, image, ratio=.5, restorer=restorer) for n in (cut, left))
+    assert cut.plan.keys() == {'a', 'b'} and cut.model.own.shape == (1, 4, 1, 1)
+    assert left.plan.keys() == {'b'} and 'does not run without its channels' in reasons(left)['a']
+
+
+# Not a network of modules, or not one that can be followed
+
+@pytest.mark.filterwarnings('ignore')    # of torch, about the end of TorchScript
+def test_compiled_by_torchscript():
+    "Inside a network such a layer is not one of ours, and its neighbours are left alone."
+    script = torch.jit.script(nn.Conv2d(8, 8, 1))
+    r = restore(nn.Sequential(nn.Conv2d(3, 8, 3), script, nn.ReLU(), nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Conv2d(6, 3, 1)), image, ratio=.5)
+    assert r.plan.keys() == {'3'} and '0' in reasons(r)
+    for net in (torch.jit.script(cnn()), torch.jit.trace(cnn().eval(), image)):
+        with pytest.raises(ValueError, match='Module'): plan(net, image, .5)
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_torchscript_is_named():
+    with pytest.raises(ValueError, match='TorchScript'): plan(torch.jit.script(cnn()), image, .5)
+
+
+def test_wrapped_networks():
+    "Wrappers are networks: names in plans carry their prefix."
+    r = restore(nn.DataParallel(cnn()), image, ratio=.5)
+    assert r.plan.keys() == {'module.0', 'module.3'} and r.model.module[0].out_channels == 4
+
+
+def test_symbolic_traces():
+    "Of torch.fx: networks of modules. Of torch.export: a graph of functions, with nothing in it that could be pruned."
+    assert plan(torch.fx.symbolic_trace(cnn().eval()), image, .5).keys() == {'0', '3'}
+    with pytest.raises(ValueError, match='it calls no convolution or linear layer'): plan(torch.export.export(cnn().eval(), (image,)).module(), image, .5)
+
+
+def test_gradients_that_are_cut_off():
+    "Autograd is what is followed: where it is switched off in the network, layers are left alone."
+    def f(n, x):
+        with torch.no_grad(): h = n.b(n.a(x).relu())
+        return n.d(n.c(h).relu())
+    r = restore(Net(f, a=L(6, 8), b=L(8, 8), c=L(8, 8), d=L(8, 3)), rows, ratio=.5)
+    assert r.plan.keys() == {'c'} and reasons(r)['a'] == "its output does not reach the network's"
+    with torch.no_grad(): assert plan(cnn(), image, .5).keys() == {'0', '3'}    # around it, that does not matter
+
+
+def test_inference_mode_is_named():
+    with torch.inference_mode(), pytest.raises(ValueError, match='inference_mode'): plan(cnn(), image, .5)
+
+
+def test_networks_that_cannot_be_copied():
+    net = cnn()
+    net.lock = threading.Lock()
+    with pytest.raises(ValueError, match='Sequential.* copied'): plan(net, image, .5)
+
+
+@pytest.mark.filterwarnings('ignore:Casting complex')
+def test_complex_weights():
+    with pytest.raises(ValueError, match='0.weight'): plan(nn.Sequential(L(6, 8, dtype=torch.complex64), L(8, 3, dtype=torch.complex64)), rows.to(torch.complex64), .5)
+
+
+@pytest.mark.parametrize('model', [None, torch.relu, dict(a=1)])
+def test_what_is_no_network(model):
+    with pytest.raises(TypeError, match='model'): plan(model, image, .5)
+
+
+def test_cost_of_arguments_by_keyword():
+    net = Net(lambda n, x: n.b(n.a(x).relu()), a=L(6, 8), b=L(8, 3))
+    assert restore(net, dict(x=rows), ratio=.5).cost.equals(restore(net, rows, ratio=.5).cost)
+
+
+# Of another library
+
+def transformers():
+    return pytest.importorskip('transformers', reason='transformers is not installed')
+
+
+def small_config(config, **sizes): return config(vocab_size=50, bos_token_id=0, eos_token_id=0, **sizes)
+
+
+BERT = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, max_position_embeddings=16)
+GPT2 = dict(n_embd=16, n_layer=1, n_head=2, n_positions=16)
+
+
+@each_restorer
+def test_bert(restorer):
+    "Inputs by keyword, an output of a class of its own, attention, layer norms: the inner layers of the feed-forward blocks and the pooler are pruned."
+    hf = transformers()
+    net = hf.BertForSequenceClassification(small_config(hf.BertConfig, **BERT)).eval()
+    words = torch.randint(3, 50, (4, 6))
+    r = restore(net, dict(input_ids=words, attention_mask=torch.ones_like(words)), ratio=.5, restorer=restorer)
+    out = r.model(words)
+    assert type(out) is type(net(words)) and out.logits.shape == (4, 2)
+    assert r.plan.keys() == {'bert.encoder.layer.0.intermediate.dense', 'bert.pooler.dense'}
+
+
+def test_bert_with_a_tied_head():
+    hf = transformers()
+    net, words = hf.BertForMaskedLM(small_config(hf.BertConfig, **BERT)).eval(), torch.randint(3, 50, (4, 6))
+    r = restore(net, dict(input_ids=words), ratio=.5)
+    assert r.model.cls.predictions.decoder.weight is r.model.bert.embeddings.word_embeddings.weight
+    assert 'shares a parameter' in reasons(r)['cls.predictions.decoder'] and r.plan.keys() == {'bert.encoder.layer.0.intermediate.dense'}
+
+
+@pytest.mark.parametrize('cache', [False, True])
+def test_gpt2(cache):
+    "Its layers are of a class of its own, but for the head, which is tied; a cache in its output cannot be followed. Both are said."
+    hf = transformers()
+    net, words = hf.GPT2LMHeadModel(small_config(hf.GPT2Config, **GPT2)).eval(), torch.randint(3, 50, (4, 6))
+    says = 'GPT2LMHeadModel' if cache else 'nothing to prune .lm_head: lm_head shares a parameter with transformer.wte'
+    with pytest.raises(ValueError, match=says): plan(net, dict(input_ids=words, use_cache=cache), .5)

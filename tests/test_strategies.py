@@ -1,0 +1,368 @@
+"Strategies in networks of many shapes, against loops and sums by hand; what ADMM does to weights; and bad input."
+import copy, itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from hypothesis import given, settings, strategies as st
+from torch import nn
+
+from lbyl_nb.bench import accuracy, train
+from lbyl_nb.data import digits, normalise, subset
+from lbyl_nb.finetune import Recipe
+from lbyl_nb.graph import find_groups, trace
+from lbyl_nb.layerwise import layerwise
+from lbyl_nb.models import digits_net, initialised, resnet20
+from lbyl_nb.probe import calibration
+from lbyl_nb.recover import cost, plan, prune_only, restore
+from lbyl_nb.selection import least_lost
+from lbyl_nb.strategies import (Split, adaptive_bn, admm, contribution_gram, eagleeye, greedy_order, hrank, joined, mac_fraction, map_ranks,
+                                projected, thinet, within_budget)
+
+Accelerator(cpu=True)    # the first one decides for all
+
+
+def randomised(net, seed=0):
+    "The network in evaluation mode, with batch norms that do something."
+    gen = torch.Generator().manual_seed(seed)
+    rand = lambda v, low, high: v.data.copy_(low + (high - low) * torch.rand(v.shape, generator=gen))
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d): rand(m.weight, .5, 1.5), rand(m.bias, -.5, .5), rand(m.running_mean, -.3, .3), rand(m.running_var, .5, 2)
+    return net.eval()
+
+
+class Joined(nn.Module):
+    "Two branches added, two concatenated, a depthwise and a transposed convolution, PReLU, a flattening."
+    def __init__(self):
+        super().__init__()
+        conv = lambda m, n, k=3, **kw: nn.Sequential(nn.Conv2d(m, n, k, padding=k // 2, bias=False, **kw), nn.BatchNorm2d(n))
+        self.stem, self.a, self.b = conv(2, 6), conv(6, 6), conv(6, 6, 1)
+        self.wide, self.depth, self.act = conv(6, 8), conv(8, 8, groups=8), nn.PReLU(8)
+        self.up, self.other = nn.ConvTranspose2d(8, 5, 2, 2), nn.Conv2d(8, 4, 3, 2, 1, padding_mode='reflect')
+        self.last, self.head = nn.Conv2d(9, 3, 1), nn.Linear(3 * 16, 10)
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        x = F.relu(self.a(x) + self.b(x))
+        x = self.act(self.depth(F.relu(self.wide(x))))
+        x = torch.cat([F.relu(self.up(x)[:, :, ::4, ::4]), F.relu(self.other(x))], 1)
+        return self.head(F.relu(self.last(x)).flatten(1))
+
+
+def plain():
+    return nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(6 * 9, 7), nn.ReLU(), nn.Linear(7, 3))
+
+
+NETWORKS = {'joined': (Joined, (2, 8, 8)), 'plain': (plain, (2, 8, 8)), 'resnet20': (resnet20, (3, 8, 8)), 'digits': (lambda: digits_net(3), (1, 8, 8))}
+
+
+@pytest.fixture(params=NETWORKS)
+def case(request):
+    "A network with its images and all groups that can be pruned, streams too."
+    build, shape = NETWORKS[request.param]
+    net = randomised(initialised(build, 0)).double()
+    x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    traced = trace(net, x)
+    return net, x, traced, [g for g in find_groups(traced, streams=True) if not g.reason]
+
+
+def inputs_of(net, names, x):
+    "What layers read."
+    seen = {}
+    hooks = [net.get_submodule(k).register_forward_hook(lambda m, i, o, k=k: seen.update({k: i[0]})) for k in names]
+    with torch.no_grad(): net(x)
+    for h in hooks: h.remove()
+    return seen
+
+
+def contributions(net, group, x):
+    "(m, outputs of all consumers): what each channel alone adds to them, by calling the layers."
+    read, rows = inputs_of(net, [c.name for c in group.consumers], x), []
+    for j in range(group.channels):
+        parts = []
+        for c in group.consumers:
+            layer, v = net.get_submodule(c.name), read[c.name]
+            dim = -1 if isinstance(layer, nn.Linear) else 1
+            only = torch.zeros_like(v).index_copy(dim, c.columns[j], v.index_select(dim, c.columns[j]))
+            parts.append((layer(only) - layer(0 * v)).flatten())
+        rows.append(torch.cat(parts))
+    return torch.stack(rows).detach()
+
+
+def naive_order(y):
+    "ThiNet by its definition: the set of removed channels grows by the one with which their sum is smallest."
+    gone = []
+    while len(gone) < len(y):
+        left = [j for j in range(len(y)) if j not in gone]
+        gone.append(min(left, key=lambda j: y[[*gone, j]].sum(0).square().sum().item()))
+    return gone
+
+
+def test_thinet_is_the_naive_loop(case):
+    "In every group: several producers and consumers, strides, reflections, transposed convolutions, flattenings."
+    net, x, traced, groups = case
+    scores = thinet(x).scores(traced, groups)
+    for g in groups:
+        y = contributions(net, g, x)
+        assert scores[g.name].argsort().tolist() == naive_order(y), g.name
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 5), st.integers(0, 999))
+def test_greedy_order(m, d, seed):
+    "Each step adds the least, of whatever rank the matrix is."
+    y = torch.randn(m, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    order = greedy_order(y @ y.T)
+    assert sorted(order.tolist()) == list(range(m))
+    gone = order.argsort().tolist()
+    for n in range(m):
+        least = min(y[[*gone[:n], j]].sum(0).square().sum() for j in gone[n:])
+        assert y[gone[:n + 1]].sum(0).square().sum().item() == pytest.approx(least.item(), rel=1e-6, abs=1e-9)
+
+
+def test_layers_too_wide_for_one_gram_matrix(monkeypatch):
+    "Convolutions and linear layers whose taps do not fit are treated by outputs, with the same result."
+    x = torch.randn(5, 6, 7, 7, dtype=torch.float64)
+    for layer, v in ((nn.Conv2d(6, 4, 3, 2, 1), x), (nn.Linear(6, 4), x[..., 0])):
+        for columns in (torch.arange(6)[:, None], torch.arange(6).view(3, 2)):
+            by_taps = contribution_gram(layer.double(), v, columns)
+            with monkeypatch.context() as patch:
+                patch.setattr('lbyl_nb.layerwise.MOST', 1)
+                torch.testing.assert_close(contribution_gram(layer, v, columns), by_taps)
+
+
+def test_hrank_by_hand():
+    "Ranks of conv, batch norm and ReLU before the pooling, of a depthwise convolution behind them, and the mean over the branches of a stream."
+    net = randomised(initialised(Joined, 0), 3).double()
+    x = torch.randn(5, 2, 8, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    x[:, :, 3:] = x[:, :, 2:3]
+    rank = lambda z: torch.stack([torch.stack([torch.linalg.matrix_rank(c) for c in image]) for image in z]).double().mean(0)
+    with torch.no_grad():
+        stem = F.relu(net.stem(x))
+        added = F.relu(net.a(stem) + net.b(stem))
+        wide = net.depth(F.relu(net.wide(added)))
+        want = {'stem.0': rank(stem), 'a.0': (rank(F.relu(net.a(stem))) + rank(F.relu(net.b(stem)))) / 2, 'up': rank(F.relu(net.up(net.act(wide))))}
+    traced = trace(net, x)
+    groups = [g for g in find_groups(traced, streams=True) if g.name in want]
+    scores = hrank(x).scores(traced, groups)
+    assert scores.keys() == want.keys()
+    for k in want: torch.testing.assert_close(scores[k], want[k])
+    assert len({v for s in scores.values() for v in s.tolist()}) > 5
+    z = torch.randn(3, 4, 5, 6)
+    z[:, 1, :, 2:] = 0; z[1, 2] = 0
+    assert map_ranks(z).tolist() == [15, 6, 10, 15]
+
+
+@pytest.mark.parametrize('make', [thinet, hrank])
+def test_criteria_in_plan_and_restore(make):
+    "With ratio and dict, in `plan` and in `restore`, for streams, on tensors, tuples and dicts; the network and the caller's random numbers stay."
+    net, x = randomised(initialised(resnet20, 0)), torch.randn(4, 3, 8, 8)
+    before, drawn = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    kept = plan(net, x[:1], .5, make(x))
+    assert {len(v) for k, v in kept.items() if k.startswith('layer1')} == {8}
+    assert plan(net, x[:1], .5, make((x,))) == plan(net, dict(x=x[:1]), .5, make(dict(x=x))) == kept
+    r = restore(net, x[:1], ratio={'layer1.0.conv1': .25, 'layer2.1.conv1': .75}, criterion=make(x), restorer=layerwise(calibration(x)))
+    assert {k: len(v) for k, v in r.plan.items()} == {'layer1.0.conv1': 12, 'layer2.1.conv1': 8}
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and torch.equal(torch.get_rng_state(), drawn)
+    joined, v = randomised(Joined()), torch.randn(4, 2, 8, 8)
+    maps = {g.name: .5 for g in find_groups(trace(joined, v), streams=True) if not g.reason}
+    streams = restore(joined, v, ratio=maps, criterion=make(v), restorer=prune_only(), streams=True)
+    assert len(streams.plan['a.0']) == 3 and streams.model(v).shape == (4, 10)
+    with pytest.raises(ValueError, match='images: there are none'): make(x[:0])
+    with pytest.raises(ValueError, match='NaN or infinity met on the images'): plan(net, x[:1], .5, make(x * torch.inf))
+
+
+def test_hrank_names_layers_without_maps():
+    net, x = plain(), torch.randn(3, 2, 8, 8)
+    with pytest.raises(ValueError, match='4: hrank needs feature maps'): plan(net, x, .5, hrank(x))
+    assert len(plan(net, x, {'0': .5}, hrank(x))['0']) == 3
+
+
+def test_thinet_keeps_repetitions_and_least_lost_does_not():
+    net, x = plain(), torch.randn(40, 2, 8, 8)
+    with torch.no_grad():
+        for t in (net[0].weight, net[0].bias): t[:3] *= 4; t[3:] *= .1; t[1] = t[0]
+        net[4].weight.view(7, 6, 9)[:, 1] = net[4].weight.view(7, 6, 9)[:, 0]
+    assert plan(net, x, {'0': .5}, thinet(x))['0'] == [0, 1, 2]
+    assert len({0, 1} & {*plan(net, x, {'0': .5}, least_lost(calibration(x), 1e-4))['0']}) == 1
+
+
+@pytest.mark.parametrize('batch, parts', [(30, 1), (10, 3), (11, 3), (8, 4)])
+def test_adaptive_bn_by_hand(batch, parts):
+    "Mean of the batches' means and unbiased variances, the second norm reading what the first makes of each batch; batches differ by one image at most."
+    net, x = randomised(nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3), nn.Dropout(.9))).double(), torch.randn(30, 2, 8, 8)
+    net.train()
+    before, modes = copy.deepcopy(net.state_dict()), [m.training for m in net.modules()]
+    done, sums = adaptive_bn(net, x, batch), [0.] * 4
+    pieces = x.double().tensor_split(parts)
+    assert max(map(len, pieces)) <= batch and max(map(len, pieces)) - min(map(len, pieces)) <= 1
+    for v in pieces:
+        y = net[0](v)
+        z = net[3](F.relu((y - y.mean((0, 2, 3), keepdim=True)) / (y.var((0, 2, 3), correction=0, keepdim=True) + net[1].eps).sqrt() * net[1].weight.view(-1, 1, 1) + net[1].bias.view(-1, 1, 1)))
+        sums = [s + t.detach() / parts for s, t in zip(sums, (y.mean((0, 2, 3)), y.var((0, 2, 3)), z.mean((0, 2, 3)), z.var((0, 2, 3))))]
+    for got, want in zip((done[1].running_mean, done[1].running_var, done[4].running_mean, done[4].running_var), sums): torch.testing.assert_close(got, want)
+    assert not any(m.training for m in done.modules()) and done[1].momentum == net[1].momentum
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and [m.training for m in net.modules()] == modes
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), done.parameters()))
+
+
+def test_adaptive_bn_without_batch_norm_and_with_bad_input():
+    net, x = plain(), torch.randn(4, 2, 8, 8)
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in adaptive_bn(net, x).state_dict().items())
+    for bad in (dict(images=x[:1]), dict(images=x[:0]), dict(images=x, batch=1)):
+        with pytest.raises(ValueError, match='images, batch: statistics need at least 2 samples'): adaptive_bn(net, **bad)
+
+
+def test_macs_are_those_of_the_cut_network(case):
+    "Convolutions and linear layers, to within what biases, norms and activations cost."
+    net, x, traced, groups = case
+    count, gen = mac_fraction(traced, groups), torch.Generator().manual_seed(0)
+    macs = cost(net, x)['macs']
+    for _ in range(3):
+        gone = [int(torch.randint(0, g.channels, (1,), generator=gen)) for g in groups]
+        cut = restore(net, x, keep={g.name: range(n, g.channels) for g, n in zip(groups, gone)}, restorer=prune_only())
+        assert count(torch.tensor([gone], dtype=torch.float64)).item() == pytest.approx(cut.cost.macs['after'] / macs, abs=.04)
+    assert count(torch.zeros(1, len(groups), dtype=torch.float64)).item() == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 5), st.floats(.1, .95), st.floats(.3, .95), st.integers(0, 999))
+def test_candidates_meet_the_budget(n, budget, most, seed):
+    "At most the budget; nearly all of it is used: a channel less removed in every group would exceed it. Something stays of every group."
+    gen = torch.Generator().manual_seed(seed)
+    widths, u = torch.randint(1, 40, (n,), generator=gen).double(), 1 - torch.rand(20, n, generator=gen, dtype=torch.float64)
+    count = lambda gone: ((1 - gone / widths) * widths).sum(1) / widths.sum()
+    try: gone = within_budget(u, widths, count, budget, most)
+    except ValueError as e:
+        assert 'budget, most' in str(e) and count(torch.minimum((widths * most).round(), widths - 1)[None]) > budget
+        return
+    assert (count(gone) <= budget).all() and (gone >= 0).all() and (gone <= widths - 1).all() and (gone <= widths * most + .5).all()
+    assert (count((gone - 1).clamp(min=0))[gone.sum(1) > 0] > budget).all()
+
+
+@pytest.fixture(scope='module')
+def trained():
+    "A network that can read digits, and its sets."
+    train_set, test_set = digits()
+    return train(initialised(lambda: digits_net(4, offset=0.), 0), train_set, epochs=6, lr=.1, batch=64).eval(), train_set, test_set
+
+
+IMAGE = torch.zeros(1, 1, 8, 8)
+
+
+def test_eagleeye(trained):
+    "The best candidate by held-out accuracy, which is that of the network really cut; the same again; model and random numbers stay."
+    net, train_set, _ = trained
+    before, drawn = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    how = dict(candidates=8, statistics=100, held_out=400, seed=3)
+    found = eagleeye(net, IMAGE, train_set, .4, **how)
+    rows = found.candidates
+    assert len(rows) == 8 and (rows.macs <= .4).all() and rows.accuracy.nunique() > 1
+    best = rows.iloc[rows.accuracy.argmax()]
+    assert {k: len(v) for k, v in found.plan.items()} == {k: round(w * (1 - best[k])) for k, w in (('features.0', 4), ('features.3', 16), ('features.7', 16))}
+    part = subset(train_set, 500, 3)
+    cut = restore(net, IMAGE, keep=found.plan, restorer=prune_only()).model
+    right, n = accuracy(adaptive_bn(cut, normalise(part[:100].images)), part[100:])
+    assert n == 400 and best.accuracy == pytest.approx(100 * right / n, abs=.3)
+    again = eagleeye(net, IMAGE, train_set, .4, **how)
+    assert again.plan == found.plan and again.candidates.equals(rows)
+    assert not eagleeye(net, IMAGE, train_set, .4, **{**how, 'seed': 4}).candidates.equals(rows)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and torch.equal(torch.get_rng_state(), drawn) and not net.training
+    small = eagleeye(net, IMAGE, train_set, .4, criterion=thinet(normalise(part.images)), **{**how, 'candidates': 2})
+    assert len(small.candidates) == 2
+
+
+def test_eagleeye_names_what_is_wrong(trained):
+    net, train_set, _ = trained
+    for bad, says in ((dict(budget=0.), 'budget must be in'), (dict(budget=1.5), 'budget must be in'), (dict(most=1.), 'most must be in'), (dict(candidates=0), 'candidates: 0'),
+                      (dict(held_out=0), 'held_out'), (dict(statistics=1200, held_out=98), 'statistics, held_out: 1200 and 98 images from a set of 1297'),
+                      (dict(budget=.001), 'budget, most'), (dict(statistics=1), 'statistics, held_out: 1 and 50')):
+        with pytest.raises(ValueError, match=says): eagleeye(net, IMAGE, train_set, **{**dict(budget=.4, candidates=2, statistics=50, held_out=50), **bad})
+    with pytest.raises(ValueError, match='nothing to prune'): eagleeye(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), IMAGE, train_set, .5, statistics=50, held_out=50)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 4), st.data())
+def test_projection_is_the_nearest(m, d, data):
+    t = data.draw(st.integers(1, m))
+    A = torch.randn(m, d, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))), dtype=torch.float64)
+    Z = projected(A, t)
+    rows = [torch.tensor(i) for i in itertools.combinations(range(m), t)]
+    assert (Z - A).norm().item() == pytest.approx(min((torch.zeros_like(A).index_copy(0, i, A[i]) - A).norm() for i in rows).item())
+    assert (Z.norm(dim=1) > 0).sum() == t and torch.equal(projected(Z, t), Z)
+
+
+def test_rows_of_zeros_are_channels_of_zeros(case):
+    "What `joined` collects is all that makes a channel: set to zero through it, cutting the channel changes nothing, whatever joins in a group."
+    net, x, traced, groups = case
+    for g in groups:
+        zero, gone = copy.deepcopy(net), list(range(0, g.channels - 1, 2))
+        entries = torch.autograd.grad(joined(zero, g)[gone].sum(), [*zero.parameters()], allow_unused=True)
+        with torch.no_grad():
+            for p, grad in zip(zero.parameters(), entries):
+                if grad is not None: p[grad != 0] = 0
+        assert not joined(zero, g)[gone].any() and joined(zero, g)[[i for i in range(g.channels) if i not in gone]].any()
+        keep = {g.name: [i for i in range(g.channels) if i not in gone]}
+        small = restore(zero, x, keep=keep, restorer=prune_only())
+        assert {k: len(v) for k, v in small.plan.items()} == {g.name: g.channels - len(gone)}
+        torch.testing.assert_close(small.model(x), zero(x), rtol=1e-6, atol=1e-8)
+
+
+def test_admm_trains_towards_its_plan(trained):
+    "Residuals fall, rows outside the plan come to be nearly nothing and can go; counts are those of `plan`; the model passed in stays."
+    net, train_set, test_set = trained
+    before, drawn = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    ratio = {'features.3': .5, 'features.7': .75}
+    done = admm(net, IMAGE, train_set, ratio, recipe=Recipe(epochs=10, lr=.05, milestones=(8,), batch=64))
+    assert {k: len(v) for k, v in done.plan.items()} == {k: len(v) for k, v in plan(net, IMAGE, ratio).items()} == {'features.3': 8, 'features.7': 4}
+    primal = done.history.primal
+    assert len(done.history) == 10 and primal.iloc[-1] < .3 * primal.iloc[0] and primal.iloc[5:].mean() < primal.iloc[:5].mean()
+    assert done.history.columns.tolist() == ['step', 'epoch', 'lr', 'loss', 'penalty', 'accuracy', 'primal', 'dual']
+    for g in find_groups(trace(done.model, IMAGE)):
+        if g.name not in ratio: continue
+        norms = joined(done.model, g).detach().norm(dim=1)
+        out = [i for i in range(g.channels) if i not in done.plan[g.name]]
+        assert norms[out].max() < .5 * norms[done.plan[g.name]].min()
+    right = lambda m: accuracy(m, test_set)[0]
+    cut = lambda m, keep: restore(m, IMAGE, keep=keep, restorer=prune_only()).model
+    assert right(cut(done.model, done.plan)) > right(cut(net, plan(net, IMAGE, ratio))) + 50
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and torch.equal(torch.get_rng_state(), drawn) and not net.training and not done.model.training
+
+
+def test_admm_in_streams():
+    "Groups with several producers, by hand: penalty and its gradient, and one update."
+    net, x = randomised(initialised(Joined, 0)).double(), torch.randn(2, 2, 8, 8, dtype=torch.float64)
+    groups = [g for g in find_groups(trace(net, x), streams=True) if not g.reason]
+    assert any(len(g.producers) > 1 for g in groups)
+    split = Split(net, groups, {g.name: g.channels // 2 for g in groups}, .3)
+    X = {g.name: joined(net, g).detach() for g in groups}
+    assert split.penalty().item() == pytest.approx(.15 * sum((X[k] - projected(X[k], split.keep[k])).square().sum().item() for k in X))
+    stream = next(g for g in groups if len(g.producers) > 1)
+    out = [i for i in range(stream.channels) if i not in split.plan[stream.name]]
+    for name in stream.producers:
+        w = net.get_submodule(name).weight
+        grad, = torch.autograd.grad(split.penalty(), w)
+        torch.testing.assert_close(grad[out], .3 * w[out].detach())
+        assert not grad[split.plan[stream.name]].any()
+    seen = split.update()
+    for k in X: torch.testing.assert_close(split.U[k], X[k] - projected(X[k], split.keep[k]))
+    assert 0 < seen['primal'] < 1 and seen['dual'] == 0
+    assert {k: len(v) for k, v in split.plan.items()} == split.keep
+
+
+def test_admm_whole_in_streams(trained):
+    _, train_set, _ = trained
+    build = lambda: nn.Sequential(nn.Conv2d(1, 2, 1), Joined())
+    net = initialised(build, 0).eval()
+    done = admm(net, IMAGE, subset(train_set, 64), .5, streams=True, recipe=Recipe(epochs=1, batch=32, milestones=()))
+    assert len(done.plan['1.a.0']) == 3 and len(done.history) == 1
+    assert restore(done.model, IMAGE, keep=done.plan, restorer=prune_only()).model(IMAGE).shape == (1, 10)
+
+
+def test_admm_names_what_is_wrong(trained):
+    net, train_set, _ = trained
+    short = Recipe(epochs=1, lr=.05, milestones=(), batch=64)
+    for bad, says in ((dict(rho=0), 'rho must be a positive number'), (dict(rho=float('nan')), 'rho must be'), (dict(every=0), 'every: 0 steps'), (dict(ratio=1.), 'ratio must be'),
+                      (dict(ratio={'nothing': .5}), "ratio: the model has no prunable layer 'nothing'"), (dict(recipe=Recipe(batch=2000)), 'batch: 2000 images')):
+        with pytest.raises(ValueError, match=says): admm(net, IMAGE, train_set, **{**dict(ratio=.5, recipe=short), **bad})
+    with pytest.raises(FloatingPointError, match='learning rate or rho may be too large'): admm(net, IMAGE, train_set, .5, rho=1e5, recipe=short)
