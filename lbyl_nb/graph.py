@@ -334,7 +334,7 @@ def _tie(net, name, writers, readers, between, names, streams):
     for k, columns in cut:
         if k in writers and columns.numel() != width(net.model.get_submodule(k)): raise LeftAlone(f'its channels do not match those of {k} one to one')
     consumers = tuple(Consumer(k, _columns(i, m, k), _behind(i.dep.target, names)) for k, i in readers.items())
-    branches, f = _branches(net, writers, names)
+    branches, f = _branches(net, [k for k, columns in cut if k in writers and columns.shape[1] == 1], names)
     period = _period(net, m, [(c.name, c.columns) for c in consumers] + [(k, columns) for k, columns in cut if k in writers])
     return Group(name, m, branches[0][-1][1], f, consumers, tuple(writers), branches, cut, period=period)
 
