@@ -405,6 +405,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'lbyl_nb.strategies.adaptive_bn': ('strategies.html#adaptive_bn', 'lbyl_nb/strategies.py'),
                                     'lbyl_nb.strategies.admm': ('strategies.html#admm', 'lbyl_nb/strategies.py'),
                                     'lbyl_nb.strategies.contribution_gram': ('strategies.html#contribution_gram', 'lbyl_nb/strategies.py'),
+                                    'lbyl_nb.strategies.each_by_itself': ('strategies.html#each_by_itself', 'lbyl_nb/strategies.py'),
                                     'lbyl_nb.strategies.eagleeye': ('strategies.html#eagleeye', 'lbyl_nb/strategies.py'),
                                     'lbyl_nb.strategies.given': ('strategies.html#given', 'lbyl_nb/strategies.py'),
                                     'lbyl_nb.strategies.greedy_order': ('strategies.html#greedy_order', 'lbyl_nb/strategies.py'),
@@ -418,6 +419,5 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'lbyl_nb.strategies.projected': ('strategies.html#projected', 'lbyl_nb/strategies.py'),
                                     'lbyl_nb.strategies.prunable': ('strategies.html#prunable', 'lbyl_nb/strategies.py'),
                                     'lbyl_nb.strategies.round_of': ('strategies.html#round_of', 'lbyl_nb/strategies.py'),
-                                    'lbyl_nb.strategies.scores_of': ('strategies.html#scores_of', 'lbyl_nb/strategies.py'),
                                     'lbyl_nb.strategies.thinet': ('strategies.html#thinet', 'lbyl_nb/strategies.py'),
                                     'lbyl_nb.strategies.within_budget': ('strategies.html#within_budget', 'lbyl_nb/strategies.py')}}}

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .criteria import l2_norm
-from .graph import by_output, conv_groups, is_depthwise, layer_outputs, width
+from .graph import by_output, conv_groups, layer_outputs, width
 from .recover import Limits, prune_only, unit_scores, verified, whole_units
 
 # %% ../nbs/17_budget.ipynb #c82e06bc
@@ -25,7 +25,7 @@ class Bill:
     rest: int      # parameters of everything else
 
     def total(self, lost: dict) -> dict:
-        "Parameters and multiply-accumulates when each group loses so many channels."
+        "Parameters and multiply-accumulates when each group loses so many channels: numbers, or tensors of numbers for many cases at once."
         out, inn = {}, {}
         for g, n in lost.items():
             for d, spans in zip((out, inn), self.tied[g]):
@@ -35,7 +35,7 @@ class Bill:
             o = r['out'] - out.get(r['name'], 0)
             w = o * (r['inn'] - inn.get(r['name'], 0) / r['groups']) * r['taps']
             params, macs = params + w + o * r['extra'], macs + w * r['positions']
-        return dict(params=round(params), macs=round(macs))
+        return dict(params=params, macs=macs)
 
 # %% ../nbs/17_budget.ipynb #f51504f0
 def _row(name, m, out):

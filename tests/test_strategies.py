@@ -366,3 +366,13 @@ def test_admm_names_what_is_wrong(trained):
                       (dict(ratio={'nothing': .5}), "ratio: the model has no prunable layer 'nothing'"), (dict(recipe=Recipe(batch=2000)), 'batch: 2000 images')):
         with pytest.raises(ValueError, match=says): admm(net, IMAGE, train_set, **{**dict(ratio=.5, recipe=short), **bad})
     with pytest.raises(FloatingPointError, match='learning rate or rho may be too large'): admm(net, IMAGE, train_set, .5, rho=1e5, recipe=short)
+
+
+def test_grouped_convolutions():
+    "EagleEye takes whole units; ThiNet and ADMM, which remove channels one by one, name the layer."
+    net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, groups=2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)).eval()
+    data, x = digits()[0], torch.randn(16, 1, 8, 8)
+    found = eagleeye(net, x[:1], data, .7, candidates=3, statistics=32, held_out=32)
+    assert all({(i + 4) % 8 for i in v} == {*v} for v in found.plan.values()) and restore(net, x[:1], keep=found.plan).model(x).shape == (16, 10)
+    with pytest.raises(ValueError, match='0: ThiNet removes channels one by one'): plan(net, x[:1], .5, thinet(x))
+    with pytest.raises(ValueError, match='0: ADMM removes channels one by one'): admm(net, x[:1], data, .5)
