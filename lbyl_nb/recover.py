@@ -259,10 +259,12 @@ def _one_by_one(model, net, groups, chosen, restorer, dtype):
     return S
 
 # %% ../nbs/13_recover.ipynb #8c380d43
-def _errors(ch, keep, S):
-    "Mean residual error and mean batch-norm error of the removed channels, given the coefficients."
-    live = ch.a[removed(keep, len(ch.W)).to(ch.a.device)] != 0
-    re, be = residual(ch.W, ch.a, S, keep).square().sum(1), bn_error(ch.b, S, keep).square()
+def _errors(ch, keep, S=None):
+    "Mean residual error and mean batch-norm error of the removed channels, given the coefficients; without them, of nothing delivered."
+    out = removed(keep, len(ch.W)).to(ch.a.device)
+    live, r, B = ch.a[out] != 0, ch.W[out], ch.b[out]
+    if S is not None and S.any(): r, B = residual(ch.W, ch.a, S, keep), bn_error(ch.b, S, keep)
+    re, be = r.square().sum(1), B.square()
     return re[live].mean().item(), be[live].mean().item()
 
 # %% ../nbs/13_recover.ipynb #91c4f1f2
@@ -273,7 +275,7 @@ def _row(g, ch=None, keep=None, S=None, missed=math.nan):
                re_before=math.nan, re_after=math.nan, be_before=math.nan, be_after=math.nan, output_error=missed, left_alone=g.reason)
     if keep is not None: row['kept'] = len(keep)
     if S is None: return row
-    before, after = _errors(ch, keep, torch.zeros_like(S)), _errors(ch, keep, S)
+    before, after = _errors(ch, keep), _errors(ch, keep, S)
     return row | dict(re_before=before[0], re_after=after[0], be_before=before[1], be_after=after[1])
 
 # %% ../nbs/13_recover.ipynb #50f369f0
