@@ -190,7 +190,7 @@ def _passes(node):
     if kind == 'Cat': return dim == 1
     if kind == 'ConstantPadNd': return not any(node.grad_fn._saved_pad[4:])
     if kind in ('Addmm', 'Mm'): return len(node.outputs) == 1 and isinstance(node.outputs[0].module, nn.Linear)
-    return kind in PASSING
+    return kind in PASSING or _opens(node)
 
 # %% ../nbs/10_graph.ipynb #a9cb1774
 _bound = lambda v, default: default if v is None else v
@@ -210,6 +210,22 @@ def _activation(node):
     if kind not in ACTIVATIONS or kind == 'Clamp' and any(isinstance(v, Tensor) for v in (node.grad_fn._saved_min, node.grad_fn._saved_max)): return
     return ACTIVATIONS[kind](node.grad_fn)
 
+# %% ../nbs/10_graph.ipynb #b57046a4
+def _opens(node):
+    "Is it the first node of a batch norm with its activation inside?"
+    return _kind(node) in ('NativeBatchNorm', 'CudnnBatchNorm') and len(node.outputs) == 1 and isinstance(node.outputs[0].module, BATCH_NORM)
+
+def _norm_behind(node):
+    "Node of the batch norm that alone reads what a layer puts out, None without one."
+    at = node.outputs[0] if len(node.outputs) == 1 else None
+    if at and _opens(at): at = at.outputs[0]
+    return at if at and isinstance(at.module, BATCH_NORM) else None
+
+def _inside(node):
+    "The activation inside a batch norm, None without one."
+    kind = re.sub(r'Backward\d*$', '', node.grad_fn.name())
+    return ACTIVATIONS[kind](node.grad_fn) if kind in ACTIVATIONS else None
+
 # %% ../nbs/10_graph.ipynb #815b22a1
 def is_depthwise(m):
     "Is it a convolution that treats channels one by one?"
@@ -225,12 +241,12 @@ def _straight(node):
     "Along the single path behind a producer: (its branch as nodes, activation, last node of the path)."
     branch, f, known, at = [[node, None]], None, True, node
     while len(at.outputs) == 1 and len(at.outputs[0].inputs) == 1 and _passes(at.outputs[0]) and not _mixes(at.outputs[0].module):
-        nxt, last = at.outputs[0], at
-        at = nxt
-        if isinstance(nxt.module, BATCH_NORM) and last is branch[-1][0]: branch[-1][1] = nxt
-        elif is_depthwise(nxt.module): branch.append([nxt, None]); f = None
-        elif new := _activation(nxt): known, f = known and (f is None or f == new == act.relu), new
-        elif _kind(nxt) not in PASSING: known = False
+        nxt = at = at.outputs[0]
+        norm = nxt is _norm_behind(branch[-1][0])
+        if norm: branch[-1][1] = nxt
+        if is_depthwise(nxt.module): branch.append([nxt, None]); f = None
+        elif new := _inside(nxt) if norm else _activation(nxt): known, f = known and (f is None or f == new == act.relu), new
+        elif not norm and _kind(nxt) not in PASSING and not _opens(nxt): known = False
     return branch, f if known else None, at
 
 # %% ../nbs/10_graph.ipynb #35f92aa9
@@ -282,7 +298,8 @@ def _columns(item, m, name=''):
 # %% ../nbs/10_graph.ipynb #74627f55
 def _behind(node, names):
     "Name of the batch norm that alone reads what a layer puts out."
-    if len(node.outputs) == 1 and isinstance(node.outputs[0].module, BATCH_NORM): return names[node.outputs[0].module]
+    norm = _norm_behind(node)
+    return norm and names[norm.module]
 
 # %% ../nbs/10_graph.ipynb #3eacb0b8
 def _cast(net, items, names):
@@ -358,7 +375,7 @@ def find_readers(
         node = net.node(name)
         norm = _behind(node, names) if node else None
         last = net.node(norm) if norm else node
-        added = bool(last) and len(last.outputs) == 1 and _kind(last.outputs[0]) == 'Add'
+        added = bool(last) and len(last.outputs) == 1 and _kind(last.outputs[0]) == 'Add' and not (norm and _inside(last))
         found.append(Reader(name, norm, added))
     return found
 
