@@ -109,6 +109,7 @@ def _tensors_in(out):
     elif not isinstance(out, (list, tuple)): return []
     return [t for v in out for t in _tensors_in(v)]
 
+# %% ../nbs/10_graph.ipynb #fa1ddd3e
 @contextmanager
 def _without_backward_hooks(net):
     "Full backward hooks put nodes of their own into the graph of autograd: they are set aside while it is read."
@@ -118,6 +119,7 @@ def _without_backward_hooks(net):
     finally:
         for m, hooks, before in own: m._backward_hooks, m._backward_pre_hooks = hooks, before
 
+# %% ../nbs/10_graph.ipynb #d731b265
 def _graph(model, args):
     "Torch-Pruning's graph of a network."
     with torch.enable_grad(), _without_backward_hooks(model):
@@ -215,6 +217,7 @@ def _opens(node):
     "Is it the first node of a batch norm with its activation inside?"
     return _kind(node) in ('NativeBatchNorm', 'CudnnBatchNorm') and len(node.outputs) == 1 and isinstance(node.outputs[0].module, BATCH_NORM)
 
+# %% ../nbs/10_graph.ipynb #c2f49b4e
 def _norm_behind(node):
     "Node of the batch norm that alone reads what a layer puts out, None without one."
     at = node.outputs[0] if len(node.outputs) == 1 else None
