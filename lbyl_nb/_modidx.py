@@ -203,6 +203,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'lbyl_nb.graph._mixes': ('graph.html#_mixes', 'lbyl_nb/graph.py'),
                                'lbyl_nb.graph._norm_behind': ('graph.html#_norm_behind', 'lbyl_nb/graph.py'),
                                'lbyl_nb.graph._opens': ('graph.html#_opens', 'lbyl_nb/graph.py'),
+                               'lbyl_nb.graph._operation': ('graph.html#_operation', 'lbyl_nb/graph.py'),
                                'lbyl_nb.graph._part_graphs': ('graph.html#_part_graphs', 'lbyl_nb/graph.py'),
                                'lbyl_nb.graph._passes': ('graph.html#_passes', 'lbyl_nb/graph.py'),
                                'lbyl_nb.graph._period': ('graph.html#_period', 'lbyl_nb/graph.py'),

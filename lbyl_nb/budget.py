@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .criteria import l2_norm
+from .criteria import keep_best, l2_norm
 from .graph import by_output, conv_groups, layer_outputs, width
 from .recover import Limits, prune_only, unit_scores, verified, whole_units
 
@@ -88,7 +88,7 @@ def within(share: float, what: str, criterion, limits: Limits) -> Callable:
             middle = (low + high) // 2
             low, high = (low, middle) if left(middle) <= share else (middle + 1, high)
         t = _kept_after(low, order, groups, limits)
-        return {g.name: whole_units(scores[g.name].argsort(descending=True, stable=True)[:t[g.name]].tolist(), g) for g in groups}
+        return {g.name: whole_units(keep_best(scores[g.name], t[g.name], g.name), g) for g in groups}
     return choose
 
 # %% ../nbs/17_budget.ipynb #f674dec5

@@ -178,6 +178,10 @@ def _kind(node):
     if isinstance(node.module, ops._OutputOp) or node.grad_fn is None: return 'Output'
     if isinstance(node.module, ops._ReshapeOp): return 'Reshape'
     if not type(node.module).__module__.startswith('torch_pruning'): return type(node.module).__name__
+    return _operation(node)
+
+def _operation(node):
+    "Autograd's name of what stands at a node, without its ending."
     return re.sub(r'Backward\d*$', '', node.grad_fn.name())
 
 # %% ../nbs/10_graph.ipynb #8a3539ff
@@ -226,7 +230,7 @@ def _norm_behind(node):
 
 def _inside(node):
     "The activation inside a batch norm, None without one."
-    kind = re.sub(r'Backward\d*$', '', node.grad_fn.name())
+    kind = _operation(node)
     return ACTIVATIONS[kind](node.grad_fn) if kind in ACTIVATIONS else None
 
 # %% ../nbs/10_graph.ipynb #815b22a1

@@ -4,6 +4,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT/'nbs'
@@ -73,3 +74,12 @@ def weights_dir():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('LBYL_WEIGHTS', str(folder))
         yield folder
+
+
+@pytest.fixture
+def one_thread():
+    "One thread, as scripts run by tests have: sums depend on their number in their last digits."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

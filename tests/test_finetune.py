@@ -18,6 +18,7 @@ from lbyl_nb.files import read_safetensors
 from lbyl_nb.models import digits_net, initialised
 from lbyl_nb.recover import load_restored, prune_only
 
+pytestmark = pytest.mark.usefixtures('one_thread')    # bits are compared
 Accelerator(cpu=True)    # the first one decides for all: bits are compared here, and a GPU promises none
 SHORT = Recipe(epochs=3, lr=.01, milestones=(2,), batch=64)
 COMMON = '''
@@ -74,15 +75,6 @@ class Shift:
     def __call__(self, x):
         from lbyl_nb.data import crop_flip
         return crop_flip(x, 1)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    "As many threads here as in the scripts: sums depend on it in their last digits."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope='module')

@@ -13,6 +13,8 @@ from lbyl_nb.probe import calibration
 from lbyl_nb.recover import load_restored, restore, save_restored
 from test_kinds import KINDS, made
 
+pytestmark = pytest.mark.usefixtures('one_thread')    # bits are compared
+
 HALVES = {torch.bfloat16: 2**-5, torch.float16: 2**-8}    # with the error of a few roundings
 
 
@@ -25,15 +27,6 @@ def small(kind):
 
 def out(net, x):
     with torch.no_grad(): return net(x)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    "Bits are compared, and sums depend on the number of threads in their last digits."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize('kind', KINDS)
