@@ -182,7 +182,7 @@ def within_budget(
 ) -> Tensor:            # (candidates, groups) how many channels go
     "Random ratios, each row scaled until the budget is met. ValueError naming the arguments if it cannot be."
     gone = lambda s: torch.minimum((widths * (s * u).clamp(max=most)).round(), widths - 1)
-    low, high = torch.zeros_like(u[:, :1]), most / u.amin(1, keepdim=True)
+    low, high = torch.zeros_like(u[:, :1]), 2 * most / u.amin(1, keepdim=True)    # twice: at once it could round to less than `most`
     if (count(gone(high)) > budget).any(): raise ValueError(f'budget, most: {count(gone(high)).max():.3f} of the operations are left with ratio {most} everywhere, more than {budget}')
     for _ in range(60):
         s = (low + high) / 2
