@@ -24,7 +24,7 @@ def l2_norm(
     ch: Channels,   # channels of a group
 ) -> Tensor:        # (m,) Euclidean norm of each filter
     "L2 norm of each filter (with its bias where there is no batch norm)."
-    return ch.rows.norm(dim=1)
+    return (ch.squares if ch.gamma is not None else ch.squares + ch.b.square()).sqrt()
 
 # %% ../nbs/11_criteria.ipynb #fb9b40e1
 def geometric_median(
@@ -48,7 +48,7 @@ def random_scores(
     "A criterion that gives random scores, the same ones for the same seed and layer name."
     def random(ch: Channels) -> Tensor:
         gen = torch.Generator().manual_seed(zlib.crc32(f'{seed}:{ch.name}'.encode()))
-        return torch.rand(len(ch.W), generator=gen, dtype=torch.float64).to(ch.W.device)
+        return torch.rand(len(ch), generator=gen, dtype=torch.float64).to(ch.a.device)
     return random
 
 # %% ../nbs/11_criteria.ipynb #921e4709

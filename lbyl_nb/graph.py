@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LAYERS', 'PLAIN', 'HALF', 'PASSING', 'SAYS', 'SPATIAL', 'ACTIVATIONS', 'Consumer', 'Group', 'Traced', 'first_calls',
            'trace', 'LeftAlone', 'is_depthwise', 'width', 'by_output', 'in_weight', 'Reader', 'find_readers',
-           'find_groups', 'remove_channels', 'silence', 'layer_outputs', 'differing', 'Channels', 'channels',
+           'find_groups', 'remove_channels', 'silence', 'layer_outputs', 'differing', 'Filters', 'Channels', 'channels',
            'add_constant']
 
 # %% ../nbs/10_graph.ipynb #4f2aee3a
@@ -15,6 +15,7 @@ import re
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass, replace
+from functools import cached_property, reduce
 
 import torch
 import torch_pruning as tp
@@ -26,6 +27,7 @@ from . import gaussian as act
 from .errors import bn_affine
 from .gaussian import Activation
 from .probe import BATCH_NORM, as_args, call, channel_dim, conv_groups, map_tensors
+from .solve import products
 
 # %% ../nbs/10_graph.ipynb #3e5d52bd
 @dataclass(frozen=True)
@@ -477,33 +479,91 @@ def differing(
 
 # %% ../nbs/10_graph.ipynb #515a8ffe
 @dataclass(frozen=True)
+class Filters:
+    "The weights of one layer as rows, not copied. Rows of different blocks read different inputs."
+    rows: Tensor                   # (m, d), in the precision of the model
+    scale: Tensor                  # (m,) factor of each row, in the precision to compute in
+    block: Tensor | None = None    # (m,) number of the block that each row reads; None: all read the same
+    blocks: int = 1
+
+    def total(self, f):
+        "The sum of a function of a few columns, (m, few), over all columns."
+        return sum(f(part.to(self.scale.dtype)) for part in self.rows.split(2048, 1))
+
+    @property
+    def width(self): return self.rows.shape[1] * self.blocks
+    @property
+    def sums(self): return self.scale * self.total(lambda part: part.sum(1))
+    @property
+    def squares(self): return self.scale.square() * self.total(lambda part: part.square().sum(1))
+    @property
+    def gram(self):
+        G = self.scale[:, None] * self.total(products) * self.scale
+        return G if self.block is None else G.masked_fill(self.block[:, None] != self.block, 0)
+    @property
+    def written(self):
+        "(m, width): all columns, zero where a row reads nothing."
+        rows = self.scale[:, None] * self.rows.to(self.scale.dtype)
+        if self.block is None: return rows
+        out = rows.new_zeros(len(rows), self.blocks, rows.shape[1])
+        out[torch.arange(len(rows)), self.block] = rows
+        return out.flatten(1)
+
+    def of(self, at):
+        "Some of the rows."
+        return replace(self, rows=self.rows[at], scale=self.scale[at], block=None if self.block is None else self.block[at])
+
+# %% ../nbs/10_graph.ipynb #d29c27af
+@dataclass(frozen=True)
 class Channels:
     "The channels of one group as tensors: what criteria and restorers see."
     name: str                 # the producer, for messages
-    W: Tensor                 # (m, d) filters as rows
+    branches: tuple           # of tuples of `Filters`, one for each stage
     a: Tensor                 # (m,) scale of the batch norm, gamma/sigma; ones without batch norm
     b: Tensor                 # (m,) offset: z = a * (W x) + b
     gamma: Tensor | None      # (m,) batch-norm scale as trained; None without batch norm
     beta: Tensor | None       # (m,) batch-norm offset as trained, the mean of z; None without batch norm
     activation: Activation | None   # what the consumers read is activation(z); None: z itself
 
+    def __len__(self): return len(self.a)
+    def _over(self, f): return sum(math.prod(map(f, branch)) for branch in self.branches)
+    @property
+    def width(self): return self._over(lambda f: f.width)
+    @property
+    def sums(self):
+        "(m,) sum of each filter."
+        return self._over(lambda f: f.sums)
+    @property
+    def squares(self):
+        "(m,) squared norm of each filter."
+        return self._over(lambda f: f.squares)
+    @cached_property
+    def gram(self):
+        "(m, m) products of the filters."
+        return self._over(lambda f: f.gram)
+    @property
+    def W(self):
+        "(m, width) filters as rows, written out."
+        joined = lambda w, v: torch.einsum('mk,md->mkd', v, w).flatten(1)
+        return torch.cat([reduce(joined, (f.written for f in branch)) for branch in self.branches], 1)
     @property
     def rows(self):
-        "(m, d) filters; (m, d + 1) with the bias as last entry where there is no batch norm."
+        "(m, width) filters; (m, width + 1) with the bias as last entry where there is no batch norm."
         return self.W if self.gamma is not None else torch.cat([self.W, self.b[:, None]], 1)
 
     def block(self, i: int, n: int):
         "The channels of block i of n."
-        at = slice(i * len(self.W) // n, (i + 1) * len(self.W) // n)
-        return replace(self, **{k: None if getattr(self, k) is None else getattr(self, k)[at] for k in ('W', 'a', 'b', 'gamma', 'beta')})
+        at = slice(i * len(self) // n, (i + 1) * len(self) // n)
+        parts = {k: None if getattr(self, k) is None else getattr(self, k)[at] for k in ('a', 'b', 'gamma', 'beta')}
+        return replace(self, branches=tuple(tuple(f.of(at) for f in branch) for branch in self.branches), **parts)
 
 # %% ../nbs/10_graph.ipynb #9bc19d0a
 def _stage(model, name, norm, dtype):
-    "One layer and the batch norm behind it: filters as rows, a, b, gamma, beta."
+    "One layer and the batch norm behind it: filters, a, b, gamma, beta."
     layer = model.get_submodule(name)
-    W = by_output(layer).detach().to(dtype).flatten(1)
-    if conv_groups(layer) > 1 and not is_depthwise(layer): W = torch.block_diag(*W.chunk(layer.groups))
-    bias = W.new_zeros(len(W)) if layer.bias is None else layer.bias.detach().to(dtype)
+    W = by_output(layer).detach().flatten(1)
+    n, bias = conv_groups(layer), W.new_zeros(len(W), dtype=dtype) if layer.bias is None else layer.bias.detach().to(dtype)
+    W = Filters(W, torch.ones_like(bias), *(() if n == 1 or is_depthwise(layer) else (torch.arange(len(W), device=W.device) // (len(W) // n), n)))
     if norm is None: return W, torch.ones_like(bias), bias, None, None
     bn = model.get_submodule(norm)
     if bn.running_var is None: raise ValueError(f'{norm}: this batch norm keeps no running statistics')
@@ -512,13 +572,17 @@ def _stage(model, name, norm, dtype):
     return W, *bn_affine(gamma, beta, mean, var, bn.eps, bias), gamma, beta
 
 # %% ../nbs/10_graph.ipynb #e23444de
+def _scaled(stages, a):
+    "Stages with the last one's filters multiplied by a factor each."
+    return *stages[:-1], replace(stages[-1], scale=a * stages[-1].scale)
+
 def _fold(model, branch, dtype):
-    "A branch as one layer: the producer, and each depthwise convolution multiplied to it."
-    W, *rest = _stage(model, *branch[0], dtype)
-    for name, norm in branch[1:]:
-        w, *after = _stage(model, name, norm, dtype)
-        W, rest = torch.einsum('mk,md->mkd', w, rest[0][:, None] * W).flatten(1), after
-    return W, *rest
+    "A branch as one layer, the producer and each depthwise convolution multiplied to it: its stages, and what the last batch norm is."
+    stages, rest = (), [None]
+    for name, norm in branch:
+        W, *after = _stage(model, name, norm, dtype)
+        stages, rest = (*(_scaled(stages, rest[0]) if stages else ()), W), after
+    return stages, *rest
 
 # %% ../nbs/10_graph.ipynb #2b005da1
 def channels(
@@ -529,10 +593,10 @@ def channels(
     "Filters and batch norm of a group. Raises ValueError where the batch norm keeps no running statistics."
     branches = group.branches or (((group.name, group.norm),),)
     folded = [_fold(model, branch, dtype) for branch in branches]
-    if len(folded) == 1: return Channels(group.name, *folded[0], group.activation)
-    Ws, as_, bs, gammas, betas = zip(*folded)
+    if len(folded) == 1: return Channels(group.name, (folded[0][0],), *folded[0][1:], group.activation)
+    stages, scales, bs, gammas, betas = zip(*folded)
     gamma, beta = (None, None) if any(g is None for g in gammas) else (sum(g.square() for g in gammas).sqrt(), sum(betas))
-    return Channels(group.name, torch.cat([a[:, None] * W for W, a in zip(Ws, as_)], 1), torch.ones_like(bs[0]), sum(bs), gamma, beta, group.activation)
+    return Channels(group.name, tuple(map(_scaled, stages, scales)), torch.ones_like(bs[0]), sum(bs), gamma, beta, group.activation)
 
 # %% ../nbs/10_graph.ipynb #ffad7301
 @torch.no_grad()

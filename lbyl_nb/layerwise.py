@@ -327,7 +327,8 @@ class ProbedLbyl:
         seen = look_at_consumers(probes, groups, lambda c, layer, x, y: row_moments(channel_rows(layer, x, c.columns), name=c.name))
         for g in groups:
             ch, keep = channels(original, g), chosen[g.name]
-            pairs = [(l1 * ch.W.square().sum(1).mean() / ch.b.square().mean().clamp(min=1e-12), l2 * ch.W.square().sum(1).mean()) for l1, l2 in GRID]
+            size = ch.squares.mean()
+            pairs = [(l1 * size / ch.b.square().mean().clamp(min=1e-12), l2 * size) for l1, l2 in GRID]
             for c in g.consumers:
                 layer, M = original.get_submodule(c.name), total(seen[g.name, c.name])
                 made = [in_blocks(lbyl(float(l1), float(l2)), ch, keep, conv_groups(layer)) for l1, l2 in pairs]

@@ -23,18 +23,18 @@ from tqdm.auto import tqdm
 
 from .criteria import keep_best, l2_norm
 from .delivery import Delivery, removed
-from .errors import bn_error, residual
+from .errors import bn_error, residual_squares
 from .gaussian import gaussian_delivery
 from .files import read_safetensors, write_safetensors
 from .graph import add_constant, by_output, channels, differing, find_groups, layer_outputs, remove_channels, silence, trace
 from .merging import merging_delivery
 from .probe import BATCH_NORM, as_args, conv_groups, map_tensors, random_like, tensors
-from .solve import centred_ridge, check_ridge, lbyl_delivery
+from .solve import check_ridge, gram_delivery
 
 # %% ../nbs/13_recover.ipynb #2cad5a77
 def prune_only():
     "The restorer that restores nothing: removed channels are lost."
-    def restorer(ch, keep): return Delivery.nothing(len(ch.W), len(keep), ch.W.dtype, ch.W.device)
+    def restorer(ch, keep): return Delivery.nothing(len(ch), len(keep), ch.a.dtype, ch.a.device)
     return restorer
 
 # %% ../nbs/13_recover.ipynb #9a9d5f6c
@@ -43,7 +43,7 @@ def constants(
     keep,    # kept channels
 ) -> Tensor: # (m - t,)
     "What each removed channel is if it does not depend on the input (gamma = 0), else zero."
-    out = removed(keep, len(ch.W)).to(ch.W.device)
+    out = removed(keep, len(ch)).to(ch.a.device)
     value = ch.activation(ch.b) if ch.activation else ch.b
     return torch.where(ch.a[out] == 0, value[out], 0)
 
@@ -69,10 +69,15 @@ def lbyl(
     for name, lam in dict(lam1=lam1, lam2=lam2).items():
         if not 0 <= lam < math.inf: raise ValueError(f'{name} must be a finite number >= 0, got {lam}')
     def restorer(ch, keep):
-        if ch.gamma is None and centred: S = centred_ridge(ch.rows, keep, lam2)
-        else: S = lbyl_delivery(ch.W, ch.a, ch.b, keep, lam1, lam2)
+        if ch.gamma is None and centred: S = gram_delivery(_centred(ch), torch.ones_like(ch.a), torch.zeros_like(ch.b), keep, 0., lam2)
+        else: S = gram_delivery(ch.gram, ch.a, ch.b, keep, lam1, lam2)
         return Delivery(S, constants(ch, keep))
     return restorer
+
+def _centred(ch):
+    "Products of the rows [w, bias], each less its mean, as in `centred_ridge`."
+    sums = ch.sums + ch.b
+    return ch.gram + torch.outer(ch.b, ch.b) - torch.outer(sums, sums) / (ch.width + 1)
 
 # %% ../nbs/13_recover.ipynb #054f6927
 def gaussian(
@@ -223,9 +228,10 @@ def absorb(model, consumer, delivery, keep):
     n, m, offsets = conv_groups(layer), len(consumer.columns) // conv_groups(layer), []
     cols, keep = consumer.columns[:m].to(layer.weight.device), [k for k in keep if k < m]     # places are the same in every group
     for W, S, shift in zip(by_output(layer).chunk(n), _diagonal(delivery.S, n), delivery.shift.chunk(n)):
-        V, offset = Delivery(S, shift).absorb(W[:, cols], keep)
-        W[:, cols[keep]] = V
-        offsets.append(offset)
+        for part in W.split(512):    # of the outputs: a large layer is not copied in double precision
+            V, offset = Delivery(S, shift).absorb(part[:, cols], keep)
+            part[:, cols[keep]] = V
+            offsets.append(offset)
     add_constant(model, consumer.name, consumer.norm, torch.cat(offsets))
 
 # %% ../nbs/13_recover.ipynb #fd9e5a69
@@ -242,41 +248,38 @@ def in_blocks(
 ) -> Delivery:  # block-diagonal
     "The delivery of a group to a consumer that reads it in blocks."
     if n == 1: return restorer(ch, keep)
-    keep = [k for k in keep if k < len(ch.W) // n]
+    keep = [k for k in keep if k < len(ch) // n]
     parts = [restorer(ch.block(i, n), keep) for i in range(n)]
     return Delivery(torch.block_diag(*(d.S for d in parts)), torch.cat([d.shift for d in parts]))
 
 # %% ../nbs/13_recover.ipynb #5f6369e8
 def _one_by_one(model, net, groups, chosen, restorer, dtype):
-    "Put every group right by itself; returns the coefficients of each."
-    S = {}
+    "Put every group right by itself; returns the errors of each."
+    errors = {}
     for g in tqdm(groups, 'restoring', delay=2, leave=False):
         ch, keep = channels(model, g, dtype), chosen[g.name]
         blocks = [conv_groups(net.model.get_submodule(c.name)) for c in g.consumers]
         deliveries = {n: in_blocks(restorer, ch, keep, n) for n in {*blocks}}
         for c, n in zip(g.consumers, blocks): absorb(net.model, c, deliveries[n], keep)
-        S[g.name] = deliveries[min(blocks)].S
-    return S
+        errors[g.name] = _errors(ch, keep, deliveries[min(blocks)].S)
+    return errors
 
 # %% ../nbs/13_recover.ipynb #8c380d43
-def _errors(ch, keep, S=None):
-    "Mean residual error and mean batch-norm error of the removed channels, given the coefficients; without them, of nothing delivered."
-    out = removed(keep, len(ch.W)).to(ch.a.device)
-    live, r, B = ch.a[out] != 0, ch.W[out], ch.b[out]
-    if S is not None and S.any(): r, B = residual(ch.W, ch.a, S, keep), bn_error(ch.b, S, keep)
-    re, be = r.square().sum(1), B.square()
-    return re[live].mean().item(), be[live].mean().item()
+def _errors(ch, keep, S):
+    "Mean residual error and mean batch-norm error of the removed channels, of nothing delivered and given the coefficients."
+    out = removed(keep, len(ch)).to(ch.a.device)
+    mean = lambda v: v[ch.a[out] != 0].mean().item()
+    re, be = mean(ch.squares[out]), mean(ch.b[out].square())
+    if not S.any(): return dict(re_before=re, re_after=re, be_before=be, be_after=be)
+    return dict(re_before=re, re_after=mean(residual_squares(ch.gram, ch.a, S, keep)), be_before=be, be_after=mean(bn_error(ch.b, S, keep).square()))
 
 # %% ../nbs/13_recover.ipynb #91c4f1f2
-def _row(g, ch=None, keep=None, S=None, missed=math.nan):
+def _row(g, keep=None, missed=math.nan, **errors):
     "One group as a row of the report."
     row = dict(layer=g.name, shares_with=', '.join(p for p in g.producers if p != g.name), norm=g.norm or '', activation=str(g.activation or ''),
                consumers=', '.join(c.name for c in g.consumers), channels=g.channels, kept=g.channels,
                re_before=math.nan, re_after=math.nan, be_before=math.nan, be_after=math.nan, output_error=missed, left_alone=g.reason)
-    if keep is not None: row['kept'] = len(keep)
-    if S is None: return row
-    before, after = _errors(ch, keep), _errors(ch, keep, S)
-    return row | dict(re_before=before[0], re_after=after[0], be_before=before[1], be_after=after[1])
+    return row | errors | ({} if keep is None else dict(kept=len(keep)))
 
 # %% ../nbs/13_recover.ipynb #50f369f0
 def cost(model, example_inputs) -> dict:
@@ -329,11 +332,11 @@ def _attempt(model, example_inputs, restorer, choose, left_alone, streams=False,
     chosen = choose(model, net, groups)
     gone = {g.name: removed(chosen[g.name], g.channels).tolist() for g in groups if g.name in chosen}
     touched = [g for g in groups if gone.get(g.name)]
-    before, S, missed = cost(net.model, net.args), {}, {}
+    before, errors, missed = cost(net.model, net.args), {}, {}
     if hasattr(restorer, 'rewrite'): missed = restorer.rewrite(net, touched, chosen)
-    else: S = _one_by_one(model, net, touched, chosen, restorer, dtype)
+    else: errors = _one_by_one(model, net, touched, chosen, restorer, dtype)
     lost = lambda g: max((missed[c.name] for c in g.consumers if c.name in missed), default=math.nan)
-    rows = [_row(g, channels(model, g, dtype), chosen[g.name], S.get(g.name), lost(g)) if g in touched else _row(g) for g in groups]
+    rows = [_row(g, chosen[g.name], lost(g), **errors.get(g.name, {})) if g in touched else _row(g) for g in groups]
     silence(net.model, touched, gone)
     small, wrong = _cut(net, touched, gone)
     if wrong: return None, wrong
