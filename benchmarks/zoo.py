@@ -1,23 +1,30 @@
-"""Restoring torchvision's networks against one forward pass of 64 images: CPU time, and peak memory as a multiple of the dense network's.
+"""Restoring networks against one forward pass of 32 images: CPU time, and peak memory as a multiple of the dense network's.
 
-One network of each of seven families at 224 pixels, 30 % of the channels removed, 64 probes, random weights: they decide nothing about time.
-Every measurement runs in a process of its own, so that its peak memory can be read. Memory of the dense network: its parameters and one forward pass
-of 64 images. Gram matrices: what is held at once of patches' and outputs' moments, of two halves of the probes, in double precision."""
+Without arguments one network of each of seven families; with `--all` the 95 networks of nbs/46_zoo.ipynb, by closed form and probes, into
+nbs/results/zoo_cost.csv (hours; the same call goes on where it stopped). 224 pixels, 30 % of the channels removed, streams included, 32 probes,
+random weights: they decide nothing about cost. Every measurement runs in a process of its own, so that its peak memory can be read. Memory of the dense
+network: its parameters and one forward pass of 32 images. Gram matrices: of the closed form, the products of the filters of its largest group; of probes,
+what is held at once of patches' and outputs' moments, of two halves of the probes. All in double precision."""
+import sys
 import time
+from pathlib import Path
 
 import pandas as pd
+import timm
 import torch
 from _process import against, each, footer, measured, peak, run
-from torchvision.models import get_model
+from torchvision.models import get_model, list_models
 
+from lbyl_nb.bench import results, sweep
 from lbyl_nb.graph import by_output, find_groups, trace
 from lbyl_nb.layerwise import find_sites, layerwise, probe
 from lbyl_nb.probe import noise
 from lbyl_nb.recover import lbyl, restore
 
 NETWORKS = ('resnet18', 'densenet121', 'mobilenet_v2', 'efficientnet_b0', 'convnext_tiny', 'vit_b_16', 'vgg11_bn')
-N = 64
+N, RATIO = 32, .3
 RESTORERS = dict(lbyl=lbyl, probe=lambda: probe(noise(N)), layerwise=lambda: layerwise(noise(N)))
+RESULTS = Path(__file__).resolve().parent.parent / 'nbs' / 'results'
 
 
 def gram(net, s):
@@ -28,9 +35,11 @@ def gram(net, s):
 
 
 def grams(net, x, chosen, what):
-    "Memory of the moments that a restorer holds at once, in GB: `probe` those of all layers, `layerwise` one layer's, or two where one waits for its addition."
+    """Memory of the Gram matrices that a restorer holds at once, in GB: `lbyl` one group's, `probe` the moments of all layers, `layerwise` those of one
+    layer, or of two where one waits for its addition."""
     traced = trace(net, x)
-    groups = [g for g in find_groups(traced) if g.name in chosen]
+    groups = [g for g in find_groups(traced, streams=True) if g.name in chosen]
+    if what == 'lbyl': return max(8 * g.channels**2 for g in groups) / 1e9
     sites = list(find_sites(traced, groups, chosen, every=what == 'layerwise').values())
     now = [gram(net, s) for s in sites]
     waiting = [0] + [v if s.reader.added else 0 for v, s in zip(now, sites)]
@@ -38,20 +47,22 @@ def grams(net, x, chosen, what):
 
 
 def one(network, what):
-    "CPU time and memory of one measurement, as a dict."
+    "CPU time and memory of one measurement, as a dict; or why there is none."
     torch.manual_seed(0)
-    before, net, done = peak(), get_model(network, weights=None).eval(), []
+    build = (lambda: get_model(network, weights=None)) if network in list_models() else lambda: timm.create_model(network)
+    before, net, done = peak(), build().eval(), []
     x = torch.randn(N if what == 'forward' else 1, 3, 224, 224)
     def forward():
         with torch.inference_mode(): net(x)
     start = time.process_time()
-    row = measured(network, what, forward if what == 'forward' else lambda: done.append(restore(net, x, ratio=.3, restorer=RESTORERS[what]())), before)
-    return row | dict(seconds=time.process_time() - start, gram=grams(net, x, done[0].plan, what) if done and what != 'lbyl' else 0.)
+    try: row = measured(network, what, forward if what == 'forward' else lambda: done.append(restore(net, x, ratio=RATIO, streams=True, restorer=RESTORERS[what]())), before)
+    except ValueError as e: return dict(network=network, what=what, seconds=None, gigabytes=None, gram=None, error=str(e)[:300])
+    return row | dict(seconds=time.process_time() - start, gram=grams(net, x, done[0].plan, what) if done else 0., error=None)
 
 
 def table(rows):
     "Measurements as ratios."
-    t = pd.DataFrame(rows).set_index(['network', 'what'])
+    t = pd.DataFrame(rows).dropna(subset='seconds').set_index(['network', 'what'])[['gigabytes', 'gram', 'seconds']]
     dense = t.gigabytes.xs('forward', level='what').reindex(t.index, level='network')
     t['CPU time / forward pass'] = against(t, 'forward')
     t['memory / dense'] = t.gigabytes / dense
@@ -59,8 +70,18 @@ def table(rows):
     return t.drop(columns='seconds').rename(columns=dict(gigabytes='peak memory (GB)', gram='Gram matrices (GB)')).round(2).to_string()
 
 
+def whole_zoo():
+    "All networks of 46_zoo, the smallest first, a row in the results file for each measurement."
+    nets = results(RESULTS / 'zoo.csv').drop_duplicates('model').sort_values('parameters')
+    settings = [dict(source=r.source, network=r.model, what=w, images=N, ratio=RATIO) for r in nets.itertuples() for w in ('forward', 'lbyl', 'probe')]
+    def measure(s):
+        row = each(__file__, [(s['network'], s['what'])])[0]
+        return {k: row[k] for k in ('seconds', 'gigabytes', 'gram', 'error')}
+    return sweep(RESULTS / 'zoo_cost.csv', settings, measure)
+
+
 def main():
-    print(table(each(__file__, [(n, w) for n in NETWORKS for w in ('forward', *RESTORERS)])))
+    print(table(whole_zoo() if sys.argv[1:] == ['--all'] else each(__file__, [(n, w) for n in NETWORKS for w in ('forward', *RESTORERS)])))
     print(footer())
 
 

@@ -487,8 +487,8 @@ class Filters:
     blocks: int = 1
 
     def total(self, f):
-        "The sum of a function of a few columns, (m, few), over all columns."
-        return sum(f(part.to(self.scale.dtype)) for part in self.rows.split(2048, 1))
+        "The sum of a function of a few columns, (m, few), over all columns; its results are added up in place."
+        return reduce(Tensor.add_, (f(part.to(self.scale.dtype)) for part in self.rows.split(2048, 1)))
 
     @property
     def width(self): return self.rows.shape[1] * self.blocks
@@ -498,8 +498,8 @@ class Filters:
     def squares(self): return self.scale.square() * self.total(lambda part: part.square().sum(1))
     @property
     def gram(self):
-        G = self.scale[:, None] * self.total(products) * self.scale
-        return G if self.block is None else G.masked_fill(self.block[:, None] != self.block, 0)
+        G = self.total(products).mul_(self.scale[:, None]).mul_(self.scale)
+        return G if self.block is None else G.masked_fill_(self.block[:, None] != self.block, 0)
     @property
     def written(self):
         "(m, width): all columns, zero where a row reads nothing."

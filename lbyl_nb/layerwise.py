@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
-from .delivery import removed
+from .delivery import Delivery, removed
 from .graph import Reader, add_constant, by_output, channels, find_readers, in_weight, is_depthwise
 from .probe import Fit, Moments, Probes, call, channel_dim, conv_groups, in_turn, look, map_tensors, moments, noise, norm_scale, regress, row_moments, selected, stacked, target_moments, total
 from .recover import absorb, in_blocks, lbyl
@@ -97,18 +97,18 @@ def site_fit(
     ridge: float | None,    # None: chosen on held-out probes
 ) -> Fit:                   # V: (o, columns x taps), c: (o,)
     "New taps and bias of a layer."
-    W, n = by_output(layer).detach().double(), conv_groups(layer)
+    W, n = by_output(layer).detach(), conv_groups(layer)
     if s.free:
-        prior = W[:, in_weight(layer, s.read).to(W.device)].flatten(1)
+        prior = W[:, in_weight(layer, s.read).to(W.device)].double().flatten(1)
         fit = regress(halves, prior if n == 1 else prior.view(n, len(W) // n, -1), ridge)
         return replace(fit, V=fit.V.flatten(0, -2).to(layer.weight), c=fit.c.flatten())    # in its final precision: the taps of all layers are held at once
-    m, span = len(s.columns) // n, s.columns.shape[1]
-    keep, V = [k for k in s.keep if k < m], W[:, in_weight(layer, s.columns).to(W.device)].view(n, len(W) // n, m, span, -1)    # (groups, o, m, span, taps)
-    out = removed(keep, m)
-    S = regress(halves, W.new_zeros(n, len(out), len(keep)), ridge)
-    carried = torch.einsum('gorst,grk->gokst', V[:, :, out], S.V)
-    c = torch.einsum('gorst,gr->go', V[:, :, out], S.c).flatten() + (0 if layer.bias is None else layer.bias.detach().double())
-    return replace(S, V=(V[:, :, keep] + carried).flatten(0, 1).flatten(1).to(layer.weight), c=c)
+    m, at = len(s.columns) // n, in_weight(layer, s.columns).to(W.device)
+    keep = [k for k in s.keep if k < m]
+    S = regress(halves, W.new_zeros(n, m - len(keep), len(keep), dtype=torch.float64), ridge)
+    some = lambda part: part[:, at].double().unflatten(1, (m, -1))    # (a few outputs, m, span, taps): a large layer is not copied in double precision
+    made = [Delivery(*v).absorb(some(part), keep) for *v, w in zip(S.V, S.c, W.chunk(n)) for part in w.split(512)]
+    V, c = (torch.cat(v) for v in zip(*((V.flatten(1).to(layer.weight), c) for V, c in made)))
+    return replace(S, V=V, c=c + (0 if layer.bias is None else layer.bias.detach().double()))
 
 # %% ../nbs/14_layerwise.ipynb #149ce089
 @torch.no_grad()

@@ -77,7 +77,7 @@ def lbyl(
 def _centred(ch):
     "Products of the rows [w, bias], each less its mean, as in `centred_ridge`."
     sums = ch.sums + ch.b
-    return ch.gram + torch.outer(ch.b, ch.b) - torch.outer(sums, sums) / (ch.width + 1)
+    return torch.addr(ch.gram, ch.b, ch.b).addr_(sums, sums, alpha=-1 / (ch.width + 1))
 
 # %% ../nbs/13_recover.ipynb #054f6927
 def gaussian(
