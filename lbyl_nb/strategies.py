@@ -5,31 +5,33 @@
 # %% auto #0
 __all__ = ['one_output', 'contribution_gram', 'greedy_order', 'given', 'each_by_itself', 'ThiNet', 'thinet', 'map_ranks', 'HRank',
            'hrank', 'in_batches', 'adaptive_bn', 'mac_fraction', 'within_budget', 'prunable', 'judged', 'Searched',
-           'eagleeye', 'projected', 'joined', 'Split', 'round_of', 'admm']
+           'eagleeye', 'projected', 'joined', 'Split', 'admm']
 
 # %% ../nbs/23_strategies.ipynb #09829a9b
 import copy, math
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from accelerate.utils import broadcast
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 # %% ../nbs/23_strategies.ipynb #42eb6220
 from .bench import accuracy, place
 from .budget import bill
-from .criteria import keep_best, l1_norm
+from .criteria import keep_best, l1_norm, l2_norm
 from .data import Dataset, normalise, subset
 from .delivery import removed
-from .finetune import FINETUNING, Finetuned, Recipe, batches, begin, measured, take_step, unchanged
-from .graph import by_output, find_groups, is_depthwise, silence, trace
+from .finetune import FINETUNING, Finetuned, Penalty, Recipe, begin, complete, unchanged
+from .graph import by_output, is_depthwise, silence, trace
 from .layerwise import look_at_consumers, taps_fit
 from .probe import as_args, calibration, channel_dim, look, map_tensors, padded, patch_gram, pin, selected, tensors, total
-from .recover import plan, unit_scores, whole_units
+from .recover import by_ratio, prune_only, unit_scores, verified, whole_units
 
 # %% ../nbs/23_strategies.ipynb #2d564a34
 def one_output(
@@ -192,11 +194,14 @@ def within_budget(
 
 # %% ../nbs/23_strategies.ipynb #30a653ed
 def prunable(model, example_inputs, ratio, streams):
-    "A traced copy, its groups that `plan` prunes, and how many units (channels, or those that stay together) each of them keeps."
-    kept = {k: len(v) for k, v in plan(model, example_inputs, ratio, streams=streams).items()}
-    net = trace(model, example_inputs)
-    groups = [g for g in find_groups(net, streams) if g.name in kept]
-    return net, groups, {g.name: kept[g.name] * g.units // g.channels for g in groups}
+    "The groups that `plan` prunes, and how many units (channels, or those that stay together) each of them keeps."
+    def choose(model, net, groups):
+        chosen = by_ratio(ratio, l2_norm)(model, net, groups)
+        found[:] = [g for g in groups if g.name in chosen]
+        return chosen
+    found = []
+    kept = verified(model, example_inputs, prune_only(), choose, streams=streams).plan
+    return found, {g.name: len(kept[g.name]) * g.units // g.channels for g in found}
 
 # %% ../nbs/23_strategies.ipynb #01c0bcde
 def judged(
@@ -241,7 +246,8 @@ def eagleeye(
         if not 0 < v < 1: raise ValueError(f'{name} must be in (0, 1), got {v}')
     if candidates < 1: raise ValueError(f'candidates: {candidates}')
     if statistics < 2 or held_out < 1 or statistics + held_out > len(train_set): raise ValueError(f'statistics, held_out: {statistics} and {held_out} images from a set of {len(train_set)}')
-    net, groups, _ = prunable(model, example_inputs, .4, streams)
+    groups, _ = prunable(model, example_inputs, .4, streams)
+    net = trace(model, example_inputs)
     count, widths = mac_fraction(net, groups), torch.tensor([g.channels for g in groups], dtype=torch.float64)
     units = torch.tensor([g.units for g in groups], dtype=torch.float64)
     u = 1 - torch.rand(candidates, len(groups), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -275,20 +281,25 @@ def joined(
     return torch.cat([r for name, columns in group.cut for r in rows(name, columns)], 1)
 
 # %% ../nbs/23_strategies.ipynb #63cc3bcc
-class Split:
+class Split(Penalty):
     "The variables of ADMM other than the weights, for all groups of a network."
+    kind, name, suspects, weight = 'admm', 'penalty', 'the learning rate or rho', 1.
+
     def __init__(self,
         net: nn.Module,   # the network in training
         groups: list,     # of the network
         keep: dict,       # {group: how many channels stay}
         rho: float,       # weight of the penalty
     ):
-        self.net, self.groups, self.keep, self.rho = net, groups, keep, rho
+        super().__init__(net)
+        self.groups, self.keep, self.rho = groups, keep, rho
         with torch.no_grad(): X = self.rows()
         self.U = {k: torch.zeros_like(v) for k, v in X.items()}
         self.Z = {k: projected(v, keep[k]) for k, v in X.items()}
 
     def rows(self): return {g.name: joined(self.net, g) for g in self.groups}
+
+    def active(self): return nullcontext(self.penalty)
 
     def penalty(self, *_):
         "What the weights are pulled by."
@@ -303,21 +314,15 @@ class Split:
         self.U = {k: self.U[k] + v for k, v in apart.items()}
         return dict(primal=norm(apart) / norm(X), dual=self.rho * norm({k: v - before[k] for k, v in self.Z.items()}) / norm(X))
 
+    def facts(self): return dict(rho=self.rho, keep=self.keep)
+
+    def state(self): return {f'{name}/{k}': v for name, var in dict(Z=self.Z, U=self.U).items() for k, v in var.items()}
+
+    def load_state(self, state):
+        for name, var in dict(Z=self.Z, U=self.U).items(): var.update({k: state[f'{name}/{k}'].to(v) for k, v in var.items()})
+
     @property
     def plan(self): return {k: Z.norm(dim=1).nonzero().flatten().tolist() for k, Z in self.Z.items()}
-
-# %% ../nbs/23_strategies.ipynb #b75cb74a
-def round_of(run, split: Split, first: int, last: int, bar: tqdm) -> dict:    # a row of the history
-    "Train from step `first` to `last`, then project."
-    per_epoch, seen = len(run.data) // run.recipe.batch, []
-    for step, part in batches(len(run.data), run.recipe.batch, run.seed, first, last):
-        for group in run.opt.param_groups: group['lr'] = run.recipe.rate(step / per_epoch)
-        seen.append(take_step(run, step, part, split.penalty))
-        bar.set_postfix(loss=f'{seen[-1][0]:.3f}', penalty=f'{seen[-1][1]:.3f}', refresh=False)
-        bar.update()
-    for b in run.net.buffers(): broadcast(b)    # statistics of the first process for all
-    loss, penalty, right = torch.tensor(seen, dtype=torch.float64).mean(0).tolist()
-    return dict(step=last, epoch=last / per_epoch, lr=group['lr'], loss=loss, penalty=penalty, accuracy=100 * right) | split.update()
 
 # %% ../nbs/23_strategies.ipynb #44048ad9
 def admm(
@@ -334,23 +339,16 @@ def admm(
     augment: Callable = unchanged,              # as in `finetune`, and so are the next three
     batch_norms: Callable = unchanged,
     autocast: torch.dtype | None = None,
+    checkpoint: str | Path | None = None,       # file to go on from, if there is one, and to write after each projection
     seed: int = 0,
 ) -> Finetuned:                                 # with the network, still dense but with weights for the plan; the plan; the history, a row a projection
     """Train a network until the channels outside a plan are nearly nothing (ADMM, Zhang et al., ECCV 2018; rows are whole channels).
 
     The history has step, epoch, lr, loss, penalty, accuracy (%), and the residuals primal ||X - Z|| and dual rho ||Z - Z before||, both over ||X||.
-    FloatingPointError if a loss or weight is not finite; ValueError for bad input, as in `plan` and `finetune`."""
+    The same call with the same `checkpoint` goes on where it was killed, as in `finetune`.
+    FloatingPointError naming the step if a loss or weight is not finite; ValueError for bad input and wrong checkpoints, as in `plan` and `finetune`. FileNotFoundError without the folder for it."""
     if not 0 < rho < math.inf: raise ValueError(f'rho must be a positive number, got {rho}')
-    if every is not None and every < 1: raise ValueError(f'every: {every} steps')
-    _, groups, keep = prunable(model, example_inputs, ratio, streams)
+    groups, keep = prunable(model, example_inputs, ratio, streams)
     each_by_itself(groups, 'ADMM')
-    run = begin(model, train_set, None, recipe, 1., mean, std, augment, batch_norms, autocast, seed)
-    split, steps, rows = Split(run.net, groups, keep, rho), recipe.steps(len(train_set)), []
-    every = every or len(train_set) // recipe.batch
-    with tqdm(total=steps, desc='ADMM', leave=False, **({} if run.accelerator.is_main_process else dict(disable=True))) as bar:
-        for first in range(0, steps, every):
-            try: rows.append(measured(run, round_of(run, split, first, min(steps, first + every), bar), None))
-            except FloatingPointError as e: raise FloatingPointError(f'ADMM is not finite after step {first}: the learning rate or rho may be too large') from e
-    trained = copy.deepcopy(model)
-    trained.load_state_dict(run.net.state_dict())
-    return Finetuned(trained, pd.DataFrame(rows), split.plan)
+    run = begin(model, train_set, partial(Split, groups=groups, keep=keep, rho=rho), recipe, mean, std, augment, batch_norms, autocast, seed)
+    return replace(complete(model, run, None, checkpoint, every, 'ADMM'), plan=run.penalty.plan)

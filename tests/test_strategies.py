@@ -9,8 +9,9 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from lbyl_nb.bench import accuracy, train
-from lbyl_nb.data import digits, normalise, subset
-from lbyl_nb.finetune import Recipe
+from lbyl_nb.data import crop_flip, digits, normalise, subset
+from lbyl_nb.files import read_safetensors, write_safetensors
+from lbyl_nb.finetune import Recipe, finetune
 from lbyl_nb.graph import find_groups, trace
 from lbyl_nb.layerwise import layerwise
 from lbyl_nb.models import digits_net, initialised, resnet20
@@ -366,6 +367,92 @@ def test_admm_names_what_is_wrong(trained):
                       (dict(ratio={'nothing': .5}), "ratio: the model has no prunable layer 'nothing'"), (dict(recipe=Recipe(batch=2000)), 'batch: 2000 images')):
         with pytest.raises(ValueError, match=says): admm(net, IMAGE, train_set, **{**dict(ratio=.5, recipe=short), **bad})
     with pytest.raises(FloatingPointError, match='learning rate or rho may be too large'): admm(net, IMAGE, train_set, .5, rho=1e5, recipe=short)
+
+
+class Calls:
+    "Shifted images; an augmentation that fails, or gives NaN, at a call."
+    def __init__(self, fails=None, nan=None): self.calls, self.fails, self.nan = 0, fails, nan
+    def __call__(self, x):
+        self.calls += 1
+        if self.calls == self.fails: raise KeyboardInterrupt
+        return crop_flip(x, 1) * (float('nan') if self.calls == self.nan else 1)
+
+
+def leaky():
+    "A network that draws random numbers while it is trained."
+    net = initialised(lambda: digits_net(4), 0).eval()
+    net.flatten = nn.Sequential(nn.Flatten(), nn.Dropout(.2))
+    return net
+
+
+SMALL = dict(ratio=.5, rho=.3, every=3, recipe=Recipe(epochs=3, lr=.05, milestones=(2,), batch=64))
+
+
+@pytest.fixture
+def small_set(): return subset(digits()[0], 256)
+
+
+@pytest.mark.parametrize('fails, left', [(2, 12), (4, 9), (8, 6), (12, 3)])
+def test_admm_goes_on_from_its_checkpoint(tmp_path, one_thread, small_set, fails, left):
+    "Killed at any step: weights, plan and history are those of a run that never was. Once complete, nothing is trained any more."
+    path, net = tmp_path/'c.safetensors', leaky()
+    whole = admm(net, IMAGE, small_set, augment=Calls(), **SMALL)
+    with pytest.raises(KeyboardInterrupt): admm(net, IMAGE, small_set, augment=Calls(fails), checkpoint=path, **SMALL)
+    for n in (left, 0):
+        rest = admm(net, IMAGE, small_set, augment=(counting := Calls()), checkpoint=str(path), **SMALL)
+        assert counting.calls == n and rest.plan == whole.plan and rest.history.equals(whole.history)
+        assert all(torch.equal(v, whole.model.state_dict()[k]) for k, v in rest.model.state_dict().items())
+    assert [p.name for p in tmp_path.iterdir()] == ['c.safetensors']
+
+
+def test_admm_holds_its_variables(tmp_path, one_thread, small_set):
+    "Z and U are in the file; with zeros in their place another run comes out."
+    path, net, how = tmp_path/'c.safetensors', leaky(), dict(checkpoint=tmp_path/'c.safetensors', **SMALL)
+    whole = admm(net, IMAGE, small_set, augment=Calls(), **SMALL)
+    with pytest.raises(KeyboardInterrupt): admm(net, IMAGE, small_set, augment=Calls(5), **how)
+    tensors, meta = read_safetensors(path)
+    Z, U = ({k.removeprefix(f'penalty/{v}/'): t for k, t in tensors.items() if k.startswith(f'penalty/{v}/')} for v in 'ZU')
+    assert Z.keys() == U.keys() == {'features.0', 'features.3', 'features.7'} and meta['step'] == '3'
+    for k in Z: assert (Z[k].norm(dim=1) > 0).sum() == len(Z[k]) / 2 and U[k].any()
+    for v in 'ZU':
+        write_safetensors({k: 0 * t if k.startswith(f'penalty/{v}/') else t for k, t in tensors.items()}, path, meta)
+        rest = admm(net, IMAGE, small_set, augment=Calls(), **how).model.state_dict()
+        assert not torch.equal(rest['features.3.weight'], whole.model.state_dict()['features.3.weight'])
+
+
+def test_admm_refuses_checkpoints(tmp_path, small_set):
+    "Of another run, of fine-tuning, truncated, none at all, without a folder; and fine-tuning refuses those of ADMM. The files stay as they are."
+    path, other, net = tmp_path/'c.safetensors', tmp_path/'f.safetensors', initialised(lambda: digits_net(4), 0).eval()
+    fit = lambda net=net, data=small_set, checkpoint=path, **how: admm(net, IMAGE, data, checkpoint=checkpoint, **SMALL | how)
+    fit(), finetune(net, small_set, recipe=SMALL['recipe'], every=3, checkpoint=other)
+    before = path.read_bytes()
+    for how, says in ((dict(rho=.2), 'whose rho is 0.3 and not 0.2'), (dict(ratio=.75), "whose keep is {'features.0': 2,.* and not {'features.0': 1"), (dict(ratio={'features.0': .5}), 'whose keep is'),
+                      (dict(every=4), 'whose every is 3 and not 4'), (dict(seed=1), 'whose seed is 0 and not 1'), (dict(recipe=Recipe(epochs=3, lr=.05, milestones=(2.5,), batch=64)), 'whose milestones'),
+                      (dict(augment=Calls()), 'whose augment is unchanged and not Calls'), (dict(data=subset(digits()[0], 255)), 'whose images is 256 and not 255'),
+                      (dict(net=initialised(lambda: digits_net(4), 1).eval()), 'with other weights: start'), (dict(net=digits_net(8)), 'another architecture: features.0.weight is'),
+                      (dict(checkpoint=other), "not a checkpoint of admm .format 'lbyl_nb.finetune.1'")):
+        with pytest.raises(ValueError, match=says): fit(**how)
+    with pytest.raises(ValueError, match="not a checkpoint of finetune .format 'lbyl_nb.admm.1'"): finetune(net, small_set, recipe=SMALL['recipe'], every=3, checkpoint=path)
+    assert path.read_bytes() == before
+    for n in (0, 7, 100, len(before) // 2, len(before) - 1):
+        other.write_bytes(before[:n])
+        with pytest.raises(ValueError, match='truncated'): fit(checkpoint=other)
+        assert other.read_bytes() == before[:n]
+    write_safetensors(net.state_dict(), other)
+    with pytest.raises(ValueError, match='not a checkpoint of admm .format None'): fit(checkpoint=other)
+    with pytest.raises(FileNotFoundError, match='there is no folder'): fit(checkpoint=tmp_path/'nowhere'/'c.safetensors')
+
+
+def test_admm_keeps_the_checkpoint_before_a_nan(tmp_path, one_thread, small_set):
+    "The message names the step and the file, the file holds the last good projection, and from there the run can be finished."
+    path, net = tmp_path/'c.safetensors', leaky()
+    fit = lambda **how: admm(net, IMAGE, small_set, augment=Calls(**how), checkpoint=path, **SMALL)
+    with pytest.raises(FloatingPointError, match='^step 2: the loss is nan, the penalty .*; the learning rate or rho may be too large$'): fit(nan=2)
+    assert not path.exists()
+    with pytest.raises(FloatingPointError, match='step 8: the loss is nan, .* rho may be too large; .*c.safetensors holds step 6'): fit(nan=8)
+    assert read_safetensors(path)[1]['step'] == '6'
+    whole = admm(net, IMAGE, small_set, augment=Calls(), **SMALL)
+    assert fit().history.equals(whole.history)
 
 
 def test_grouped_convolutions():
