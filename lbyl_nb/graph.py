@@ -506,7 +506,7 @@ class Filters:
         rows = self.scale[:, None] * self.rows.to(self.scale.dtype)
         if self.block is None: return rows
         out = rows.new_zeros(len(rows), self.blocks, rows.shape[1])
-        out[torch.arange(len(rows)), self.block] = rows
+        out[torch.arange(len(rows), device=rows.device), self.block] = rows
         return out.flatten(1)
 
     def of(self, at):

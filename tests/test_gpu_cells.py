@@ -1,4 +1,4 @@
-"The cells of 45_boost that want a GPU, as they stand, on a processor and at a tiny size: interrupted again and again, they end with the rows of a run that never was."
+"The cells of 44_kinds_on_images and 45_boost that want a GPU, as they stand, on a processor and at a tiny size: interrupted again and again, they end with the rows of a run that never was."
 from collections import Counter
 from math import inf
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from torchvision.models import MobileNetV2
 from torchvision.ops import Conv2dNormActivation
 
 from conftest import NBS, cells
-from lbyl_nb import data
+from lbyl_nb import data, models
 from lbyl_nb.files import read_safetensors
 from lbyl_nb.finetune import Recipe
 
@@ -92,3 +92,35 @@ def test_cells_go_on(tmp_path, capsys):
         assert told == told_again and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
     exec(TABLE, names)
     assert 'nan' in names['beside_published'](parts/'rows.csv').loc['ExpandNets', 1e30].item()
+
+
+def kinds(folder, looks):
+    "What 44_kinds_on_images defines up to its last cell for a GPU, and that cell."
+    code = [c['source'] for c in cells(NBS/'44_kinds_on_images.ipynb', 'code')]
+    gpu, wanted = [s for s in code if s.startswith('#| cuda')], ('from functools', 'class ProjectionResNet', 'def densenet', 'NETWORKS =', '@cache\ndef network_of', 'def measure')
+    digits = SimpleNamespace(load=load, crop_flip=data.crop_flip, STATS=data.STATS, normalise=data.normalise, subset=lambda part, n, seed=0: data.subset(part, 32, seed))
+    tiny, names = dict(DEVICE='cpu', ON_GPU=folder/'rows.csv', IMAGE=torch.zeros(1, 3, 16, 16), data=digits, time=Clock(looks), RECIPE=SCRATCH,
+                       models=SimpleNamespace(**{**vars(models), 'weights_dir': lambda: folder})), {}
+    for source in [s for s in code if s.startswith(wanted)] + gpu[:-1]:
+        exec(source, names)
+        names.update(tiny)
+    trials, net = names['trials'], names['ProjectionResNet']
+    names.update(small_stem=lambda: net((4, 8, 8)), trials=lambda network: [s for s in trials(network) if s['ratio'] in (0., .25, .5)][:9])
+    return names, gpu[-1]
+
+
+def test_kinds_go_on(tmp_path, capsys):
+    "Training and measuring, four looks at the clock a call; now and then in a new process, as far as its names are concerned."
+    whole, parts = tmp_path/'whole', tmp_path/'parts'
+    for folder in (whole, parts): folder.mkdir()
+    once, cell = kinds(whole, inf)
+    exec(cell, once)
+    assert not capsys.readouterr().out
+    names, calls = kinds(parts, 4)[0], 0
+    while exec(cell, names) or capsys.readouterr().out:
+        calls += 1
+        if calls == 1: assert steps(parts/'resnet18_cifar10.checkpoint') == 4 and not (parts/'rows.csv').exists()
+        if calls % 2: names = kinds(parts, 4)[0]
+    assert 3 <= calls < 10 and (parts/'rows.csv').read_bytes() == (whole/'rows.csv').read_bytes()
+    rows = pd.read_csv(parts/'rows.csv')
+    assert len(rows) == 9 and {*rows.method} >= {'unpruned', 'pruned', 'lbyl', 'every layer'}
