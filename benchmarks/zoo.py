@@ -3,7 +3,7 @@
 Without arguments one network of each of seven families; with `--all` the 95 networks of nbs/46_zoo.ipynb, by closed form and probes, into
 nbs/results/zoo_cost.csv (hours; the same call goes on where it stopped). 224 pixels, 30 % of the channels removed, streams included, 32 probes,
 random weights: they decide nothing about cost. Every measurement runs in a process of its own, so that its peak memory can be read. Memory of the dense
-network: its parameters and one forward pass of 32 images. Gram matrices: of the closed form, the products of the filters of its largest group; of probes,
+network: its parameters and one forward pass of 32 images. Gram matrices: of the closed form, the products of filters of one group and their factorisation; of probes,
 what is held at once of patches' and outputs' moments, of two halves of the probes. All in double precision."""
 import sys
 import time
@@ -18,7 +18,7 @@ from torchvision.models import get_model, list_models
 from lbyl_nb.bench import results, sweep
 from lbyl_nb.graph import by_output, find_groups, trace
 from lbyl_nb.layerwise import find_sites, layerwise, probe
-from lbyl_nb.probe import noise
+from lbyl_nb.probe import conv_groups, noise
 from lbyl_nb.recover import lbyl, restore
 
 NETWORKS = ('resnet18', 'densenet121', 'mobilenet_v2', 'efficientnet_b0', 'convnext_tiny', 'vit_b_16', 'vgg11_bn')
@@ -28,10 +28,16 @@ RESULTS = Path(__file__).resolve().parent.parent / 'nbs' / 'results'
 
 
 def gram(net, s):
-    "Memory of the moments of one layer, two halves, in GB."
-    rows = by_output(net.get_submodule(s.reader.name))
+    "Memory of the moments of one layer, two halves, in GB; those of a grouped convolution are blocks."
+    layer = net.get_submodule(s.reader.name)
+    rows = by_output(layer)
     d, o = (len(s.read) * rows[0, 0].numel(), len(rows)) if s.free else (len(s.keep), len(s.columns) - len(s.keep))
-    return 2 * 8 * d * (d + o) / 1e9
+    return 2 * 8 * d * (d + o) / conv_groups(layer) / 1e9
+
+
+def products(g, t):
+    "Memory of the products of a group's filters: all of them, centred too without batch norm, those of the t kept ones, and their factorisation with its workspace."
+    return 8 * ((1 if g.norm else 2) * g.channels**2 + t * g.channels + 3 * t**2)
 
 
 def grams(net, x, chosen, what):
@@ -39,7 +45,7 @@ def grams(net, x, chosen, what):
     layer, or of two where one waits for its addition."""
     traced = trace(net, x)
     groups = [g for g in find_groups(traced, streams=True) if g.name in chosen]
-    if what == 'lbyl': return max(8 * g.channels**2 for g in groups) / 1e9
+    if what == 'lbyl': return max(map(products, groups, (len(chosen[g.name]) for g in groups))) / 1e9
     sites = list(find_sites(traced, groups, chosen, every=what == 'layerwise').values())
     now = [gram(net, s) for s in sites]
     waiting = [0] + [v if s.reader.added else 0 for v, s in zip(now, sites)]

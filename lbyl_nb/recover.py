@@ -8,6 +8,7 @@ __all__ = ['FORMAT', 'prune_only', 'constants', 'merging', 'lbyl', 'gaussian', '
            'restore', 'lbyl_restore', 'plan', 'save_restored', 'load_restored', 'load_tensors']
 
 # %% ../nbs/13_recover.ipynb #fcbde6a8
+import copy
 import difflib
 import fnmatch
 import json
@@ -284,8 +285,10 @@ def _row(g, keep=None, missed=math.nan, **errors):
 # %% ../nbs/13_recover.ipynb #50f369f0
 def cost(model, example_inputs) -> dict:
     "Parameters of a model, and multiply-accumulate operations of one forward pass, averaged over the batch."
-    args = as_args(example_inputs)
-    with redirect_stdout(None): macs, params = tp.utils.count_ops_and_params(model, args)    # it warns of arguments by keyword, for which it takes no mean
+    args, shell = as_args(example_inputs), copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+    shell.__deepcopy__ = lambda memo: shell    # modules of its own, but no copy of the weights
+    with redirect_stdout(None): macs, params = tp.utils.count_ops_and_params(shell, args)    # it warns of arguments by keyword, for which it takes no mean
+    vars(shell).clear()                        # methods that were bound to it would hold on to the weights
     return dict(params=int(params), macs=int(macs / max(map(len, tensors(args))) if isinstance(args, dict) else macs))
 
 # %% ../nbs/13_recover.ipynb #35b90abc
