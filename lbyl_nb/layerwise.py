@@ -171,6 +171,7 @@ class Pending:
     read: Tensor    # what it reads in the restored network
     y: Tensor       # what the dense layer gives
     out: Tensor     # its output, or that of the batch norm behind it: what the addition will take
+    fit: Fit        # its new weights, until the shortcut is known
 
 # %% ../nbs/14_layerwise.ipynb #012bbf45
 def apply_fit(layer: nn.Module, fit: Fit, read: Tensor) -> Tensor:
@@ -189,11 +190,12 @@ def layer_hook(pair, s: Site):
         (dense, x), (y, restored) = inputs[0].chunk(2), out.chunk(2)
         read = selected(layer, x, s.read)
         halves = in_turn(lambda *v: site_moments(s, layer, *v), read, dense, y)
-        pair.fits[s.reader.name] = fit = site_fit(s, layer, halves, pair.ridge)
+        fit = site_fit(s, layer, halves, pair.ridge)
         pair.bar.update()
         restored.copy_(apply_fit(layer, fit, read))
         place, key = (pair.waiting, s.reader.norm) if s.reader.norm else (pair.pending, id(out))
-        if s.reader.added and s.free: place[key] = Pending(s, halves, read, y, out)
+        if s.reader.added and s.free: place[key] = Pending(s, halves, read, y, out, fit)
+        else: pair.take(s, fit)
     return hook
 
 # %% ../nbs/14_layerwise.ipynb #efbcb090
@@ -210,16 +212,17 @@ def settle(pair, out: Tensor, shortcut: Tensor):
     r = p.site.reader
     layer, norm = pair.model.get_submodule(r.name), r.norm and pair.model.get_submodule(r.norm)
     targets = in_turn(lambda x, y: target_moments(layer, x, y), p.read, p.y + missing(shortcut, norm))
-    pair.fits[r.name] = fit = site_fit(p.site, layer, [replace(M, **t) for M, t in zip(p.halves, targets)], pair.ridge)
+    fit = site_fit(p.site, layer, [replace(M, **t) for M, t in zip(p.halves, targets)], pair.ridge)
+    pair.take(p.site, fit)
     new = apply_fit(layer, fit, p.read)
     out.chunk(2)[1].copy_(norm.forward(new) if norm else new)
 
 # %% ../nbs/14_layerwise.ipynb #05fb340d
 class SideBySide(TorchFunctionMode):
-    "One forward pass of dense and restored network; `fits` holds the result, a `Fit` for each site."
-    def __init__(self, model: nn.Module, sites: dict, ridge: float | None):
+    "One forward pass of dense and restored network. Layers of `target` are rewritten on the way; `missed` holds what each fit misses."
+    def __init__(self, model: nn.Module, target: nn.Module, sites: dict, ridge: float | None):
         super().__init__()
-        self.model, self.sites, self.ridge, self.fits = model, sites, ridge, {}
+        self.model, self.target, self.sites, self.ridge, self.missed = model, target, sites, ridge, {}
         self.waiting, self.pending = {}, {}    # summands to be: by name of the batch norm, by identity
         self.bar = tqdm(total=len(sites), desc='restoring', delay=2, leave=False)
 
@@ -228,6 +231,10 @@ class SideBySide(TorchFunctionMode):
             for a, other in (args[:2], args[1::-1]):
                 if id(a) in self.pending and isinstance(other, Tensor) and a.shape == other.shape: settle(self, a, other)
         return f(*args, **(kwargs or {}))
+
+    def take(self, s, fit):
+        rewrite(self.target, s, fit)
+        self.missed[s.reader.name] = fit.error
 
     def run(self, args) -> dict:
         norms = {s.reader.norm for s in self.sites.values() if s.reader.added and s.reader.norm}
@@ -238,7 +245,8 @@ class SideBySide(TorchFunctionMode):
         finally:
             for h in hooks: h.remove()
             self.bar.close()
-        return self.fits
+        for p in (*self.waiting.values(), *self.pending.values()): self.take(p.site, p.fit)    # their addition was not seen
+        return self.missed
 
 # %% ../nbs/14_layerwise.ipynb #12b237a7
 def missing(
@@ -264,9 +272,7 @@ class Layerwise:
         "Put all layers right, in place, in one pass; returns what fraction of the variance each fit misses."
         probes = self.source(net.model, net.args)
         sites = find_sites(net, groups, chosen, every=self.refit)
-        fits = SideBySide(probes.model, sites, self.ridge).run(probes.args)
-        for name, fit in fits.items(): rewrite(net.model, sites[name], fit)
-        return {name: fit.error for name, fit in fits.items()}
+        return SideBySide(probes.model, net.model, sites, self.ridge).run(probes.args)
 
 # %% ../nbs/14_layerwise.ipynb #b8fbadf5
 def layerwise(

@@ -247,9 +247,12 @@ class Moments:
 
     def __add__(self, other): return Moments(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
+    @property
+    def var(self): return (self.yy / self.n - (self.y / self.n)**2).clamp(min=0)    # (o,) variance of the output
+
     def centred(self):
         p, y = self.p / self.n, self.y / self.n
-        return Centred(minus_products(self.G / self.n, p, p), minus_products(self.C / self.n, y, p), p, y, (self.yy / self.n - y**2).clamp(min=0))
+        return Centred(minus_products(self.G / self.n, p, p), minus_products(self.C / self.n, y, p), p, y)
 
 @dataclass
 class Centred:
@@ -258,7 +261,6 @@ class Centred:
     C: Tensor    # (o, d) of output and patches
     p: Tensor    # (d,) mean of the patches
     y: Tensor    # (o,) mean of the output
-    var: Tensor  # (o,) variance of the output
 
 # %% ../nbs/05_probe.ipynb #88d19646
 def in_turn(f, *tensors):
@@ -282,9 +284,10 @@ def conv_groups(layer) -> int:
 def target_moments(layer, x, y) -> dict:
     "The fields of `Moments` that depend on the output."
     rows, n = y if isinstance(layer, nn.Linear) else y.movedim(1, -1), conv_groups(layer)
-    rows = rows.reshape(-1, rows.shape[-1]).double()
+    parts = rows.chunk(8)    # at a time: in float64 all samples take twice the memory
+    sums = lambda f: sum(f(v.double()).flatten(0, -2).sum(0) for v in parts)
     C = patch_cross(layer, x, y).double() if n == 1 else torch.stack([patch_cross(layer, *v).double() for v in zip(x.chunk(n, 1), y.chunk(n, 1))])
-    return dict(C=C, y=rows.sum(0).view(C.shape[:-1]), yy=rows.square().sum(0).view(C.shape[:-1]))
+    return dict(C=C, y=sums(lambda v: v).view(C.shape[:-1]), yy=sums(torch.square).view(C.shape[:-1]))
 
 # %% ../nbs/05_probe.ipynb #84c0483c
 @torch.no_grad()
@@ -312,11 +315,12 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.)
 def prediction_error(
     V: Tensor,     # (o, d)
     c: Tensor,     # (o,)
-    M: Centred,    # of probes that V has not seen, or has
+    M: Moments,    # of probes that V has not seen, or has
 ) -> Tensor:       # (o,) mean square of y - V p - c
-    "What is missed on average, from moments alone."
-    bias = M.y - (V @ M.p[..., None])[..., 0] - c
-    return (M.var - 2 * (V * M.C).sum(-1) + ((V @ M.G) * V).sum(-1)).clamp(min=0) + bias**2
+    "What is missed on average, from moments alone; nothing of the size of G is made."
+    bias = (M.y - (V @ M.p[..., None])[..., 0]) / M.n
+    spread = (M.yy - 2 * (V * M.C).sum(-1) + ((V @ M.G) * V).sum(-1)) / M.n - bias**2
+    return spread.clamp(min=0) + (bias - c)**2
 
 # %% ../nbs/05_probe.ipynb #6c784ad6
 def solution(M, prior, ridge):
@@ -330,11 +334,11 @@ def held_out_ridge(
     prior: Tensor,   # (o, d)
 ) -> float:          # one of `RIDGES`
     "The ridge that predicts each half best from the other, errors relative to the variance of each output."
-    a, b = (M.centred() for M in halves)
-    def error(ridge):
-        missed = [prediction_error(*solution(fit, prior, ridge), test) / test.var.clamp(min=1e-12) for fit, test in ((a, b), (b, a))]
-        return sum(m.clamp(max=10).mean().item() for m in missed)
-    return min(RIDGES, key=error)
+    def errors(M, test):    # for each ridge; one half is centred at a time, for the sake of memory
+        missed = [prediction_error(*solution(M, prior, ridge), test) / test.var.clamp(min=1e-12) for ridge in RIDGES]
+        return [m.clamp(max=10).mean().item() for m in missed]
+    a, b = halves
+    return min(zip(map(sum, zip(errors(a.centred(), b), errors(b.centred(), a))), RIDGES))[1]
 
 # %% ../nbs/05_probe.ipynb #ce75a6ae
 @dataclass(frozen=True)
@@ -353,8 +357,8 @@ def regress(
     "The taps and constants that give a wanted output best. ValueError for a ridge that is not positive."
     if ridge is None: ridge = held_out_ridge(halves, prior)
     check_ridge(ridge)
-    M = total(halves).centred()
-    V, c = solution(M, prior, ridge)
+    V, c = solution(total(halves).centred(), prior, ridge)
+    M = total(halves)
     return Fit(V, c, ridge, (prediction_error(V, c, M).sum() / M.var.sum().clamp(min=1e-30)).item())
 
 # %% ../nbs/05_probe.ipynb #2d5333d4
