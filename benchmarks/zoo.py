@@ -3,8 +3,8 @@
 Without arguments one network of each of seven families; with `--all` the 95 networks of nbs/46_zoo.ipynb, by closed form and probes, into
 nbs/results/zoo_cost.csv (hours; the same call goes on where it stopped). 224 pixels, 30 % of the channels removed, streams included, 32 probes,
 random weights: they decide nothing about cost. Every measurement runs in a process of its own, so that its peak memory can be read. Memory of the dense
-network: its parameters and one forward pass of 32 images. Gram matrices: of the closed form, the products of filters of one group and their factorisation; of probes,
-what is held at once of patches' and outputs' moments, of two halves of the probes. All in double precision."""
+network: its parameters and one forward pass of 32 images. Gram matrices: of the closed form, the products of filters of one group; of probes, what is held at once of patches' and outputs' moments, of two halves
+of the probes; and what the largest factorisation takes. All in double precision."""
 import sys
 import time
 from pathlib import Path
@@ -28,11 +28,12 @@ RESULTS = Path(__file__).resolve().parent.parent / 'nbs' / 'results'
 
 
 def gram(net, s):
-    "Memory of the moments of one layer, two halves, in GB; those of a grouped convolution are blocks."
+    "Memory of the moments of one layer, two halves, and of their factorisation (one half centred, with a ridge, factored), in GB; of a grouped convolution they are blocks."
     layer = net.get_submodule(s.reader.name)
     rows = by_output(layer)
     d, o = (len(s.read) * rows[0, 0].numel(), len(rows)) if s.free else (len(s.keep), len(s.columns) - len(s.keep))
-    return 2 * 8 * d * (d + o) / conv_groups(layer) / 1e9
+    unit = 8 * d / conv_groups(layer) / 1e9
+    return 2 * unit * (d + o), unit * (3 * d + o)
 
 
 def products(g, t):
@@ -47,9 +48,10 @@ def grams(net, x, chosen, what):
     groups = [g for g in find_groups(traced, streams=True) if g.name in chosen]
     if what == 'lbyl': return max(map(products, groups, (len(chosen[g.name]) for g in groups))) / 1e9
     sites = list(find_sites(traced, groups, chosen, every=what == 'layerwise').values())
-    now = [gram(net, s) for s in sites]
+    now, solving = zip(*(gram(net, s) for s in sites))
+    if what == 'probe': return sum(now) + max(solving)
     waiting = [0] + [v if s.reader.added else 0 for v, s in zip(now, sites)]
-    return sum(now) if what == 'probe' else max(map(sum, zip(now, waiting)))
+    return max(map(sum, zip(now, solving, waiting)))
 
 
 def one(network, what):

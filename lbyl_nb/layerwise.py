@@ -99,7 +99,7 @@ def site_fit(
     "New taps and bias of a layer."
     W, n = by_output(layer).detach(), conv_groups(layer)
     if s.free:
-        prior = W[:, in_weight(layer, s.read).to(W.device)].double().flatten(1)
+        prior = W[:, in_weight(layer, s.read).to(W.device)].flatten(1)
         fit = regress(halves, prior if n == 1 else prior.view(n, len(W) // n, -1), ridge)
         return replace(fit, V=fit.V.flatten(0, -2).to(layer.weight), c=fit.c.flatten())    # in its final precision: the taps of all layers are held at once
     m, at = len(s.columns) // n, in_weight(layer, s.columns).to(W.device)
@@ -141,8 +141,8 @@ class Probe:
 
     def rewrite(self, net, groups, chosen):
         "Put all consumers right, in place; returns what fraction of the variance each fit misses."
-        probes, sites, missed = self.source(net.model, net.args), find_sites(net, groups, chosen, self.taps), {}
-        seen = look(probes, sites, lambda layer, x, y, name: site_moments(sites[name], layer, selected(layer, x, sites[name].read), x, y))
+        sites, missed = find_sites(net, groups, chosen, self.taps), {}
+        seen = look(self.source(net.model, net.args), sites, lambda layer, x, y, name: site_moments(sites[name], layer, selected(layer, x, sites[name].read), x, y))
         for name, s in tqdm(sites.items(), 'restoring', delay=2, leave=False):
             fit = site_fit(s, net.model.get_submodule(name), seen.pop(name), self.ridge)
             rewrite(net.model, s, fit)

@@ -319,7 +319,8 @@ def prediction_error(
 ) -> Tensor:       # (o,) mean square of y - V p - c
     "What is missed on average, from moments alone; nothing of the size of G is made."
     bias = (M.y - (V @ M.p[..., None])[..., 0]) / M.n
-    spread = (M.yy - 2 * (V * M.C).sum(-1) + ((V @ M.G) * V).sum(-1)) / M.n - bias**2
+    parts = [((v @ M.G - 2 * C) * v).sum(-1) for v, C in zip(V.split(512, -2), M.C.split(512, -2))]
+    spread = (M.yy + torch.cat(parts, -1)) / M.n - bias**2
     return spread.clamp(min=0) + (bias - c)**2
 
 # %% ../nbs/05_probe.ipynb #6c784ad6

@@ -125,5 +125,8 @@ def ridge_solution(
     while failed.any():
         rho = torch.where(failed[..., None] > 0, 10 * rho, rho)
         L, failed = factor()
-    Y = torch.linalg.solve_triangular(L, (C + rho[..., None] * prior).mT, upper=False)    # in two steps: `cholesky_solve` copies L
-    return torch.linalg.solve_triangular(L.mT, Y, upper=True).mT
+    solve = lambda B: torch.linalg.solve_triangular(L.mT, torch.linalg.solve_triangular(L, B.mT, upper=False), upper=True).mT    # `cholesky_solve` copies L
+    V = torch.empty_like(C)
+    for some in (slice(i, i + 512) for i in range(0, C.shape[-2], 512)):    # targets at a time: nothing else is as large as C
+        V[..., some, :] = solve(C[..., some, :] + rho[..., None] * prior[..., some, :])
+    return V
