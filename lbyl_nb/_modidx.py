@@ -426,6 +426,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'lbyl_nb.solve': { 'lbyl_nb.solve._check': ('closed_form.html#_check', 'lbyl_nb/solve.py'),
                                'lbyl_nb.solve._direction': ('closed_form.html#_direction', 'lbyl_nb/solve.py'),
                                'lbyl_nb.solve._folded': ('closed_form.html#_folded', 'lbyl_nb/solve.py'),
+                               'lbyl_nb.solve._one_scale': ('closed_form.html#_one_scale', 'lbyl_nb/solve.py'),
                                'lbyl_nb.solve._solve': ('closed_form.html#_solve', 'lbyl_nb/solve.py'),
                                'lbyl_nb.solve._spectrum': ('closed_form.html#_spectrum', 'lbyl_nb/solve.py'),
                                'lbyl_nb.solve.centred_ridge': ('closed_form.html#centred_ridge', 'lbyl_nb/solve.py'),

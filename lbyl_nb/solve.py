@@ -44,12 +44,23 @@ def _folded(P, a, K, R):
     if not (G.isfinite().all() and C.isfinite().all()): raise ValueError('W holds NaN or infinity, or numbers too large to be squared')
     return G, C
 
+# %% ../nbs/03_closed_form.ipynb #524a8b90
+def _one_scale(G, C, a2, b_K, b_R, lam1, lam2):
+    "Theorem 2 for removed channels of one squared scale `a2`, or None where the ridge is no larger than rounding."
+    if lam2 * a2 <= 4 * sqrt(len(G)) * torch.finfo(G.dtype).eps * G.norm(): return None
+    L, failed = torch.linalg.cholesky_ex(G.diagonal_scatter(G.diagonal() + lam2 * a2))
+    if failed: return None
+    Y, u = torch.cholesky_solve(torch.cat([C, b_K[:, None]], 1), L).split([C.shape[1], 1], 1)
+    v = lam1 * a2 * u
+    return (Y + v * ((b_R - b_K @ Y) / (1 + b_K @ v))).T
+
 # %% ../nbs/03_closed_form.ipynb #c6fbf7a9
 def _solve(P, a, b, K, R, lam1, lam2):
     "Theorem 2 for all removed channels: ridge in the eigenbasis of the kept filters, then the rank-one term of `lam1`."
-    G, C = _folded(P, a, K, R)
+    (G, C), a2 = _folded(P, a, K, R), a[R].square()
+    if len(R) and (a2 == a2[0]).all() and (S := _one_scale(G, C, a2[0], b[K], b[R], lam1, lam2)) is not None: return S
     L, Q, floor, blur = _spectrum(G)
-    a2, q = a[R].square(), Q.T @ b[K]                                           # (r,), (t,)
+    q = Q.T @ b[K]                                                              # (t,)
     null = (L <= floor)[:, None] & (lam2 * a2 <= floor)                         # (t, r)
     D = (L[:, None] + lam2 * a2).masked_fill(null, 1.)
     Y = (Q.T @ C).masked_fill(null, 0.) / D                                     # minimisers for lam1 = 0
