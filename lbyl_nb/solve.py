@@ -131,7 +131,9 @@ def ridge_solution(
     if not (G.isfinite().all() and C.isfinite().all()): raise ValueError('G, C: hold NaN or infinity')
     diagonal = G.diagonal(dim1=-2, dim2=-1)
     rho = ridge * diagonal.mean(-1, keepdim=True).clamp(min=torch.finfo(G.dtype).tiny)
-    factor = lambda: torch.linalg.cholesky_ex(G.diagonal_scatter(diagonal + rho, dim1=-2, dim2=-1))
+    def factor():
+        A = G.diagonal_scatter(diagonal + rho, dim1=-2, dim2=-1).mT    # symmetric; columns first, so that it can be factorised in place
+        return torch.linalg.cholesky_ex(A, out=(A, torch.empty(A.shape[:-2], dtype=torch.int32, device=A.device)))
     L, failed = factor()
     while failed.any():
         rho = torch.where(failed[..., None] > 0, 10 * rho, rho)
