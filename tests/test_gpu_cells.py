@@ -97,7 +97,7 @@ def test_cells_go_on(tmp_path, capsys):
 def kinds(folder, looks):
     "What 44_kinds_on_images defines up to its last cell for a GPU, and that cell."
     code = [c['source'] for c in cells(NBS/'44_kinds_on_images.ipynb', 'code')]
-    gpu, wanted = [s for s in code if s.startswith('#| cuda')], ('from functools', 'class ProjectionResNet', 'def densenet', 'NETWORKS =', '@cache\ndef network_of', 'def measure')
+    gpu, wanted = [s for s in code if s.startswith('#| cuda')], ('from functools', 'class ProjectionResNet', 'def densenet', 'NETWORKS, PADDED', '@cache\ndef network_of', 'def measure')
     digits = SimpleNamespace(load=load, crop_flip=data.crop_flip, STATS=data.STATS, normalise=data.normalise, subset=lambda part, n, seed=0: data.subset(part, 32, seed))
     tiny, names = dict(DEVICE='cpu', ON_GPU=folder/'rows.csv', IMAGE=torch.zeros(1, 3, 16, 16), data=digits, time=Clock(looks), RECIPE=SCRATCH,
                        models=SimpleNamespace(**{**vars(models), 'weights_dir': lambda: folder})), {}

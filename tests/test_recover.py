@@ -1,5 +1,6 @@
 "Properties of restored networks over random small networks and plans, and bad input."
 import copy
+import gc
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from torch import nn
 from lbyl_nb import files
 from lbyl_nb.criteria import bn_scale, geometric_median, l1_norm, l2_norm, random_scores
 from lbyl_nb.graph import find_groups, trace
-from lbyl_nb.models import digits_net, resnet20, resnet50_cifar, vgg16_bn
-from lbyl_nb.recover import gaussian, lbyl, lbyl_restore, load_restored, merging, plan, prune_only, restore, save_restored
+from lbyl_nb.models import digits_net, resnet20, resnet50_cifar, resnet56, vgg16_bn, with_projections
+from lbyl_nb.recover import cost, gaussian, lbyl, lbyl_restore, load_restored, merging, plan, prune_only, restore, save_restored
 
 FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 RESTORERS = dict(prune_only=prune_only(), merging=merging(), gaussian=gaussian(), lbyl=lbyl(), no_ridge=lbyl(0, 0), plain=lbyl(.1, .1, centred=False))
@@ -195,3 +196,28 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match='disk full'): save_restored(r.model, r.plan, path)
     assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ['small.safetensors']
     with pytest.raises(FileNotFoundError, match='no folder'): save_restored(r.model, r.plan, tmp_path/'nowhere'/'f')
+
+
+def test_counting_leaves_no_copy_of_the_weights():
+    "Not even one in a cycle, which would live until Python looks for cycles; and the model keeps its modes, methods and weights."
+    net, x = digits_net(4).train(), torch.zeros(1, 1, 8, 8)
+    held, state, names = (lambda: sum(type(o) is nn.Parameter for o in gc.get_objects())), copy.deepcopy(net.state_dict()), set(vars(net))
+    gc.collect()
+    gc.disable()
+    try:
+        before = held()
+        counted = cost(net, x)
+        assert held() == before
+    finally: gc.enable()
+    assert counted['params'] == sum(p.numel() for p in net.parameters()) and net.training and set(vars(net)) == names
+    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize('build', [resnet20, resnet56])
+def test_padded_shortcuts_as_projections(build):
+    "The same function, all of whose streams can be pruned."
+    net, x = build().double().eval(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    plain = with_projections(net)
+    torch.testing.assert_close(plain(x), net(x), rtol=0, atol=1e-10)
+    assert all(not g.reason for g in find_groups(trace(plain, x), streams=True)[:-1]) and any(g.reason for g in find_groups(trace(net, x), streams=True)[:-1])
+    assert {(m.out_channels, m.in_channels) for m in restore(plain, x, ratio=.5, streams=True).model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1)} == {(16, 8), (32, 16)}
