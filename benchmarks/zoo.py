@@ -1,7 +1,7 @@
 """Restoring networks against one forward pass of 32 images: CPU time, and peak memory as a multiple of the dense network's.
 
-Without arguments one network of each of seven families; with `--all` the 95 networks of nbs/46_zoo.ipynb, by closed form and probes, into
-nbs/results/zoo_cost.csv (hours; the same call goes on where it stopped). 224 pixels, 30 % of the channels removed, streams included, 32 probes,
+Without arguments one network of each of seven families; with `--all` the memory of the 95 networks of nbs/46_zoo.ipynb, by closed form and probes,
+into nbs/results/zoo_memory.csv (hours; the same call goes on where it stopped). 224 pixels, 30 % of the channels removed, streams included, 32 probes,
 random weights: they decide nothing about cost. Every measurement runs in a process of its own, so that its peak memory can be read. Memory of the dense
 network: its parameters and one forward pass of 32 images. Gram matrices: of the closed form, the products of filters of one group; of probes, what is held at once of patches' and outputs' moments, of two halves
 of the probes; and what the largest factorisation takes. All in double precision."""
@@ -69,23 +69,24 @@ def one(network, what):
 
 
 def table(rows):
-    "Measurements as ratios."
-    t = pd.DataFrame(rows).dropna(subset='seconds').set_index(['network', 'what'])[['gigabytes', 'gram', 'seconds']]
+    "Measurements as ratios; times only where there are any."
+    t = pd.DataFrame(rows).dropna(subset='gigabytes').set_index(['network', 'what'])
     dense = t.gigabytes.xs('forward', level='what').reindex(t.index, level='network')
-    t['CPU time / forward pass'] = against(t, 'forward')
+    if 'seconds' in t: t['CPU time / forward pass'] = against(t, 'forward')
     t['memory / dense'] = t.gigabytes / dense
     t['beyond Gram / dense'] = (t.gigabytes - t.gram) / dense
-    return t.drop(columns='seconds').rename(columns=dict(gigabytes='peak memory (GB)', gram='Gram matrices (GB)')).round(2).to_string()
+    shown = ['gigabytes', 'gram', *(k for k in t if '/' in k)]
+    return t[shown].rename(columns=dict(gigabytes='peak memory (GB)', gram='Gram matrices (GB)')).round(2).to_string()
 
 
 def whole_zoo():
-    "All networks of 46_zoo, the smallest first, a row in the results file for each measurement."
+    "Memory of all networks of 46_zoo, a row in the results file for each measurement. No times: they are compared within one run only."
     nets = results(RESULTS / 'zoo.csv').drop_duplicates('model').sort_values('parameters')
-    settings = [dict(source=r.source, network=r.model, what=w, images=N, ratio=RATIO) for r in nets.itertuples() for w in ('forward', 'lbyl', 'probe')]
+    settings = [dict(source=r.source, network=r.model, what=w, images=N, ratio=RATIO) for w in ('forward', 'lbyl', 'probe') for r in nets.itertuples()]
     def measure(s):
         row = each(__file__, [(s['network'], s['what'])])[0]
-        return {k: row[k] for k in ('seconds', 'gigabytes', 'gram', 'error')}
-    return sweep(RESULTS / 'zoo_cost.csv', settings, measure)
+        return {k: row[k] for k in ('gigabytes', 'gram', 'error')}
+    return sweep(RESULTS / 'zoo_memory.csv', settings, measure)
 
 
 def main():
