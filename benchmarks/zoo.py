@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pandas as pd
-import timm
 import torch
 from _process import against, each, footer, measured, peak, run
 from torchvision.models import get_model, list_models
@@ -57,7 +56,10 @@ def grams(net, x, chosen, what):
 def one(network, what):
     "CPU time and memory of one measurement, as a dict; or why there is none."
     torch.manual_seed(0)
-    build = (lambda: get_model(network, weights=None)) if network in list_models() else lambda: timm.create_model(network)
+    if network in list_models(): build = lambda: get_model(network, weights=None)
+    else:
+        from timm import create_model    # only some networks of the whole zoo need it
+        build = lambda: create_model(network)
     before, net, done = peak(), build().eval(), []
     x = torch.randn(N if what == 'forward' else 1, 3, 224, 224)
     def forward():
