@@ -530,13 +530,9 @@ class Channels:
     @property
     def width(self): return self._over(lambda f: f.width)
     @property
-    def sums(self):
-        "(m,) sum of each filter."
-        return self._over(lambda f: f.sums)
+    def sums(self): return self._over(lambda f: f.sums)          # (m,) of each filter
     @property
-    def squares(self):
-        "(m,) squared norm of each filter."
-        return self._over(lambda f: f.squares)
+    def squares(self): return self._over(lambda f: f.squares)    # (m,) squared norms of the filters
     @cached_property
     def gram(self):
         "(m, m) products of the filters."

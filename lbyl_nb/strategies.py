@@ -296,9 +296,7 @@ class Split(Penalty):
         with torch.no_grad(): X = self.rows()
         self.U = {k: torch.zeros_like(v) for k, v in X.items()}
         self.Z = {k: projected(v, keep[k]) for k, v in X.items()}
-
     def rows(self): return {g.name: joined(self.net, g) for g in self.groups}
-
     def active(self): return nullcontext(self.penalty)
 
     def penalty(self, *_):
@@ -315,9 +313,7 @@ class Split(Penalty):
         return dict(primal=norm(apart) / norm(X), dual=self.rho * norm({k: v - before[k] for k, v in self.Z.items()}) / norm(X))
 
     def facts(self): return dict(rho=self.rho, keep=self.keep)
-
     def state(self): return {f'{name}/{k}': v for name, var in dict(Z=self.Z, U=self.U).items() for k, v in var.items()}
-
     def load_state(self, state):
         for name, var in dict(Z=self.Z, U=self.U).items(): var.update({k: state[f'{name}/{k}'].to(v) for k, v in var.items()})
 
