@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LAYERS', 'PLAIN', 'HALF', 'PASSING', 'SAYS', 'SPATIAL', 'ACTIVATIONS', 'Consumer', 'Group', 'Traced', 'first_calls',
-           'trace', 'LeftAlone', 'is_depthwise', 'width', 'by_output', 'in_weight', 'Reader', 'find_readers',
-           'find_groups', 'remove_channels', 'silence', 'layer_outputs', 'differing', 'Filters', 'Channels', 'channels',
-           'add_constant']
+           'trace', 'LeftAlone', 'is_depthwise', 'width', 'by_output', 'is_plain', 'in_weight', 'Reader',
+           'find_readers', 'find_groups', 'remove_channels', 'silence', 'layer_outputs', 'differing', 'Filters',
+           'Channels', 'channels', 'add_constant']
 
 # %% ../nbs/10_graph.ipynb #4f2aee3a
 import copy
@@ -57,7 +57,7 @@ class Group:
 
 # %% ../nbs/10_graph.ipynb #fa62ec18
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)   # what may produce or read channels
-PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)   # exactly these, no subclasses
+PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)   # and subclasses that do the same: `is_plain`
 HALF = (torch.float16, torch.bfloat16)
 
 @dataclass
@@ -169,7 +169,8 @@ def trace(
 PASSING = {'MaxPool2DWithIndices', 'MkldnnMaxPool2D', 'AvgPool2D', 'AdaptiveAvgPool2D', 'AdaptiveMaxPool2D', 'MaxPool3DWithIndices', 'AvgPool3D',
            'Mean', 'Squeeze', 'Unsqueeze', 'Clone', 'Alias', 'Reshape', 'UpsampleNearest2D', 'UpsampleBilinear2D', 'ReflectionPad2D', 'ReplicationPad2D',
            'ConstantPadNd', 'Slice', 'Cat', 'Mul', 'Div', 'Sub', 'Neg', 'Exp', 'Pow', 'Erf', 'Abs', 'Threshold', 'PreluKernel', 'PReLU'}
-SAYS = {'Add': 'an addition (residual stream)', 'Cat': 'a concatenation along another axis', 'ConstantPadNd': 'a padding of channels', 'Output': "the network's output"}
+SAYS = {'Add': 'an addition (residual stream)', 'Cat': 'a concatenation along another axis', 'ConstantPadNd': 'a padding of channels', 'Output': "the network's output",
+        'torch::autograd::CopySlices': 'an operation in place on a part of a tensor'}
 
 class LeftAlone(Exception):
     "Raised on a walk that meets something not handled; its text is the reason."
@@ -281,11 +282,27 @@ def by_output(layer, weight=None):
     weight = layer.weight if weight is None else weight
     return weight.transpose(0, 1) if isinstance(layer, nn.modules.conv._ConvTransposeNd) else weight
 
+# %% ../nbs/10_graph.ipynb #0cf3ae90
+def is_plain(layer: nn.Module) -> bool:
+    "Does a layer use its weight as PyTorch's own layer of its kind does?"
+    kind = next((k for k in PLAIN if isinstance(layer, k)), None)
+    if kind in (None, type(layer)): return kind is not None
+    if any(True for _ in layer.children()) or {k for k, _ in (*layer.named_parameters(), *layer.named_buffers())} - {'weight', 'bias'}: return False
+    plain = copy.copy(layer)
+    plain.__class__ = kind
+    sizes = [2 * d * k for d, k in zip(layer.dilation, layer.kernel_size)] if isinstance(layer, LAYERS[0]) else []
+    shape = 1, by_output(layer).shape[1] * conv_groups(layer), *sizes
+    with torch.no_grad():
+        x = torch.arange(math.prod(shape)).cos().view(shape).to(layer.weight)
+        try: a, b = layer.forward(x), plain.forward(x)
+        except Exception: return False
+        return isinstance(a, Tensor) and a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
 # %% ../nbs/10_graph.ipynb #12314fe0
 def _refuse(net, name):
     "Raise `LeftAlone` where a layer cannot take part in a group at all."
     layer, calls = net.model.get_submodule(name), net.calls
-    if type(layer) not in PLAIN: raise LeftAlone(f'{name} is a {type(layer).__name__}, which is not handled')
+    if not is_plain(layer): raise LeftAlone(f'{name} is a {type(layer).__name__}, which is not handled')
     if conv_groups(layer) > 1 and isinstance(layer, nn.modules.conv._ConvTransposeNd): raise LeftAlone(f'{name} is a transposed convolution in groups')
     if calls.get(name, 0) > 1: raise LeftAlone(f'{name} is called {calls[name]} times in one forward pass')
     if parametrize.is_parametrized(layer): raise LeftAlone(f'{name} is parametrized')

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from .delivery import Delivery, removed
 from .graph import Reader, add_constant, by_output, channels, find_readers, in_weight, is_depthwise
-from .probe import Fit, Moments, Probes, call, channel_dim, conv_groups, in_turn, look, map_tensors, moments, noise, norm_scale, regress, row_moments, selected, stacked, target_moments, total
+from .probe import Fit, Moments, Probes, call, channel_dim, check_called, conv_groups, in_turn, look, map_tensors, moments, noise, norm_scale, regress, row_moments, selected, stacked, target_moments, total
 from .recover import absorb, in_blocks, lbyl
 from .solve import check_ridge
 
@@ -30,7 +30,7 @@ MOST = 8192    # unknowns for one output: beyond, the Gram matrix takes too much
 
 def taps_fit(layer, columns):
     "Can all taps of these columns be free: is the layer of a kind whose patches we know, and do they fit into one Gram matrix?"
-    return type(layer) in (nn.Conv2d, nn.Linear) and columns.numel() // conv_groups(layer) * layer.weight[0, 0].numel() <= MOST
+    return isinstance(layer, (nn.Conv2d, nn.Linear)) and columns.numel() // conv_groups(layer) * layer.weight[0, 0].numel() <= MOST
 
 @dataclass(frozen=True)
 class Site:
@@ -246,6 +246,7 @@ class SideBySide(TorchFunctionMode):
             for h in hooks: h.remove()
             self.bar.close()
         for p in (*self.waiting.values(), *self.pending.values()): self.take(p.site, p.fit)    # their addition was not seen
+        check_called(self.sites, self.missed)
         return self.missed
 
 # %% ../nbs/14_layerwise.ipynb #12b237a7

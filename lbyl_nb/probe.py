@@ -7,7 +7,8 @@ __all__ = ['BATCH_NORM', 'RIDGES', 'as_args', 'call', 'map_tensors', 'tensors', 
            'coloured', 'random_like', 'noise', 'calibration', 'shifted_products', 'unfolded_gram', 'frame_gram',
            'stationary_gram', 'channel_dim', 'selected', 'padded', 'is_stationary', 'patch_gram', 'patch_cross',
            'minus_products', 'Moments', 'Centred', 'in_turn', 'total', 'stacked', 'conv_groups', 'target_moments',
-           'moments', 'row_moments', 'prediction_error', 'solution', 'held_out_ridge', 'Fit', 'regress', 'look']
+           'moments', 'row_moments', 'prediction_error', 'solution', 'held_out_ridge', 'Fit', 'regress', 'check_called',
+           'look']
 
 # %% ../nbs/05_probe.ipynb #894a7c61
 import copy
@@ -73,7 +74,10 @@ class Probes:
     model: nn.Module    # in evaluation mode
     args: tuple | dict  # arguments of its forward, n samples in the first dimension of every tensor
 
-    def __len__(self): return max(map(len, tensors(self.args)), default=0)
+    def __post_init__(self):
+        if not tensors(self.args): raise ValueError('probes: none of the arguments is a tensor of samples; of a network that takes a list of images, restore a part: `restore_inside`')
+
+    def __len__(self): return max(map(len, tensors(self.args)))
 
     def batches(self, size=64):
         "The arguments, so many samples at a time."
@@ -362,6 +366,12 @@ def regress(
     M = total(halves)
     return Fit(V, c, ridge, (prediction_error(V, c, M).sum() / M.var.sum().clamp(min=1e-30)).item())
 
+# %% ../nbs/05_probe.ipynb #899b1bf4
+def check_called(names, seen):
+    "ValueError naming a layer that the probes did not reach."
+    for k in names:
+        if k not in seen: raise ValueError(f'{k}: not called when the probes pass the network, though it was on the example inputs')
+
 # %% ../nbs/05_probe.ipynb #2d5333d4
 @torch.no_grad()
 def look(
@@ -370,7 +380,7 @@ def look(
     measure=moments,    # (layer, x, y, name) -> Moments
     batch: int = 64,    # samples at a time
 ) -> dict:              # {name: [Moments of even samples, Moments of odd samples]}
-    "Moments of what the named layers read and give. ValueError naming the layer where NaN or infinity is met."
+    "Moments of what the named layers read and give. ValueError naming the layer where NaN or infinity is met, or that is not called."
     sums, hooks = {}, []
     def hook(name):
         def add(layer, inputs, y):
@@ -382,4 +392,5 @@ def look(
         for args in probes.batches(batch): call(probes.model, args)
     finally:
         for h in hooks: h.remove()
+    check_called(names, sums)
     return sums

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
+from lbyl_nb.elsewhere import restore_inside
 from lbyl_nb.layerwise import layerwise, probe
 from lbyl_nb.probe import calibration, noise
 from lbyl_nb.recover import lbyl, lbyl_restore, load_restored, plan, prune_only, restore, save_restored
@@ -71,6 +72,8 @@ def test_a_branch_that_is_not_taken():
     with pytest.warns(UserWarning, match='not called on example_inputs.*: n$'): r = restore(net, rows, ratio=.5)
     assert r.plan.keys() == {'a', 'p'} and r.model(rows).shape == (4, 3) and r.model.n.weight.shape == (8, 8)
     with pytest.raises(RuntimeError): r.model(-rows)
+    for restorer in (probe, layerwise):
+        with pytest.warns(UserWarning), pytest.raises(ValueError, match='p: not called when the probes pass'): restore(net, rows, ratio=.5, restorer=restorer(calibration(-rows)))
 
 
 @each_restorer
@@ -79,6 +82,23 @@ def test_a_branch_without_layers(restorer):
     net = Net(lambda n, x: n.o(n.a(x).relu() if x.sum() > 0 else n.a(x).relu() * 2), a=nn.Linear(6, 8), o=nn.Linear(8, 3))
     small = lbyl_restore(net, rows, ratio=.5, restorer=restorer)
     assert small(rows).shape == small(-rows).shape == (4, 3) and small.a.out_features == 4
+
+
+# Inputs
+
+class Detector(nn.Module):
+    "Takes a list of images, as torchvision's detectors do."
+    def __init__(self): super().__init__(); self.body = cnn()
+    def forward(self, images): return [y.mean((1, 2)) for y in self.body(torch.stack(images))]
+
+
+def test_a_list_of_images():
+    "Closed form: as any network. Probes: there is no batch to make them like, but there is one for the body."
+    net, images = Detector(), [torch.randn(3, 8, 8)] * 4
+    assert len(lbyl_restore(net, (images,), ratio=.5)(images)) == 4
+    for restorer in (probe(noise(8)), layerwise(noise(8)), probe(calibration((images,)))):
+        with pytest.raises(ValueError, match='none of the arguments is a tensor of samples.*restore_inside'): restore(net, (images,), ratio=.5, restorer=restorer)
+    for restorer in RESTORERS.values(): assert restore_inside(net, 'body', (images,), ratio=.5, restorer=restorer).model.body[0].out_channels == 4
 
 
 # Layers

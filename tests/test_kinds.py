@@ -29,6 +29,10 @@ class NormAct(nn.BatchNorm2d):
     def forward(self, x): return F.relu(super().forward(x))
 
 
+class Own(nn.Conv2d):
+    "A convolution with a class of its own that changes nothing."
+
+
 def stream(l, x):
     x = l['bn0'](l['stem'](x)).relu()
     x = (x + l['bn2'](l['b'](l['bn1'](l['a'](x)).relu()))).relu()
@@ -60,6 +64,7 @@ KINDS = dict(
     grouped_1d=(lambda: nn.Sequential(nn.Conv1d(3, 12, 1), nn.ReLU(), nn.Conv1d(12, 6, 3, groups=3), nn.ReLU(), nn.Conv1d(6, 2, 1)), (3, 12)),
     separable=(lambda: nn.Sequential(C(3, 8, 3), B(8), nn.ReLU(), C(8, 6, 1), nn.ReLU(), C(6, 6, 3, padding=1, groups=6), B(6), nn.ReLU(), C(6, 4, 1)), (3, 8, 8)),
     activation_in_norm=(lambda: nn.Sequential(C(3, 8, 3, padding=1), NormAct(8), C(8, 6, 3), NormAct(6), C(6, 4, 1)), (3, 8, 8)),
+    own_class=(lambda: nn.Sequential(Own(3, 8, 3, padding=1), B(8), nn.ReLU(), Own(8, 6, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.modules.linear.NonDynamicallyQuantizableLinear(54, 4)), (3, 8, 8)),
     transposed=(lambda: nn.Sequential(C(3, 8, 3), B(8), nn.ReLU(), nn.ConvTranspose2d(8, 6, 3, stride=2), nn.ReLU(), nn.ConvTranspose2d(6, 6, 2, bias=False), nn.ReLU(), C(6, 2, 1)), (3, 8, 8)),
     one_dimension=(lambda: nn.Sequential(nn.Conv1d(3, 8, 3, padding=1), nn.BatchNorm1d(8), nn.ReLU(), nn.Conv1d(8, 6, 5, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(36, 4)), (3, 16)),
     three_dimensions=(lambda: nn.Sequential(nn.Conv3d(2, 8, 3, padding=1), nn.BatchNorm3d(8), nn.ReLU(), nn.MaxPool3d(2), nn.Conv3d(8, 6, 2), nn.ReLU(), nn.Flatten(), nn.Linear(48, 4)), (2, 6, 6, 6)),
