@@ -15,10 +15,11 @@ from _process import against, each, footer, measured, peak, run
 from torchvision.models import get_model, list_models
 
 from lbyl_nb.bench import results, sweep
-from lbyl_nb.graph import by_output, find_groups, trace
+from lbyl_nb.graph import by_output, find_groups
 from lbyl_nb.layerwise import find_sites, layerwise, probe
 from lbyl_nb.probe import conv_groups, noise
 from lbyl_nb.recover import lbyl, restore
+from lbyl_nb.trace import trace
 
 NETWORKS = ('resnet18', 'densenet121', 'mobilenet_v2', 'efficientnet_b0', 'convnext_tiny', 'vit_b_16', 'vgg11_bn')
 N, RATIO = 32, .3

@@ -12,7 +12,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from .graph import Traced, width
+from .graph import width
+from .trace import Traced
 
 # %% ../nbs/18_any_network.ipynb #d281a053
 def _labels(net, groups):

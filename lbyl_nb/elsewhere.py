@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from .graph import by_output, find_groups, first_calls, trace
+from .graph import by_output, find_groups
 from .probe import as_args
 from .recover import Restoration, restore
+from .trace import first_calls, trace
 
 # %% ../nbs/16_elsewhere.ipynb #ef6d8e4d
 def from_masks(

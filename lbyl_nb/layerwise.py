@@ -20,10 +20,11 @@ from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
 from .delivery import Delivery, removed
-from .graph import Reader, add_constant, by_output, channels, find_readers, in_weight, is_depthwise
+from .graph import Reader, add_constant, by_output, channels, find_readers, in_weight
 from .probe import Fit, Moments, Probes, call, channel_dim, check_called, conv_groups, in_turn, look, map_tensors, moments, noise, norm_scale, regress, row_moments, selected, stacked, target_moments, total
 from .recover import absorb, in_blocks, lbyl
 from .solve import check_ridge
+from .trace import is_depthwise
 
 # %% ../nbs/14_layerwise.ipynb #e34678d4
 MOST = 8192    # unknowns for one output: beyond, the Gram matrix takes too much memory, and channels are reproduced

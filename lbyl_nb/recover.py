@@ -27,10 +27,11 @@ from .delivery import Delivery, removed
 from .errors import bn_error, residual_squares
 from .gaussian import gaussian_delivery
 from .files import read_safetensors, write_safetensors
-from .graph import add_constant, by_output, channels, differing, find_groups, layer_outputs, remove_channels, silence, trace
+from .graph import add_constant, by_output, channels, differing, find_groups, layer_outputs, remove_channels, silence
 from .merging import merging_delivery
 from .probe import BATCH_NORM, as_args, conv_groups, map_tensors, random_like, tensors
 from .solve import check_ridge, gram_delivery
+from .trace import trace
 
 # %% ../nbs/13_recover.ipynb #2cad5a77
 def prune_only():

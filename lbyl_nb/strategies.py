@@ -28,10 +28,11 @@ from .criteria import keep_best, l1_norm, l2_norm
 from .data import Dataset, normalise, subset
 from .delivery import removed
 from .finetune import FINETUNING, Finetuned, Penalty, Recipe, begin, complete, unchanged
-from .graph import by_output, is_depthwise, silence, trace
+from .graph import by_output, silence
 from .layerwise import look_at_consumers, taps_fit
 from .probe import as_args, calibration, channel_dim, look, map_tensors, padded, patch_gram, pin, selected, tensors, total
 from .recover import by_ratio, prune_only, unit_scores, verified, whole_units
+from .trace import is_depthwise, trace
 
 # %% ../nbs/23_strategies.ipynb #2d564a34
 def one_output(

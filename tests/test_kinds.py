@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lbyl_nb.graph import by_output, find_groups, trace
+from lbyl_nb.graph import by_output, find_groups
 from lbyl_nb.layerwise import layerwise, probe
 from lbyl_nb.probe import calibration
 from lbyl_nb.recover import lbyl, lbyl_restore, merging, prune_only, restore
 from lbyl_nb.selection import least_lost
+from lbyl_nb.trace import trace
 
 EXACT = dict(merging=lambda s: merging(), lbyl=lambda s: lbyl(0, 0), probe=lambda s: probe(s, ridge=1e-9), channels=lambda s: probe(s, taps=False, ridge=1e-9),
              layerwise=lambda s: layerwise(s, refit=False, ridge=1e-9))

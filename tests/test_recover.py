@@ -11,9 +11,10 @@ from torch import nn
 
 from lbyl_nb import files
 from lbyl_nb.criteria import bn_scale, geometric_median, l1_norm, l2_norm, random_scores
-from lbyl_nb.graph import find_groups, trace
+from lbyl_nb.graph import find_groups
 from lbyl_nb.models import digits_net, resnet20, resnet50_cifar, resnet56, vgg16_bn, with_projections
 from lbyl_nb.recover import cost, gaussian, lbyl, lbyl_restore, load_restored, merging, plan, prune_only, restore, save_restored
+from lbyl_nb.trace import trace
 
 FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 RESTORERS = dict(prune_only=prune_only(), merging=merging(), gaussian=gaussian(), lbyl=lbyl(), no_ridge=lbyl(0, 0), plain=lbyl(.1, .1, centred=False))

@@ -12,7 +12,7 @@ from lbyl_nb.bench import accuracy, train
 from lbyl_nb.data import crop_flip, digits, normalise, subset
 from lbyl_nb.files import read_safetensors, write_safetensors
 from lbyl_nb.finetune import Recipe, finetune
-from lbyl_nb.graph import find_groups, trace
+from lbyl_nb.graph import find_groups
 from lbyl_nb.layerwise import layerwise
 from lbyl_nb.models import digits_net, initialised, resnet20
 from lbyl_nb.probe import calibration
@@ -20,6 +20,7 @@ from lbyl_nb.recover import cost, plan, prune_only, restore
 from lbyl_nb.selection import least_lost
 from lbyl_nb.strategies import (Split, adaptive_bn, admm, contribution_gram, eagleeye, greedy_order, hrank, joined, mac_fraction, map_ranks,
                                 projected, thinet, within_budget)
+from lbyl_nb.trace import trace
 
 Accelerator(cpu=True)    # the first one decides for all
 
