@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MOST', 'ADDITIONS', 'GRID', 'taps_fit', 'Site', 'site', 'channel_rows', 'rows_in_blocks', 'site_moments', 'site_fit',
-           'rewrite', 'find_sites', 'Probe', 'probe', 'Pending', 'apply_fit', 'layer_hook', 'norm_hook', 'settle',
-           'SideBySide', 'missing', 'Layerwise', 'layerwise', 'missed_channels', 'tap_products', 'look_at_consumers',
-           'ProbedLbyl', 'probed_lbyl']
+           'rewrite', 'find_sites', 'Probe', 'probe', 'Pending', 'apply_fit', 'measured', 'layer_hook', 'norm_hook',
+           'settle', 'SideBySide', 'missing', 'Layerwise', 'layerwise', 'missed_channels', 'tap_products',
+           'look_at_consumers', 'ProbedLbyl', 'probed_lbyl']
 
 # %% ../nbs/14_layerwise.ipynb #b426e137
 import copy
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from .delivery import Delivery, removed
 from .graph import Reader, add_constant, by_output, channels, find_readers, in_weight
-from .probe import Fit, Moments, Probes, call, channel_dim, check_called, conv_groups, in_turn, look, map_tensors, moments, noise, norm_scale, regress, row_moments, selected, stacked, target_moments, total
+from .probe import Fit, Moments, Probes, call, channel_dim, check_called, check_halves, conv_groups, in_turn, look, map_tensors, moments, noise, norm_scale, regress, row_moments, selected, stacked, target_moments, tensors, total
 from .recover import absorb, in_blocks, lbyl
 from .solve import check_ridge
 from .trace import is_depthwise
@@ -142,8 +142,9 @@ class Probe:
 
     def rewrite(self, net, groups, chosen):
         "Put all consumers right, in place; returns what fraction of the variance each fit misses."
-        sites, missed = find_sites(net, groups, chosen, self.taps), {}
-        seen = look(self.source(net.model, net.args), sites, lambda layer, x, y, name: site_moments(sites[name], layer, selected(layer, x, sites[name].read), x, y))
+        sites, missed, probes = find_sites(net, groups, chosen, self.taps), {}, self.source(net.model, net.args)
+        check_halves(probes, self.ridge)
+        seen = look(probes, sites, lambda layer, x, y, name: site_moments(sites[name], layer, selected(layer, x, sites[name].read), x, y))
         for name, s in tqdm(sites.items(), 'restoring', delay=2, leave=False):
             fit = site_fit(s, net.model.get_submodule(name), seen.pop(name), self.ridge)
             rewrite(net.model, s, fit)
@@ -184,15 +185,22 @@ def apply_fit(layer: nn.Module, fit: Fit, read: Tensor) -> Tensor:
         return transposed(read, V.transpose(0, 1), c, layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
     return layer._conv_forward(read, V, c)
 
+# %% ../nbs/14_layerwise.ipynb #cf12d00a
+def measured(s: Site, layer, x, dense, y):
+    "What a layer will read of its input x in the restored network, and moments of it, of what it reads in the dense one and of what it shall give."
+    read = selected(layer, x, s.read)
+    return read, in_turn(lambda *v: site_moments(s, layer, *v), read, dense, y)
+
 # %% ../nbs/14_layerwise.ipynb #5929c72c
 def layer_hook(pair, s: Site):
     "A forward hook that solves for a layer and replaces the restored half of its output."
     def hook(layer, inputs, out):
-        (dense, x), (y, restored) = inputs[0].chunk(2), out.chunk(2)
-        read = selected(layer, x, s.read)
-        halves = in_turn(lambda *v: site_moments(s, layer, *v), read, dense, y)
-        fit = site_fit(s, layer, halves, pair.ridge)
         pair.bar.update()
+        if len(out) == 1: return pair.take(s, site_fit(s, layer, measured(s, layer, inputs[0], inputs[0], out)[1], pair.ridge))
+        if len(out) % pair.samples: raise ValueError(f'{s.reader.name}: gives {tuple(out.shape)} for {pair.samples} samples of two networks, which are not in the first dimension; `probe` looks at one network')
+        (dense, x), (y, restored) = inputs[0].chunk(2), out.chunk(2)
+        read, halves = measured(s, layer, x, dense, y)
+        fit = site_fit(s, layer, halves, pair.ridge)
         restored.copy_(apply_fit(layer, fit, read))
         place, key = (pair.waiting, s.reader.norm) if s.reader.norm else (pair.pending, id(out))
         if s.reader.added and s.free: place[key] = Pending(s, halves, read, y, out, fit)
@@ -238,11 +246,13 @@ class SideBySide(TorchFunctionMode):
         self.missed[s.reader.name] = fit.error
 
     def run(self, args) -> dict:
+        args = map_tensors(args, lambda v: torch.cat([v, v]))
+        self.samples = max(map(len, tensors(args)))
         norms = {s.reader.norm for s in self.sites.values() if s.reader.added and s.reader.norm}
         hooks = [self.model.get_submodule(k).register_forward_hook(layer_hook(self, s), prepend=True) for k, s in self.sites.items()]
         hooks += [self.model.get_submodule(k).register_forward_hook(norm_hook(self, k), prepend=True) for k in norms]
         try:
-            with torch.no_grad(), self: call(self.model, map_tensors(args, lambda v: torch.cat([v, v])))
+            with torch.no_grad(), self: call(self.model, args)
         finally:
             for h in hooks: h.remove()
             self.bar.close()
@@ -273,6 +283,7 @@ class Layerwise:
     def rewrite(self, net, groups, chosen):
         "Put all layers right, in place, in one pass; returns what fraction of the variance each fit misses."
         probes = self.source(net.model, net.args)
+        check_halves(probes, self.ridge)
         sites = find_sites(net, groups, chosen, every=self.refit)
         return SideBySide(probes.model, net.model, sites, self.ridge).run(probes.args)
 

@@ -7,8 +7,8 @@ __all__ = ['BATCH_NORM', 'RIDGES', 'as_args', 'call', 'map_tensors', 'tensors', 
            'coloured', 'random_like', 'noise', 'calibration', 'shifted_products', 'unfolded_gram', 'frame_gram',
            'stationary_gram', 'channel_dim', 'selected', 'padded', 'is_stationary', 'patch_gram', 'patch_cross',
            'minus_products', 'Moments', 'Centred', 'in_turn', 'total', 'stacked', 'conv_groups', 'target_moments',
-           'moments', 'row_moments', 'prediction_error', 'solution', 'held_out_ridge', 'Fit', 'regress', 'check_called',
-           'look']
+           'moments', 'row_moments', 'prediction_error', 'solution', 'held_out_ridge', 'check_halves', 'Fit', 'regress',
+           'check_called', 'look']
 
 # %% ../nbs/05_probe.ipynb #894a7c61
 import copy
@@ -338,12 +338,18 @@ def held_out_ridge(
     halves: list,    # moments of two halves of the probes
     prior: Tensor,   # (o, d)
 ) -> float:          # one of `RIDGES`
-    "The ridge that predicts each half best from the other, errors relative to the variance of each output."
+    "The ridge that predicts each half best from the other, errors relative to the variance of each output; the smallest one where a half is empty."
     def errors(M, test):    # for each ridge; one half is centred at a time, for the sake of memory
         missed = [prediction_error(*solution(M, prior, ridge), test) / test.var.clamp(min=1e-12) for ridge in RIDGES]
         return [m.clamp(max=10).mean().item() for m in missed]
     a, b = halves
+    if not min(a.n, b.n): return min(RIDGES)
     return min(zip(map(sum, zip(errors(a.centred(), b), errors(b.centred(), a))), RIDGES))[1]
+
+# %% ../nbs/05_probe.ipynb #05457078
+def check_halves(probes: Probes, ridge: float | None):
+    "ValueError where a ridge would have to be chosen on a single probe."
+    if ridge is None and len(probes) < 2: raise ValueError('ridge: it is chosen by predicting one half of the probes from the other, which needs two at least; give more probes, or a ridge')
 
 # %% ../nbs/05_probe.ipynb #ce75a6ae
 @dataclass(frozen=True)
