@@ -19,9 +19,9 @@ from torch.nn.utils import parametrize
 
 from .errors import bn_affine
 from .gaussian import Activation
-from .probe import BATCH_NORM, call, channel_dim, conv_groups
+from .probe import call, channel_dim, conv_groups
 from .solve import products
-from .trace import LAYERS, PLAIN, LeftAlone, Traced, activation_inside, follow, is_depthwise, kind_of, mixes, norm_behind, straight
+from .trace import LAYERS, NORMS, PLAIN, LeftAlone, Traced, activation_inside, follow, is_depthwise, kind_of, mixes, norm_behind, straight
 
 # %% ../nbs/10_graph.ipynb #3e5d52bd
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _cast(net, items, names):
     writers, readers, between = {}, {}, {}
     for m, i in ((i.dep.target.module, i) for i in items if i.dep.target.module in names):
         if mixes(m): (writers if net.owner[m].is_out_channel_pruning_fn(i.dep.handler) else readers)[names[m]] = i
-        elif isinstance(m, BATCH_NORM) or is_depthwise(m) or isinstance(m, nn.PReLU): between[names[m]] = i
+        elif isinstance(m, (*NORMS, nn.PReLU)) or is_depthwise(m): between[names[m]] = i
         else: raise LeftAlone(f'its channels are tied to {names[m]}, a {type(m).__name__}')
     in_order = lambda d: {k: d[k] for k in net.calls if k in d}
     return in_order(writers), in_order(readers), between

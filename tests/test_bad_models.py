@@ -184,13 +184,12 @@ def test_a_plan_that_breaks_the_groups_of_a_convolution():
 
 
 @each_restorer
-@pytest.mark.parametrize('norm, reason', [(lambda: nn.GroupNorm(4, 8), 'GroupNorm'), (lambda: nn.InstanceNorm2d(8, affine=True), 'go through')])
-def test_channels_that_stand_in_groups(norm, reason, restorer):
+def test_channels_that_stand_in_groups(restorer):
     "They are left alone, so no plan can break their division; the rest is pruned."
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), norm(), nn.ReLU(), nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Conv2d(6, 3, 1))
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(4, 8), nn.ReLU(), nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Conv2d(6, 3, 1))
     r = restore(net, image, ratio=.5, restorer=restorer)
-    assert reason in reasons(r)['0'] and r.plan.keys() == {'3'}
-    with pytest.raises(ValueError, match=f'keep: 0 cannot be pruned: .*{reason}'): lbyl_restore(net, image, keep={'0': [0, 1, 2]})
+    assert 'GroupNorm' in reasons(r)['0'] and r.plan.keys() == {'3'}
+    with pytest.raises(ValueError, match='keep: 0 cannot be pruned: .*GroupNorm'): lbyl_restore(net, image, keep={'0': [0, 1, 2]})
 
 
 def own_attention(n, x):

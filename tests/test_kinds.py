@@ -65,6 +65,7 @@ KINDS = dict(
     grouped_1d=(lambda: nn.Sequential(nn.Conv1d(3, 12, 1), nn.ReLU(), nn.Conv1d(12, 6, 3, groups=3), nn.ReLU(), nn.Conv1d(6, 2, 1)), (3, 12)),
     separable=(lambda: nn.Sequential(C(3, 8, 3), B(8), nn.ReLU(), C(8, 6, 1), nn.ReLU(), C(6, 6, 3, padding=1, groups=6), B(6), nn.ReLU(), C(6, 4, 1)), (3, 8, 8)),
     activation_in_norm=(lambda: nn.Sequential(C(3, 8, 3, padding=1), NormAct(8), C(8, 6, 3), NormAct(6), C(6, 4, 1)), (3, 8, 8)),
+    instance_norm=(lambda: nn.Sequential(C(3, 8, 3, padding=1), nn.InstanceNorm2d(8, affine=True), nn.LeakyReLU(.1), C(8, 6, 3), nn.InstanceNorm2d(6), nn.ReLU(), C(6, 4, 1)), (3, 8, 8)),
     own_class=(lambda: nn.Sequential(Own(3, 8, 3, padding=1), B(8), nn.ReLU(), Own(8, 6, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.modules.linear.NonDynamicallyQuantizableLinear(54, 4)), (3, 8, 8)),
     transposed=(lambda: nn.Sequential(C(3, 8, 3), B(8), nn.ReLU(), nn.ConvTranspose2d(8, 6, 3, stride=2), nn.ReLU(), nn.ConvTranspose2d(6, 6, 2, bias=False), nn.ReLU(), C(6, 2, 1)), (3, 8, 8)),
     one_dimension=(lambda: nn.Sequential(nn.Conv1d(3, 8, 3, padding=1), nn.BatchNorm1d(8), nn.ReLU(), nn.Conv1d(8, 6, 5, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(36, 4)), (3, 16)),
