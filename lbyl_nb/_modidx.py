@@ -321,6 +321,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'lbyl_nb.probe.coloured': ('probe.html#coloured', 'lbyl_nb/probe.py'),
                                'lbyl_nb.probe.conv_groups': ('probe.html#conv_groups', 'lbyl_nb/probe.py'),
                                'lbyl_nb.probe.frame_gram': ('probe.html#frame_gram', 'lbyl_nb/probe.py'),
+                               'lbyl_nb.probe.held_out_error': ('probe.html#held_out_error', 'lbyl_nb/probe.py'),
                                'lbyl_nb.probe.held_out_ridge': ('probe.html#held_out_ridge', 'lbyl_nb/probe.py'),
                                'lbyl_nb.probe.in_turn': ('probe.html#in_turn', 'lbyl_nb/probe.py'),
                                'lbyl_nb.probe.is_stationary': ('probe.html#is_stationary', 'lbyl_nb/probe.py'),

@@ -7,13 +7,14 @@ __all__ = ['BATCH_NORM', 'RIDGES', 'as_args', 'call', 'map_tensors', 'tensors', 
            'coloured', 'random_like', 'noise', 'calibration', 'shifted_products', 'unfolded_gram', 'frame_gram',
            'stationary_gram', 'channel_dim', 'selected', 'padded', 'is_stationary', 'patch_gram', 'patch_cross',
            'minus_products', 'Moments', 'Centred', 'in_turn', 'total', 'stacked', 'conv_groups', 'target_moments',
-           'moments', 'row_moments', 'prediction_error', 'solution', 'held_out_ridge', 'check_halves', 'Fit', 'regress',
-           'check_called', 'look']
+           'moments', 'row_moments', 'prediction_error', 'solution', 'held_out_error', 'held_out_ridge', 'check_halves',
+           'Fit', 'regress', 'check_called', 'look']
 
 # %% ../nbs/05_probe.ipynb #894a7c61
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -333,18 +334,28 @@ def solution(M, prior, ridge):
     V = ridge_solution(M.G, M.C, prior, ridge)
     return V, M.y - (V @ M.p[..., None])[..., 0]
 
+# %% ../nbs/05_probe.ipynb #4e8bca39
+def held_out_error(
+    halves: list,    # moments of two halves of the probes
+    prior: Tensor,   # (o, d)
+    ridge: float,    # without unit
+) -> float:
+    "What each half misses when it is predicted from the other, relative to the variance of each output, at most 10 of one."
+    missed = [prediction_error(*solution(M.centred(), prior, ridge), test) / test.var.clamp(min=1e-12) for M, test in (halves, halves[::-1])]
+    return sum(m.clamp(max=10).mean().item() for m in missed)
+
 # %% ../nbs/05_probe.ipynb #f70ccf65
 def held_out_ridge(
     halves: list,    # moments of two halves of the probes
     prior: Tensor,   # (o, d)
 ) -> float:          # one of `RIDGES`
-    "The ridge that predicts each half best from the other, errors relative to the variance of each output; the smallest one where a half is empty."
-    def errors(M, test):    # for each ridge; one half is centred at a time, for the sake of memory
-        missed = [prediction_error(*solution(M, prior, ridge), test) / test.var.clamp(min=1e-12) for ridge in RIDGES]
-        return [m.clamp(max=10).mean().item() for m in missed]
-    a, b = halves
-    if not min(a.n, b.n): return min(RIDGES)
-    return min(zip(map(sum, zip(errors(a.centred(), b), errors(b.centred(), a))), RIDGES))[1]
+    "The ridge that predicts each half best from the other; the smallest one where a half is empty."
+    if not min(M.n for M in halves): return min(RIDGES)
+    rank = cache(lambda k: (held_out_error(halves, prior, RIDGES[k]), RIDGES[k]))
+    k = len(RIDGES) // 2
+    for step in (-1, 1):
+        while 0 <= k + step < len(RIDGES) and rank(k + step) < rank(k): k += step
+    return RIDGES[k]
 
 # %% ../nbs/05_probe.ipynb #05457078
 def check_halves(probes: Probes, ridge: float | None):

@@ -9,7 +9,7 @@ from torch import nn
 from lbyl_nb import bench, data, models
 from lbyl_nb.distilled import distil, distilled
 from lbyl_nb.layerwise import layerwise, probe, probed_lbyl
-from lbyl_nb.probe import calibration, noise
+from lbyl_nb.probe import RIDGES, calibration, held_out_error, held_out_ridge, noise
 from lbyl_nb.recover import lbyl_restore, merging, plan, restore
 from lbyl_nb.selection import least_lost
 from test_recover import FEW, networks, out
@@ -131,6 +131,18 @@ def test_noise_restores_resnet20(resnet):
     def right(r): return bench.accuracy(lbyl_restore(net, torch.zeros(1, 3, 32, 32), ratio=.5, restorer=r), images, *data.STATS['imagenet'])[0]
     merged, noisy, made = right(merging()), right(layerwise(noise(64), refit=False)), right(layerwise(distilled(64, steps=20, reflect=True)))
     assert noisy > merged + 150 and made > noisy + 30, (merged, noisy, made)
+
+
+@pytest.mark.parametrize('make', [probe, layerwise])
+def test_the_search_for_a_ridge_ends_at_the_best(resnet, make, monkeypatch):
+    "For every regression of a trained network, walking downhill from the middle finds what trying all ridges finds."
+    search, found = held_out_ridge, []
+    def both(halves, prior):
+        found.append((search(halves, prior), min(RIDGES, key=lambda r: held_out_error(halves, prior, r))))
+        return found[-1][0]
+    monkeypatch.setattr('lbyl_nb.probe.held_out_ridge', both)
+    lbyl_restore(resnet[0], torch.zeros(1, 3, 32, 32), ratio=.5, restorer=make(noise(64)))
+    assert len(found) >= 9 and len({a for a, _ in found}) > 1 and all(a == b for a, b in found), found
 
 
 def test_distillation_matches_statistics(resnet):
