@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torchvision.models import get_model, get_model_weights, list_models
 
-from lbyl_nb.layerwise import probe
+from lbyl_nb.layerwise import layerwise, probe
 from lbyl_nb.probe import noise
 from lbyl_nb.recover import lbyl, restore
 
@@ -28,12 +28,12 @@ def made(name):
 
 
 @pytest.mark.parametrize('name', FAMILIES + TIMM)
-@pytest.mark.parametrize('how', ['lbyl', 'probe'])
+@pytest.mark.parametrize('how', ['lbyl', 'probe', 'layerwise'])
 @pytest.mark.filterwarnings('ignore')    # of models about their own initialisation
 def test_zoo(name, how):
     net, size = made(name), next((v for k, v in LARGE.items() if name.startswith(k)), 64)
     x = torch.randn(2, 3, size, size)
-    r = restore(net, x, ratio=.3, streams=True, restorer=dict(lbyl=lbyl(), probe=probe(noise(4), ridge=.1))[how])
+    r = restore(net, x, ratio=.3, streams=True, restorer=dict(lbyl=lbyl(), probe=probe(noise(4), ridge=.1), layerwise=layerwise(noise(4), ridge=.1))[how])
     with torch.no_grad(): y = r.model(x)
     assert y.shape == (2, 1000) and y.isfinite().all()
     assert r.cost.params['after'] < r.cost.params['before'] and (r.report.left_alone == '').any()
