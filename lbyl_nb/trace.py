@@ -25,7 +25,7 @@ from .probe import BATCH_NORM, as_args, call, map_tensors
 
 # %% ../nbs/09_trace.ipynb #fa62ec18
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)   # what may produce or read channels
-PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)   # and subclasses that do the same: `is_plain`
+PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)   # PyTorch's own layers
 HALF = (torch.float16, torch.bfloat16)
 
 @dataclass
