@@ -17,13 +17,14 @@ FAMILIES = ['convnext_tiny', 'densenet121', 'efficientnet_b0', 'googlenet', 'mna
 TIMM = ['ghostnet_100', 'skresnet18', 'repvgg_a0', 'deit_tiny_patch16_224']
 if SLOW:
     FAMILIES = [n for n in list_models(module=torchvision.models) if next(iter(get_model_weights(n))).meta['num_params'] <= 150e6]
-    TIMM += ['resnet26d', 'resnetv2_50', 'res2net50_26w_4s', 'dla34', 'dpn68', 'ese_vovnet19b_dw', 'cspdarknet53', 'mobilenetv3_small_100', 'fbnetc_100', 'tf_efficientnetv2_b0', 'regnetx_002', 'rexnet_100', 'mixer_s32_224', 'poolformer_s12', 'convnextv2_atto', 'hrnet_w18_small']
+    TIMM += ['resnet26d', 'resnetv2_50', 'res2net50_26w_4s', 'dla34', 'dpn68', 'ese_vovnet19b_dw', 'cspdarknet53', 'mobilenetv3_small_100', 'fbnetc_100', 'tf_efficientnetv2_b0', 'regnetx_002', 'rexnet_100', 'mixer_s32_224', 'poolformer_s12', 'hrnet_w18_small']
+REFUSED = 'convnextv2_atto'    # the hidden units of its MLPs are normalised by each other, and its stream by a norm over channels
 LARGE = dict(inception=96, swin=224, maxvit=224, vit=224, deit=224, mixer=224, poolformer=224)    # pixels where 64 are too few
 
 
 def made(name):
     torch.manual_seed(0)
-    if name in TIMM: return pytest.importorskip('timm').create_model(name).eval()
+    if name in (*TIMM, REFUSED): return pytest.importorskip('timm').create_model(name).eval()
     return get_model(name, weights=None, **(dict(init_weights=False) if name in ('googlenet', 'inception_v3') else {})).eval()
 
 
@@ -38,3 +39,10 @@ def test_zoo(name, how):
     assert y.shape == (2, 1000) and y.isfinite().all()
     assert r.cost.params['after'] < r.cost.params['before'] and (r.report.left_alone == '').any()
     assert (r.report.kept[r.report.left_alone != ''] == r.report.channels[r.report.left_alone != '']).all()
+
+
+@pytest.mark.parametrize('how', [lbyl(), probe(noise(4)), layerwise(noise(4))], ids=['lbyl', 'probe', 'layerwise'])
+def test_a_network_that_cannot_be_done(how):
+    "One sentence says why, layer by layer."
+    with pytest.raises(ValueError, match='ConvNeXt has nothing to prune .*stages.0.blocks.0.mlp.fc1: its channels go through LinalgVectorNorm'):
+        restore(made(REFUSED), torch.randn(2, 3, 64, 64), ratio=.3, streams=True, restorer=how)
