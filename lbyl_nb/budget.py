@@ -11,21 +11,26 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
+from .cost import dry_run, samples
 from .criteria import keep_best, l2_norm
-from .graph import by_output, conv_groups, layer_outputs, width
+from .graph import by_output, conv_groups, width
 from .recover import Limits, prune_only, unit_scores, verified, whole_units
+from .trace import LAYERS
 
 # %% ../nbs/17_budget.ipynb #c82e06bc
 @dataclass
 class Bill:
     "What the layers of a network cost, as a function of how many channels its groups keep."
-    rows: list     # of dicts: name, out, inn (channels), weights for each pair of them, extra parameters of each output channel, positions
+    rows: list     # of dicts, one a module, as `_row` makes them
     tied: dict     # {group: (span of each cut module, span of each consumer)}
     rest: int      # parameters of everything else
 
     def total(self, lost: dict) -> dict:
-        "Parameters and multiply-accumulates when each group loses so many channels: numbers, or tensors of numbers for many cases at once."
+        """Parameters and multiply-accumulates when each group loses so many channels.
+
+        Numbers, or tensors of numbers for many cases at once."""
         out, inn = {}, {}
         for g, n in lost.items():
             for d, spans in zip((out, inn), self.tied[g]):
@@ -37,58 +42,100 @@ class Bill:
             params, macs = params + w + o * r['extra'], macs + w * r['positions']
         return dict(params=params, macs=macs)
 
+# %% ../nbs/17_budget.ipynb #e3c46cb1
+def _positions(net):
+    "How often one sample uses each weight of every layer, {layer name: positions}."
+    used, n = {}, samples(net.args)
+    def watch(name):
+        def see(m, args, kwargs, y):
+            x = next(iter((*args, *kwargs.values())))
+            turned = isinstance(m, _ConvTransposeNd)
+            at, channels = (x, m.in_channels) if turned else (y, width(m))
+            used[name] = used.get(name, 0) + at.numel() / channels / n
+        return see
+    layers = [(k, m) for k, m in net.model.named_modules() if isinstance(m, LAYERS)]
+    hooks = [m.register_forward_hook(watch(k), with_kwargs=True) for k, m in layers]
+    try: dry_run(net.model, net.args)
+    finally:
+        for h in hooks: h.remove()
+    return used
+
 # %% ../nbs/17_budget.ipynb #f51504f0
-def _row(name, m, out):
-    "One module of a bill; `out` is what it puts out, None if it is no convolution or linear layer."
-    if out is None: return dict(name=name, out=len(m.weight), inn=0, groups=1, taps=0, extra=sum(p.numel() for p in m.parameters()) / len(m.weight), positions=0)
-    W = by_output(m)
-    return dict(name=name, out=width(m), inn=W.shape[1], groups=conv_groups(m), taps=W[0, 0].numel(), extra=0 if m.bias is None else 1, positions=out.numel() / len(out) / width(m))
+def _row(name, m, positions):
+    "A layer as a row of a bill: channels, weights for each pair of them, what else an output has."
+    taps = by_output(m)[0, 0].numel()
+    inn = m.weight.numel() // (width(m) * taps)            # that an output reads
+    return dict(name=name, out=width(m), inn=inn, groups=conv_groups(m), taps=taps,
+                extra=0 if m.bias is None else 1, positions=positions)
+
+def _between(name, m):
+    "A module that treats channels one by one as a row of a bill: so many parameters each."
+    extra = sum(p.numel() for p in m.parameters()) / len(m.weight)
+    return dict(name=name, out=len(m.weight), inn=0, groups=1, taps=0, extra=extra, positions=0)
 
 # %% ../nbs/17_budget.ipynb #c5a04d14
 def bill(net, groups) -> Bill:
-    "The bill of a traced network; multiply-accumulates of convolutions and linear layers, for one sample."
-    outputs, tied = layer_outputs(net.model, net.args), {}
-    parts = {k for g in groups for k, _ in g.cut} | outputs.keys()
-    rows = [_row(k, net.model.get_submodule(k), outputs.get(k)) for k in sorted(parts)]
-    own = lambda m: sum(p.numel() for p in m.parameters(recurse=False))
-    rest = sum(own(m) for k, m in net.model.named_modules() if k not in parts)
-    for g in groups: tied[g.name] = [[(k, c.shape[1]) for k, c in g.cut], [(c.name, c.columns.shape[1]) for c in g.consumers]]
-    return Bill(rows, tied, rest)
+    "The bill of a traced network: its convolutions and linear layers, for one sample."
+    module, used = net.model.get_submodule, _positions(net)
+    own = lambda k: getattr(module(k), 'weight', None)
+    cut = sorted({k for g in groups for k, _ in g.cut} - used.keys())
+    between = [k for k in cut if own(k) is not None and len(own(k)) > 1]
+    rows = [_row(k, module(k), n) for k, n in sorted(used.items())]
+    rows += [_between(k, module(k)) for k in between]
+    spans = lambda g: ([(k, c.shape[1]) for k, c in g.cut],
+                       [(c.name, c.columns.shape[1]) for c in g.consumers])
+    all_rows = Bill(rows, {g.name: spans(g) for g in groups}, 0)
+    all_rows.rest = sum(p.numel() for p in net.model.parameters()) - all_rows.total({})['params']
+    return all_rows
 
 # %% ../nbs/17_budget.ipynb #3332d438
 def ranking(scores: dict, least: dict) -> list:
-    "Names of groups, in the order in which they lose units: smallest normalised score first. ValueError where scores are not finite or negative."
+    """Names of groups, in the order in which they lose units: smallest normalised score first.
+
+    ValueError where scores are not finite or negative."""
     order = []
     for name, s in scores.items():
-        if not torch.isfinite(s).all() or (s < 0).any(): raise ValueError(f'{name}: the criterion gives scores that are not finite, or negative, and cannot be compared across layers')
-        rel = (s / s.mean().clamp(min=torch.finfo(s.dtype).tiny)).sort().values[:len(s) - least[name]]
-        order += [(v, name) for v in rel.tolist()]
+        if not torch.isfinite(s).all() or (s < 0).any():
+            raise ValueError(f'{name}: the criterion gives scores that are not finite, '
+                             'or negative, and cannot be compared across layers')
+        rel = (s / s.mean().clamp(min=torch.finfo(s.dtype).tiny)).sort().values
+        order += [(v, name) for v in rel[:len(s) - least[name]].tolist()]
     return [name for _, name in sorted(order)]
 
 # %% ../nbs/17_budget.ipynb #826e9a96
 def _kept_after(n, order, groups, limits):
-    "Units that each group keeps after the first n removals of a ranking, rounded as the limits say."
+    "Units that each group keeps after the first n removals, rounded as the limits say."
     gone = {g.name: 0 for g in groups}
     for name in order[:n]: gone[name] += 1
     return {g.name: limits.units(g, g.units - gone[g.name]) for g in groups}
 
+def _first(holds, n):
+    "The smallest number up to n for which something holds that holds from there on."
+    low, high = 0, n
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle + 1, high)
+    return low
+
 # %% ../nbs/17_budget.ipynb #18f6a249
 def within(share: float, what: str, criterion, limits: Limits) -> Callable:
-    "The choice that leaves a share of the parameters ('params') or operations ('macs'). ValueError if the limits leave more."
+    """The choice that leaves a share of the parameters ('params') or operations ('macs').
+
+    ValueError if the limits leave more."""
     def choose(model, net, groups):
         groups = limits.prunable(groups)
         scores, costs = unit_scores(model, net, groups, criterion), bill(net, groups)
         order = ranking(scores, {g.name: limits.units(g, 0) for g in groups})
         def left(n):
             t = _kept_after(n, order, groups, limits)
-            return costs.total({g.name: (g.units - t[g.name]) * g.channels // g.units for g in groups})[what] / costs.total({})[what]
-        if left(len(order)) > share: raise ValueError(f'{what}: {share} of them cannot be reached, {left(len(order)):.3f} are left when everything is removed that may be')
-        low, high = 0, len(order)
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if left(middle) <= share else (middle + 1, high)
-        t = _kept_after(low, order, groups, limits)
-        return {g.name: whole_units(keep_best(scores[g.name], t[g.name], g.name), g) for g in groups}
+            lost = {g.name: (g.units - t[g.name]) * g.channels // g.units for g in groups}
+            return costs.total(lost)[what] / costs.total({})[what]
+        if (least := left(len(order))) > share:
+            raise ValueError(f'{what}: {share} of them cannot be reached, {least:.3f} are left '
+                             'when everything is removed that may be')
+        t = _kept_after(_first(lambda n: left(n) <= share, len(order)), order, groups, limits)
+        best = lambda g: keep_best(scores[g.name], t[g.name], g.name)
+        return {g.name: whole_units(best(g), g) for g in groups}
     return choose
 
 # %% ../nbs/17_budget.ipynb #f674dec5
@@ -97,14 +144,17 @@ def budget(
     example_inputs,            # a tensor, tuple or dict that its forward accepts
     *,
     params: float | None = None,   # share of the parameters that shall be left, in (0, 1]; or
-    macs: float | None = None,     # share of the multiply-accumulates of convolutions and linear layers
+    macs: float | None = None,     # of the multiply-accumulates of convolutions and linear layers
     criterion=l2_norm,         # scores the channels of a group; not negative
     streams: bool = False,     # residual streams too
     at_least: int | float = .1,    # channels that stay in every group; below 1, a fraction of them
     **limits,                  # `ignore`, `round_to`: as in `Limits`
 ) -> dict[str, list[int]]:     # {layer: kept channels}
-    "A plan within a budget: channels of all layers in one ranking by normalised scores. ValueError for bad input, and for budgets that cannot be met."
+    """A plan within a budget: channels of all layers in one ranking by normalised scores.
+
+    ValueError for bad input, and for budgets that cannot be met."""
     if (params is None) == (macs is None): raise ValueError('give exactly one of params and macs')
     what, share = ('params', params) if macs is None else ('macs', macs)
     if not 0 < share <= 1: raise ValueError(f'{what} must be a share in (0, 1], got {share}')
-    return verified(model, example_inputs, prune_only(), within(share, what, criterion, Limits(at_least=at_least, **limits)), streams=streams).plan
+    choose = within(share, what, criterion, Limits(at_least=at_least, **limits))
+    return verified(model, example_inputs, prune_only(), choose, streams=streams).plan

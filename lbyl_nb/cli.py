@@ -22,6 +22,7 @@ from torch import nn
 
 # %% ../nbs/34_cli.ipynb #d0b8eb2d
 from .bench import accuracy, environment, mean_sd, sweep, train
+from .cost import cost
 from .criteria import bn_scale, geometric_median, l1_norm, l2_norm, random_scores
 from .data import STATS, Dataset, Stats, digits, known, load, subset
 from .distilled import distilled
@@ -29,7 +30,7 @@ from .files import writing
 from .layerwise import layerwise
 from .models import digits_net, initialised, pretrained
 from .probe import noise
-from .recover import cost, gaussian, lbyl, lbyl_restore, merging, prune_only
+from .recover import gaussian, lbyl, lbyl_restore, merging, prune_only
 
 # %% ../nbs/34_cli.ipynb #f8b8a481
 def can_write(

@@ -4,24 +4,22 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'prune_only', 'constants', 'merging', 'lbyl', 'gaussian', 'check_model', 'check_ratio', 'unit_scores',
-           'whole_units', 'Limits', 'by_ratio', 'check_plan', 'absorb', 'in_blocks', 'cost', 'Restoration', 'verified',
+           'whole_units', 'Limits', 'by_ratio', 'check_plan', 'absorb', 'in_blocks', 'Restoration', 'verified',
            'restore', 'lbyl_restore', 'plan', 'save_restored', 'load_restored', 'load_tensors']
 
 # %% ../nbs/13_recover.ipynb #fcbde6a8
-import copy
 import difflib
 import fnmatch
 import json
 import math
-from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .cost import cost
 from .criteria import keep_best, l2_norm
 from .delivery import Delivery, removed
 from .errors import bn_error, residual_squares
@@ -29,7 +27,7 @@ from .gaussian import gaussian_delivery
 from .files import read_safetensors, write_safetensors
 from .graph import add_constant, by_output, channels, differing, find_groups, layer_outputs, remove_channels, silence
 from .merging import merging_delivery
-from .probe import BATCH_NORM, as_args, conv_groups, map_tensors, random_like, tensors
+from .probe import BATCH_NORM, conv_groups, map_tensors, random_like
 from .solve import check_ridge, gram_delivery
 from .trace import trace
 
@@ -282,15 +280,6 @@ def _row(g, keep=None, missed=math.nan, **errors):
                consumers=', '.join(c.name for c in g.consumers), channels=g.channels, kept=g.channels,
                re_before=math.nan, re_after=math.nan, be_before=math.nan, be_after=math.nan, output_error=missed, left_alone=g.reason)
     return row | errors | ({} if keep is None else dict(kept=len(keep)))
-
-# %% ../nbs/13_recover.ipynb #50f369f0
-def cost(model, example_inputs) -> dict:
-    "Parameters of a model, and multiply-accumulate operations of one forward pass, averaged over the batch."
-    args, shell = as_args(example_inputs), copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
-    shell.__deepcopy__ = lambda memo: shell    # modules of its own, but no copy of the weights
-    with redirect_stdout(None): macs, params = tp.utils.count_ops_and_params(shell, args)    # it warns of arguments by keyword, for which it takes no mean
-    vars(shell).clear()                        # methods that were bound to it would hold on to the weights
-    return dict(params=int(params), macs=int(macs / max(map(len, tensors(args))) if isinstance(args, dict) else macs))
 
 # %% ../nbs/13_recover.ipynb #35b90abc
 @dataclass(frozen=True)
