@@ -43,18 +43,21 @@ class Bill:
         return dict(params=params, macs=macs)
 
 # %% ../nbs/17_budget.ipynb #e3c46cb1
+def _uses(m, x, y) -> float:
+    "How often a layer uses each of its weights on its way from x to y."
+    turned = isinstance(m, _ConvTransposeNd)
+    return x.numel() / m.in_channels if turned else y.numel() / width(m)
+
+# %% ../nbs/17_budget.ipynb #a2599676
 def _positions(net):
     "How often one sample uses each weight of every layer, {layer name: positions}."
-    used, n = {}, samples(net.args)
-    def watch(name):
-        def see(m, args, kwargs, y):
+    used, hooks, n = {}, [], samples(net.args)
+    for name, m in net.model.named_modules():
+        if not isinstance(m, LAYERS): continue
+        def see(m, args, kwargs, y, name=name):
             x = next(iter((*args, *kwargs.values())))
-            turned = isinstance(m, _ConvTransposeNd)
-            at, channels = (x, m.in_channels) if turned else (y, width(m))
-            used[name] = used.get(name, 0) + at.numel() / channels / n
-        return see
-    layers = [(k, m) for k, m in net.model.named_modules() if isinstance(m, LAYERS)]
-    hooks = [m.register_forward_hook(watch(k), with_kwargs=True) for k, m in layers]
+            used[name] = used.get(name, 0) + _uses(m, x, y) / n
+        hooks.append(m.register_forward_hook(see, with_kwargs=True))
     try: dry_run(net.model, net.args)
     finally:
         for h in hooks: h.remove()
@@ -68,6 +71,7 @@ def _row(name, m, positions):
     return dict(name=name, out=width(m), inn=inn, groups=conv_groups(m), taps=taps,
                 extra=0 if m.bias is None else 1, positions=positions)
 
+# %% ../nbs/17_budget.ipynb #b6e5a993
 def _between(name, m):
     "A module that treats channels one by one as a row of a bill: so many parameters each."
     extra = sum(p.numel() for p in m.parameters()) / len(m.weight)
@@ -89,17 +93,22 @@ def bill(net, groups) -> Bill:
     return all_rows
 
 # %% ../nbs/17_budget.ipynb #3332d438
+def _relative(name, scores):
+    "Scores of a group in units of their mean; ValueError where that says nothing."
+    if not torch.isfinite(scores).all() or (scores < 0).any():
+        raise ValueError(f'{name}: the criterion gives scores that are not finite, or negative, '
+                         'and cannot be compared across layers')
+    return scores / scores.mean().clamp(min=torch.finfo(scores.dtype).tiny)
+
+# %% ../nbs/17_budget.ipynb #bfe97f1b
 def ranking(scores: dict, least: dict) -> list:
     """Names of groups, in the order in which they lose units: smallest normalised score first.
 
     ValueError where scores are not finite or negative."""
     order = []
     for name, s in scores.items():
-        if not torch.isfinite(s).all() or (s < 0).any():
-            raise ValueError(f'{name}: the criterion gives scores that are not finite, '
-                             'or negative, and cannot be compared across layers')
-        rel = (s / s.mean().clamp(min=torch.finfo(s.dtype).tiny)).sort().values
-        order += [(v, name) for v in rel[:len(s) - least[name]].tolist()]
+        going = _relative(name, s).sort().values[:len(s) - least[name]]
+        order += [(v, name) for v in going.tolist()]
     return [name for _, name in sorted(order)]
 
 # %% ../nbs/17_budget.ipynb #826e9a96
@@ -109,6 +118,7 @@ def _kept_after(n, order, groups, limits):
     for name in order[:n]: gone[name] += 1
     return {g.name: limits.units(g, g.units - gone[g.name]) for g in groups}
 
+# %% ../nbs/17_budget.ipynb #7ddb3fa9
 def _first(holds, n):
     "The smallest number up to n for which something holds that holds from there on."
     low, high = 0, n

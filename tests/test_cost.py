@@ -347,3 +347,11 @@ def test_threads_count_their_own():
     for t in threads: t.start()
     for t in threads: t.join()
     assert counts == {w: 6 * w + w * 2 for w in widths}
+
+
+def test_weights_are_not_copied():
+    "What runs is a copy of the modules around the same weights."
+    net, same = L(6, 2), []
+    net.register_forward_hook(lambda m, *_: same.append(m is not net and m.weight is net.weight))
+    cost(net, rows)
+    assert same == [True]
