@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 # %% ../nbs/32_bench.ipynb #fded1fd2
 import lbyl_nb
 from .data import Dataset, normalise
-from .files import writing
+from .files import locked, writing
 
 # %% ../nbs/32_bench.ipynb #a76a5395
 @contextmanager
@@ -134,23 +134,35 @@ def find(
     "The row of a setting in a results file; `ValueError` if the file is of another schema"
     columns, rows = read_rows(path)
     if columns: same_columns(path, columns[:len(setting) + len(env)], [*setting, *env])
-    for row in rows:
-        row = dict(zip(columns, row))
-        if all(row[k] == to_text(v) for k, v in setting.items()): return {k: to_value(v) for k, v in row.items()}
+    for row in (dict(zip(columns, r)) for r in rows):
+        same = all(row[k] == to_text(v) for k, v in setting.items())
+        if same: return {k: to_value(v) for k, v in row.items()}
 
 # %% ../nbs/32_bench.ipynb #069e1299
-def append(
-    path: Path, # the results file
-    row: dict, # name -> value
-) -> dict: # the row as it can be read back
-    "Add a row to a results file, or start one; `ValueError` if the file has other columns"
+def _append(path: Path, row: dict) -> dict:
+    "`append`, for whoever holds the lock"
     columns, rows = read_rows(path)
     same_columns(path, columns or list(row), list(row))
     row = {k: to_text(v) for k, v in row.items()}
     write_rows(path, columns or list(row), [*rows, [row[k] for k in columns or row]])
     return {k: to_value(v) for k, v in row.items()}
 
+def append(
+    path: Path, # the results file
+    row: dict, # name -> value
+) -> dict: # the row as it can be read back
+    "Add a row to a results file, or start one; `ValueError` if the file has other columns"
+    with locked(path): return _append(path, row)
+
 # %% ../nbs/32_bench.ipynb #16164fe1
+def _distinct(*parts):
+    "`ValueError` naming what stands in more than one of some dicts"
+    names = [k for part in parts for k in part]
+    twice = sorted({k for k in names if names.count(k) > 1})
+    if twice:
+        raise ValueError("setting, environment and measurement must differ in names; "
+                         f"twice: {', '.join(twice)}")
+
 def trial(
     path: str | Path, # the results file, a CSV; made where it is missing
     setting: dict, # what distinguishes this trial from others: names to numbers, strings or None
@@ -158,14 +170,15 @@ def trial(
     *,
     device: str | torch.device = "cpu", # where `measure` computes, for the row
 ) -> dict: # setting, environment and measurement, as they stand in the file
-    "The row of `setting`, measured and added to the file only if it is not there; `ValueError` on a file of another schema"
+    """The row of `setting`, measured and added to the file only if it is not there
+
+    `ValueError` on a file of another schema."""
     path, env = Path(path), environment(device)
     row = find(path, setting, env)
     if row is not None: return row
     measured = dict(measure())
-    twice = (setting.keys() & env.keys()) | (setting.keys() & measured.keys()) | (env.keys() & measured.keys())
-    if twice: raise ValueError(f"setting, environment and measurement must differ in names; twice: {', '.join(sorted(twice))}")
-    return append(path, setting | env | measured)
+    _distinct(setting, env, measured)
+    with locked(path): return find(path, setting, env) or _append(path, setting | env | measured)
 
 # %% ../nbs/32_bench.ipynb #2bbe4ecb
 def sweep(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/30_data.ipynb #b2e2676e
-from .files import writing
+from .files import locked, writing
 
 # %% ../nbs/30_data.ipynb #f0ddac0d
 def known(
@@ -80,16 +80,23 @@ def prepare(
     split: str, # 'train' or 'test'
     download: Callable = from_torchvision, # (name, split, folder for archives) -> images, labels
 ) -> Path: # the file, NAME_SPLIT.npz in `data_dir()`
-    "The `.npz` file of a split, made from `download` if it is not there yet; `FileNotFoundError` if it cannot be had"
-    path = data_dir()/f"{known(name, SETS, 'image set')}_{known(split, SETS[name].counts, 'split')}.npz"
+    """The `.npz` file of a split, made from `download` if it is not there yet
+
+    `FileNotFoundError` if it cannot be had. Of several programs that want it, one downloads."""
+    known(split, SETS[known(name, SETS, "image set")].counts, "split")
+    path = data_dir()/f"{name}_{split}.npz"
     if path.exists(): return path
     print(f"{path} is not there: downloading {name}, once", file=sys.stderr)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        images, labels = download(name, split, path.parent/"raw")
+        with locked(path.parent/name):                     # its splits come in one archive
+            if path.exists(): return path
+            images, labels = download(name, split, path.parent/"raw")
+            with writing(path) as t:
+                np.savez_compressed(t, images=images.astype(np.uint8), labels=labels.astype(np.uint8))
     except (OSError, RuntimeError) as e:
-        raise FileNotFoundError(f"{path} is missing and {name} could not be downloaded ({e}); set LBYL_DATA to the folder that has it") from e
-    with writing(path) as t: np.savez_compressed(t, images=images.astype(np.uint8), labels=labels.astype(np.uint8))
+        raise FileNotFoundError(f"{path} is missing and {name} could not be downloaded ({e}); "
+                                "set LBYL_DATA to the folder that has it") from e
     return path
 
 # %% ../nbs/30_data.ipynb #357a525e
