@@ -30,7 +30,9 @@ from .delivery import removed
 from .finetune import FINETUNING, Finetuned, Penalty, Recipe, begin, complete, unchanged
 from .graph import by_output, silence
 from .layerwise import look_at_consumers, taps_fit
-from .probe import as_args, calibration, channel_dim, look, map_tensors, padded, patch_gram, pin, selected, tensors, total
+from .probe import (
+    as_args, batch_size, calibration, channel_dim, look, map_samples, map_tensors, padded,
+    patch_gram, pin, selected, total)
 from .recover import by_ratio, prune_only, unit_scores, verified, whole_units
 from .trace import is_depthwise, trace
 
@@ -78,8 +80,8 @@ def greedy_order(
 
 # %% ../nbs/23_strategies.ipynb #772074a5
 def given(images) -> Callable:
-    "`calibration` with images (a tensor, tuple or dict, as the model takes them). ValueError if there are none."
-    if not max(map(len, tensors(as_args(images))), default=0): raise ValueError('images: there are none')
+    "`calibration` with images (as the model takes them). ValueError if there are none."
+    if not batch_size(as_args(images, 'images')): raise ValueError('images: there are none')
     return calibration(images)
 
 # %% ../nbs/23_strategies.ipynb #421d0b6c
@@ -146,22 +148,23 @@ def hrank(
 
 # %% ../nbs/23_strategies.ipynb #42687540
 def in_batches(
-    images,       # a tensor, a tuple or a dict, n samples
-    batch: int,   # samples at a time, at most
+    images, batch: int,   # inputs as in `calibration`, and how many at a time at most
 ) -> list:        # arguments of a model's forward
-    "As few batches as possible, whose sizes differ by one at most. ValueError for fewer than 2 samples."
-    args = as_args(images)
-    n = max(map(len, tensors(args)), default=0)
-    if n < 2 or batch < 2: raise ValueError(f'images, batch: statistics need at least 2 samples, got {n} and {batch} at a time')
-    return [map_tensors(args, lambda v: v.tensor_split(math.ceil(n / batch))[i]) for i in range(math.ceil(n / batch))]
+    "As few batches as possible, of nearly equal size. ValueError for fewer than 2 samples."
+    args = as_args(images, 'images')
+    n = batch_size(args)
+    few = f'images, batch: statistics need at least 2 samples, got {n} and {batch} at a time'
+    if n < 2 or batch < 2: raise ValueError(few)
+    count = math.ceil(n / batch)
+    return [map_samples(args, lambda v: v.tensor_split(count)[i]) for i in range(count)]
 
 # %% ../nbs/23_strategies.ipynb #c80613fe
 def adaptive_bn(
     model: nn.Module,    # any network; not changed
-    images,              # unlabelled inputs as the model takes them (normalised): a tensor, a tuple or a dict, n samples
+    images,              # n unlabelled inputs as the model takes them, as in `calibration`
     batch: int = 256,    # samples at a time, at most
 ) -> nn.Module:          # a copy in evaluation mode; without batch norms, a plain copy
-    "A copy whose batch norms hold the statistics of these images, averaged over batches (EagleEye, Li et al., ECCV 2020). ValueError for fewer than 2 images."
+    "Batch norms with the statistics of these images (EagleEye, ECCV 2020). ValueError for one."
     device, dtype = place(model)
     moved = lambda v: v.to(device, dtype if v.is_floating_point() else v.dtype)
     return pin(model, (map_tensors(args, moved) for args in in_batches(images, batch)))

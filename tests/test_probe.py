@@ -1,16 +1,22 @@
 "Restorers that run the network: properties, edges, bad input, and trained networks on real images."
 import copy
+import math
+from collections import UserDict
+from operator import sub
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from torch import nn
 
 from lbyl_nb import bench, data, models
 from lbyl_nb.distilled import distil, distilled
 from lbyl_nb.layerwise import layerwise, probe, probed_lbyl
-from lbyl_nb.probe import RIDGES, calibration, held_out_error, held_out_ridge, noise
-from lbyl_nb.recover import lbyl_restore, merging, plan, restore
+from lbyl_nb.probe import (
+    RIDGES, as_args, calibration, held_out_error, held_out_ridge, in_turn, look, noise, pin,
+    row_moments)
+from lbyl_nb.recover import lbyl_restore, merging, plan, prune_only, restore
 from lbyl_nb.selection import least_lost
 from test_recover import FEW, networks, out
 
@@ -150,3 +156,298 @@ def test_distillation_matches_statistics(resnet):
     log = []
     distil(resnet[0], (torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(0)),), 20, log=log)
     assert log[-1][1] < log[0][1] / 5
+
+
+class Tokens(nn.Module):
+    "Reads integers in one way or another; the second half of `up` repeats the first."
+    def __init__(self, read, **tables):
+        super().__init__()
+        self.read, self.tables = read, nn.ModuleDict(tables)
+        self.up, self.down, self.fc = nn.Linear(8, 32), nn.Linear(32, 8), nn.Linear(8, 3)
+        with torch.no_grad():
+            for v in self.up.parameters(): v[16:] = v[:16]
+    def forward(self, t, mask=None):
+        h = self.read(self.tables, t)
+        if mask is not None: h = h * mask[..., None]
+        return self.fc(h + self.down(self.up(h).relu()))
+
+
+def table(rows): return nn.Embedding(rows, 8)
+
+
+READ = dict(
+    plainly=(lambda l, t: l['e'](t), dict(e=table(40)), 40),
+    two_tables=(lambda l, t: l['e'](t) + l['f'](t), dict(e=table(50), f=table(30)), 30),
+    as_a_view=(lambda l, t: l['e'](t.view(-1)[None]).view(*t.shape, 8), dict(e=table(40)), 40),
+    converted=(lambda l, t: l['e'](t.long().t().clone()).transpose(0, 1), dict(e=table(40)), 40),
+    by_index=(lambda l, t: l['e'].weight[t], dict(e=table(40)), 40),
+    by_function=(lambda l, t: F.embedding(t, l['e'].weight), dict(e=table(40)), 40),
+    in_bags=(lambda l, t: l['e'](t)[:, None], dict(e=nn.EmbeddingBag(40, 8)), 40))
+
+
+@pytest.mark.parametrize('name', READ)
+def test_values_of_example_tokens_do_not_matter(name):
+    "Tokens that are all zero give the same probes as real ones, which find repeated channels."
+    torch.manual_seed(0)
+    read, tables, rows = READ[name]
+    net = Tokens(read, **tables).eval()
+    zeros = torch.zeros(1, 5, dtype=torch.int32)
+    real = torch.randint(rows, (64, 5), dtype=torch.int32)
+    a, b = (noise(500)(net, as_args(x)).args[0] for x in (zeros, real))
+    assert torch.equal(a, b) and a.dtype == torch.int32
+    assert set(a.flatten().tolist()) == set(range(rows))
+    for make in (probe, layerwise):
+        half = dict(keep={'up': [*range(16)]}, restorer=make(noise(), ridge=1e-8))
+        small = lbyl_restore(net, zeros, **half)
+        torch.testing.assert_close(small(real), net(real), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize('padding', [0, 3, 39])
+def test_padding_and_masks(padding):
+    "No probe is padding; a mask stays what the examples show, sample by sample."
+    net = Tokens(lambda l, t: l['e'](t), e=nn.Embedding(40, 8, padding_idx=padding))
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    made = noise(200)(net, as_args(dict(t=torch.zeros_like(mask), mask=mask))).args
+    assert set(made['t'].flatten().tolist()) == set(range(40)) - {padding}
+    assert all(torch.equal(v, mask[i % 2]) for i, v in enumerate(made['mask']))
+
+
+@pytest.mark.parametrize('source', [noise(8), distilled(8, steps=1)])
+def test_tokens_beside_an_image(source):
+    "What is found for integers holds for every source that makes its own."
+    zeros = dict(tokens=torch.zeros(1, 30, dtype=torch.long), image=torch.randn(1, 3, 8, 8))
+    assert set(source(Several().eval(), zeros).args['tokens'].flatten().tolist()) == set(range(10))
+
+
+def test_probes_that_are_all_the_same_are_refused():
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+    class Halves(nn.Module):
+        def __init__(self): super().__init__(); self.net = net
+        def forward(self, counts): return self.net(counts / 2)
+    how = dict(ratio=.5, restorer=probe())
+    for value in (0, 1, 7):
+        with pytest.raises(ValueError, match=r"example_inputs\['counts'\]: all 128 probes"):
+            lbyl_restore(Halves(), dict(counts=torch.full((2, 4), value)), **how)
+    assert lbyl_restore(Halves(), dict(counts=torch.tensor([[0, 1, 2, 9]])), **how)
+
+
+@pytest.mark.parametrize('sizes', [[66], [64, 2], [30, 30, 6], [2, 64], [1, 65]])
+def test_pinned_statistics_are_those_of_all_probes(sizes):
+    "Whatever the batches: mean and variance over all rows and positions."
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(66, 3, 5, generator=g, dtype=torch.float64)
+    x[60:] = 4 * x[60:] + 10
+    net = nn.Sequential(nn.BatchNorm1d(3, momentum=.3)).double()
+    norm = pin(net, [(v,) for v in x.split(sizes)])[0]
+    torch.testing.assert_close(norm.running_mean, x.mean((0, 2)))
+    torch.testing.assert_close(norm.running_var, x.transpose(0, 1).flatten(1).var(1))
+    assert norm.momentum == .3 and net[0].running_mean.eq(0).all()
+
+
+@pytest.mark.parametrize('n', [2, 3, 64, 65, 66, 67, 129, 130])
+def test_any_number_of_probes(n):
+    "No batch of one; behind every batch norm the mean and deviation that training gave it."
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.BatchNorm1d(8)]
+    net = nn.Sequential(*layers).eval()
+    for m in (net[1], net[4]): m.weight.data.uniform_(.5, 2); m.bias.data.normal_()
+    probes = noise(n)(net, (torch.zeros(1, 4),))
+    sizes = [len(v) for v, in probes.batches()]
+    assert sum(sizes) == n and 2 <= min(sizes) <= max(sizes) <= 64
+    with torch.no_grad(): y = probes.model[:2](probes.args[0])
+    torch.testing.assert_close(y.mean(0), net[1].bias.data, rtol=0, atol=1e-4)
+    if n > 3: torch.testing.assert_close(y.std(0), net[1].weight.data.abs(), rtol=1e-2, atol=1e-3)
+    if n > 64:
+        with torch.no_grad(): z = probes.model(probes.args[0])
+        torch.testing.assert_close(z.mean(0), net[4].bias.data, rtol=0, atol=.1)
+        torch.testing.assert_close(z.std(0), net[4].weight.data.abs(), rtol=.1, atol=0)
+
+
+def test_a_batch_norm_that_is_not_called_keeps_its_statistics():
+    class Spare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.spare = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+        def forward(self, x): return self.used(x)
+    net = Spare()
+    net.spare.running_var.fill_(7)
+    pinned = pin(net, [(torch.randn(9, 3),)])
+    assert pinned.spare.running_var.eq(7).all() and not pinned.used.running_var.eq(1).any()
+
+
+@pytest.mark.parametrize('n', [1, 2, 5, 8, 33, 64, 65, 97])
+def test_images_and_their_mirror_images_are_never_apart(n):
+    "In whatever batches they pass, no image is in one half and its mirror image in the other."
+    number = torch.arange(float(n)).view(n, 1, 1, 1).expand(n, 1, 2, 2)
+    halves = [], []
+    for v, in calibration(number, reflect=True)(nn.Identity(), (number,)).batches():
+        parts = in_turn(lambda v: v[:, 0, 0, 0].tolist(), v)
+        for half, part in zip(halves, parts): half.extend(part)
+    assert not {*halves[0]} & {*halves[1]} and {*halves[0], *halves[1]} == {*range(n)}
+    assert len(halves[0]) + len(halves[1]) == 2 * n - n % 2
+
+
+class Noisy(nn.Module):
+    "Draws random numbers, also in evaluation mode."
+    def __init__(self, net): super().__init__(); self.net = net
+    def forward(self, x): return self.net(F.dropout(x, .1, training=True))
+
+
+SOURCES = dict(
+    noise=lambda x: noise(8), calibration=calibration, distilled=lambda x: distilled(8, steps=2))
+RUNS = dict(
+    least_lost=lambda net, x, s: plan(net, x, .5, least_lost(s)),
+    **{k: lambda net, x, s, f=f: lbyl_restore(net, x, ratio=.5, restorer=f(s))
+       for k, f in MAKE.items()})
+
+
+@pytest.mark.parametrize('run', RUNS)
+@pytest.mark.parametrize('source', SOURCES)
+def test_global_generator(source, run):
+    "It is neither moved nor needed: with another seed everything comes out the same."
+    net, x = simple(), torch.randn(16, 3, 8, 8)
+    def done(seed):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        out = RUNS[run](net, x, SOURCES[source](x))
+        assert torch.equal(before, torch.get_rng_state())
+        return out
+    a, b = map(done, (1, 2))
+    if run == 'least_lost': assert a == b
+    else: assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
+
+
+@pytest.mark.parametrize('source', SOURCES)
+def test_networks_that_draw_random_numbers(source):
+    "Looking at them does not move the global generator either."
+    net, x = Noisy(simple()).eval(), torch.randn(16, 3, 8, 8)
+    before = torch.get_rng_state()
+    look(SOURCES[source](x)(net, (x,)), ['net.0', 'net.3'])
+    assert torch.equal(before, torch.get_rng_state())
+
+
+class InPlace(nn.Module):
+    "Normalises its input, in place or not."
+    def __init__(self, net, inside): super().__init__(); self.net, self.inside = net, inside
+    def forward(self, x): return self.net(x.sub_(.5).mul_(2) if self.inside else (x - .5) * 2)
+
+
+@pytest.mark.parametrize('make', [probe, layerwise])
+@pytest.mark.parametrize('source', SOURCES)
+def test_networks_that_work_in_place_on_their_input(source, make):
+    "They come out as those do that do not, and neither images nor probes are changed."
+    net, x = simple(), torch.rand(16, 3, 8, 8)
+    before, states = x.clone(), []
+    for inside in (False, True):
+        s = SOURCES[source](x)
+        one = InPlace(net, inside).eval()
+        probes = s(one, (torch.zeros(2, 3, 8, 8),))
+        kept = probes.args[0].clone()
+        look(probes, ['net.0'])
+        assert torch.equal(probes.args[0], kept) and torch.equal(x, before)
+        how = dict(keep={'net.0': [0, 1, 2]}, restorer=make(s))
+        states.append(lbyl_restore(one, torch.rand(2, 3, 8, 8), **how).state_dict())
+    for k, v in states[0].items(): torch.testing.assert_close(v, states[1][k])
+
+
+class Subclass(torch.Tensor):
+    "As libraries for images have it."
+
+
+def inferred(x):
+    with torch.inference_mode(): return x.clone()
+
+
+DRESSED = dict(
+    subclass=lambda x: x.as_subclass(Subclass), inferred=inferred, parameter=nn.Parameter,
+    mapping=lambda x: UserDict(input=x), list=lambda x: [x])
+
+
+@pytest.mark.parametrize('name', DRESSED)
+@pytest.mark.parametrize('restorer', [prune_only(), probe(noise(8))])
+def test_inputs_in_other_clothes(name, restorer):
+    "Subclasses, tensors of inference mode, mappings that are no dicts: as the plain tensor."
+    net, x = simple(), torch.randn(2, 3, 8, 8)
+    how = dict(ratio=.5, restorer=restorer)
+    a, b = (lbyl_restore(net, v, **how).state_dict() for v in (x, DRESSED[name](x)))
+    assert all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+def test_no_inputs():
+    none, one = torch.zeros(0, 3, 8, 8), torch.zeros(1, 3, 8, 8)
+    with pytest.raises(ValueError, match='example_inputs: there are none'):
+        restore(simple(), none, ratio=.5)
+    with pytest.raises(ValueError, match='images: there are none'):
+        restore(simple(), one, ratio=.5, restorer=probe(calibration(none)))
+
+
+class Scaled(nn.Module):
+    "A second argument that is no sample, at some depth or none."
+    def __init__(self): super().__init__(); self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+    def forward(self, x, scale):
+        while not isinstance(scale, (float, torch.Tensor)): scale = scale[0]
+        return self.b((self.a(x) * scale).relu())
+
+
+ROWS = torch.randn(130, 4, generator=torch.Generator().manual_seed(0))
+TWO, ONE_TWO = torch.tensor(2.), torch.tensor([2.])
+
+
+@pytest.mark.parametrize('scale', [TWO, ONE_TWO, [TWO], ([ONE_TWO],)])
+@pytest.mark.parametrize('batch', [1, 3])
+@pytest.mark.parametrize('source', [noise(130), calibration((ROWS, 2.))])
+def test_arguments_without_samples(scale, batch, source):
+    "They reach the network as they are, in whatever batches: as if the number stood there."
+    torch.manual_seed(0)
+    net, x = Scaled().eval(), torch.randn(batch, 4)
+    how = dict(ratio=.5, restorer=probe(source))
+    a, b = (lbyl_restore(net, (x, v), **how).state_dict() for v in (2., scale))
+    assert all(torch.equal(v, b[k]) for k, v in a.items())
+    probes = calibration((ROWS, scale))(net, (x, scale))
+    assert len(probes) == 130
+    for v, s in probes.batches(): assert len(v) <= 64 and str(s) == str(scale)
+
+
+def test_inputs_without_a_batch():
+    "A single image without a batch dimension is one sample that cannot be made many."
+    with pytest.raises(ValueError, match='cannot be run on 8 samples'):
+        noise(8)(simple(), (torch.zeros(3, 8, 8),))
+
+
+def neighbours(x):
+    "Mean difference of neighbouring pixels, one after the other."
+    gaps = {-2: [], -1: []}
+    for image in x.flatten(0, 1).tolist():
+        for above, below in zip(image, image[1:]): gaps[-2] += map(abs, map(sub, above, below))
+        for row in image: gaps[-1] += map(abs, map(sub, row, row[1:]))
+    return sum(sum(v) / len(v) for v in gaps.values())
+
+
+def test_distilled_probes_are_smooth():
+    "One step goes against the slope of divergence plus difference of neighbours, pixel by pixel."
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(1).double().eval()
+    norm.running_mean.fill_(.3)
+    norm.running_var.fill_(2.)
+    x, weight, h = torch.randn(1, 1, 3, 4, dtype=torch.float64), .7, 1e-6
+    def objective(x):
+        v, m = x.var(correction=0).item() + norm.eps, x.mean().item()
+        stored = 2. + norm.eps
+        divergence = .5 * (v / stored - 1 - math.log(v / stored) + (m - .3)**2 / stored)
+        return divergence + weight * neighbours(x)
+    step = distil(norm, (x,), steps=1, lr=1e-3, smooth=weight)[0] - x
+    for i in range(12):
+        up, down = x.clone(), x.clone()
+        up.view(-1)[i] += h
+        down.view(-1)[i] -= h
+        slope = (objective(up) - objective(down)) / (2 * h)
+        want = -math.copysign(1e-3, slope)
+        assert abs(slope) > 1e-4 and abs(step.view(-1)[i].item() - want) < 1e-6
+
+
+def test_rows_draw_nothing():
+    "Moments of rows take a linear layer's part without making one at random."
+    rows = torch.randn(9, 4)
+    before = torch.get_rng_state()
+    torch.testing.assert_close(row_moments(rows).p, rows.double().sum(0), rtol=1e-5, atol=1e-5)
+    assert torch.equal(before, torch.get_rng_state())

@@ -192,18 +192,23 @@ def test_thinet_keeps_repetitions_and_least_lost_does_not():
 
 @pytest.mark.parametrize('batch, parts', [(30, 1), (10, 3), (11, 3), (8, 4)])
 def test_adaptive_bn_by_hand(batch, parts):
-    "Mean of the batches' means and unbiased variances, the second norm reading what the first makes of each batch; batches differ by one image at most."
+    "Statistics of all images, the second norm reading what the first makes of each batch."
     net, x = randomised(nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3), nn.Dropout(.9))).double(), torch.randn(30, 2, 8, 8)
     net.train()
     before, modes = copy.deepcopy(net.state_dict()), [m.training for m in net.modules()]
-    done, sums = adaptive_bn(net, x, batch), [0.] * 4
+    done, ys, zs = adaptive_bn(net, x, batch), [], []
     pieces = x.double().tensor_split(parts)
     assert max(map(len, pieces)) <= batch and max(map(len, pieces)) - min(map(len, pieces)) <= 1
     for v in pieces:
         y = net[0](v)
-        z = net[3](F.relu((y - y.mean((0, 2, 3), keepdim=True)) / (y.var((0, 2, 3), correction=0, keepdim=True) + net[1].eps).sqrt() * net[1].weight.view(-1, 1, 1) + net[1].bias.view(-1, 1, 1)))
-        sums = [s + t.detach() / parts for s, t in zip(sums, (y.mean((0, 2, 3)), y.var((0, 2, 3)), z.mean((0, 2, 3)), z.var((0, 2, 3))))]
-    for got, want in zip((done[1].running_mean, done[1].running_var, done[4].running_mean, done[4].running_var), sums): torch.testing.assert_close(got, want)
+        deviation = (y.var((0, 2, 3), correction=0, keepdim=True) + net[1].eps).sqrt()
+        normed = (y - y.mean((0, 2, 3), keepdim=True)) / deviation
+        z = net[3](F.relu(normed * net[1].weight.view(-1, 1, 1) + net[1].bias.view(-1, 1, 1)))
+        ys.append(y.detach())
+        zs.append(z.detach())
+    for norm, seen in ((done[1], torch.cat(ys)), (done[4], torch.cat(zs))):
+        torch.testing.assert_close(norm.running_mean, seen.mean((0, 2, 3)))
+        torch.testing.assert_close(norm.running_var, seen.var((0, 2, 3)))
     assert not any(m.training for m in done.modules()) and done[1].momentum == net[1].momentum
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and [m.training for m in net.modules()] == modes
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), done.parameters()))
@@ -212,8 +217,9 @@ def test_adaptive_bn_by_hand(batch, parts):
 def test_adaptive_bn_without_batch_norm_and_with_bad_input():
     net, x = plain(), torch.randn(4, 2, 8, 8)
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in adaptive_bn(net, x).state_dict().items())
-    for bad in (dict(images=x[:1]), dict(images=x[:0]), dict(images=x, batch=1)):
+    for bad in (dict(images=x[:1]), dict(images=x, batch=1)):
         with pytest.raises(ValueError, match='images, batch: statistics need at least 2 samples'): adaptive_bn(net, **bad)
+    with pytest.raises(ValueError, match='^images: there are none'): adaptive_bn(net, x[:0])
 
 
 def test_macs_are_those_of_the_cut_network(case):
