@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['POINTWISE', 'width', 'tall', 'left_inverse', 'per_group', 'factorise', 'contraction', 'compose', 'run', 'consecutive',
-           'positions', 'Expanded', 'operations', 'is_composed', 'why_not', 'expandable', 'swap', 'choose', 'expand',
-           'contracted', 'contract']
+           'positions', 'Expanded', 'in_wide', 'operations', 'is_composed', 'why_not', 'expandable', 'swap', 'choose',
+           'expand', 'contracted', 'contract']
 
 # %% ../nbs/20_expand.ipynb #8e956230
 import copy
@@ -153,32 +153,56 @@ def positions(
 # %% ../nbs/20_expand.ipynb #76e0673c
 class Expanded(nn.Module):
     "A convolution or linear layer as a product of linear factors `last` x `middle` x `first`."
-    def __init__(self, layer: nn.Module, first: Tensor | None, middle: Tensor, last: Tensor | None, composed: bool | None = None):
+    def __init__(
+        self,
+        layer: nn.Module,              # the compact layer
+        first: Tensor | None, middle: Tensor, last: Tensor | None,    # factors, as in `compose`
+        composed: bool | None = None,  # contract before use? None: if that is cheaper
+    ):
         super().__init__()
+        W = layer.weight
+        wide = torch.promote_types(W.dtype, torch.float32)
         for name, w in dict(first=first, middle=middle, last=last).items():
-            self.register_parameter(name, None if w is None else nn.Parameter(w.to(layer.weight), layer.weight.requires_grad))
+            factor = None if w is None else nn.Parameter(w.to(W.device, wide), W.requires_grad)
+            self.register_parameter(name, factor)
+        self.register_buffer('like', None if W.dtype == wide else W.new_zeros(()), persistent=False)
         self.bias, self.composed, self.groups = layer.bias, composed, getattr(layer, 'groups', 1)
         plain = copy.copy(layer)
         plain._parameters = dict.fromkeys(layer._parameters)
-        self.__dict__['plain'] = plain    # not a submodule: nobody shall find a layer without weights
+        self.__dict__['plain'] = plain    # no submodule: nobody shall find a layer without weights
         self.train(layer.training)
 
     @property
     def factors(self): return self.first, self.middle, self.last
 
     @property
+    def dtype(self): return (self.middle if self.like is None else self.like).dtype
+
+    @property
     def weight(self):
         wide = torch.promote_types(self.middle.dtype, torch.float32)
+        factors = (None if w is None else w.to(wide) for w in self.factors)
         with torch.autocast(self.middle.device.type, enabled=False):
-            return compose(*(None if w is None else w.to(wide) for w in self.factors), self.groups).to(self.middle.dtype)
+            return compose(*factors, self.groups).to(self.dtype)
 
     def forward(self, input):
         if is_composed(self, input.shape): return run(self.plain, input, self.weight, self.bias)
-        return consecutive(self.plain, input, *self.factors, self.bias)
+        if self.like is None: return consecutive(self.plain, input, *self.factors, self.bias)
+        return in_wide(self, input)
 
     def extra_repr(self):
-        widths = ' -> '.join(str(w.shape[1] * self.groups) for w in self.factors if w is not None)
-        return f'{type(self.plain).__name__}({self.plain.extra_repr()}), channels {widths} -> {len(self.middle if self.last is None else self.last)}'
+        widths = [str(w.shape[1] * self.groups) for w in self.factors if w is not None]
+        widths.append(str(len(self.middle if self.last is None else self.last)))
+        plain = f'{type(self.plain).__name__}({self.plain.extra_repr()})'
+        return f'{plain}, channels {" -> ".join(widths)}'
+
+# %% ../nbs/20_expand.ipynb #6a91c3d8
+def in_wide(layer: Expanded, input: Tensor) -> Tensor:
+    "The factors of a layer in half precision one after the other, in their own precision."
+    to = lambda v: None if v is None else v.to(layer.middle.dtype)
+    with torch.autocast(input.device.type, enabled=False):
+        y = consecutive(layer.plain, to(input), *layer.factors, to(layer.bias))
+    return y.to(layer.dtype)
 
 # %% ../nbs/20_expand.ipynb #c1040cbd
 def operations(
@@ -276,8 +300,10 @@ def contracted(
 ) -> nn.Module:   # of the original class
     "The compact layer that an expanded one stands for."
     layer = copy.copy(e.plain)
-    with torch.no_grad(): W = compose(*(None if w is None else w.cpu().double() for w in e.factors), e.groups).to(e.middle)
-    layer._parameters = {**layer._parameters, 'weight': nn.Parameter(W, e.middle.requires_grad), 'bias': e.bias}
+    factors = (None if w is None else w.cpu().double() for w in e.factors)
+    with torch.no_grad(): W = compose(*factors, e.groups).to(e.middle.device, e.dtype)
+    weight = nn.Parameter(W, e.middle.requires_grad)
+    layer._parameters = {**layer._parameters, 'weight': weight, 'bias': e.bias}
     return layer.train(e.training)
 
 # %% ../nbs/20_expand.ipynb #fe39e5fc

@@ -220,13 +220,69 @@ def test_bad_input():
     with pytest.raises(ValueError, match='no layer to expand'): expand(nn.ReLU())
 
 
-@pytest.mark.parametrize('dtype, bound', [(torch.float16, 2e-2), (torch.bfloat16, 1e-1)])
-def test_half_precision(dtype, bound):
+HALVES = [torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize('how', [dict(), dict(rate=1.5, linear_rate=3, linear_factors=3)])
+@pytest.mark.parametrize('dtype', HALVES)
+def test_half_precision(dtype, how):
+    "There and back weights are what they were, but for the last bit of tiny ones."
+    torch.manual_seed(0)
+    net, x = digits_net().eval().to(dtype), torch.randn(4, 1, 8, 8, dtype=dtype)
+    big, exact = expand(net, **how), copy.deepcopy(net).double()(x.double())
+    small = contract(big)
+    assert small.state_dict().keys() == net.state_dict().keys()
+    for k, v in net.state_dict().items():
+        tiny = 1e-6 * v.abs().max().item()
+        torch.testing.assert_close(small.state_dict()[k], v, rtol=torch.finfo(dtype).eps, atol=tiny)
+        assert (small.state_dict()[k] == v).float().mean() > .99, k
+    eps = torch.finfo(dtype).eps
+    for b in forms(big):
+        bound = max(2 * far(net(x).double(), exact), eps)
+        assert b(x).dtype == dtype and far(b(x).double(), exact) < bound
+    assert {m.weight.dtype for m in big.modules() if isinstance(m, Expanded)} == {dtype}
+
+
+@FEW
+@given(st.one_of(convolutions(), linears()), st.sampled_from(HALVES), st.integers(0, 99))
+def test_any_layer_in_half_precision(case, dtype, seed):
+    "The weight is within one rounding of the original's, so the output is as near as that brings it."
+    layer, x = case[0].to(dtype), case[1].to(dtype)
+    big, eps = expand(layer, seed=seed), torch.finfo(dtype).eps
+    assert far(contract(big).weight.double(), layer.weight.double()) <= eps
+    for net in forms(big):
+        torch.testing.assert_close(net(x), layer(x), rtol=8 * eps, atol=8 * eps)
+
+
+@pytest.mark.parametrize('dtype', HALVES)
+@pytest.mark.parametrize('layer, shape', [(nn.Conv2d(8, 6, 3), (2, 8, 5, 5)), (nn.Linear(9, 5), (4, 9))])
+def test_factors_one_by_one_round_the_output_alone(layer, shape, dtype):
+    "Every output, small ones too, is that of the same weight in float64, rounded once."
+    layer, x = copy.deepcopy(layer).to(dtype), torch.randn(shape).to(dtype)
+    exact = copy.deepcopy(layer).double()(x.double())
+    y = expand(layer, composed=False)(x).double()
+    torch.testing.assert_close(y, exact, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize('dtype', HALVES)
+def test_half_precision_moves_and_trains(dtype):
+    "Copied, loaded and trained it is the network that contraction gives; cast to float32, too."
+    torch.manual_seed(0)
     net, x = digits_net().eval().to(dtype), torch.randn(4, 1, 8, 8, dtype=dtype)
     big = expand(net)
-    assert {p.dtype for p in [*big.parameters(), *contract(big).parameters()]} == {dtype}
-    for b in forms(big): assert far(b(x).float(), net(x).float()) < bound
-    assert far(contract(big)(x).float(), net(x).float()) < bound
+    other = expand(digits_net().eval().to(dtype), seed=5)
+    other.load_state_dict(big.state_dict())
+    for b in (other, copy.deepcopy(big)): assert torch.equal(b(x), big(x))
+    optimiser = torch.optim.SGD(big.parameters(), 1e-2)
+    big(x).float().square().sum().backward()
+    optimiser.step()
+    small = contract(big)
+    assert {p.dtype for p in small.parameters()} == {dtype}
+    assert far(small(x).float(), net(x).float()) > 1e-3
+    for b in forms(big): assert far(b(x).float(), small(x).float()) < 8 * torch.finfo(dtype).eps
+    wide = big.float()
+    assert wide(x.float()).dtype == torch.float32
+    assert {p.dtype for p in contract(wide).parameters()} == {torch.float32}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
