@@ -78,9 +78,11 @@ def as_args(
     inputs,                         # a tensor, a list of positional or a dict of keyword arguments
     name: str = 'example_inputs',   # what the caller calls them, for the error
 ) -> tuple | dict:
-    "Inputs as arguments of a model's forward, with plain tensors. ValueError for an empty batch."
+    "Inputs as arguments of a model's forward, in plain tensors. ValueError for none or nested ones."
     if isinstance(inputs, Mapping): args = dict(inputs)
     else: args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    if any(v.is_nested for v in tensors(args)):
+        raise ValueError(f'{name}: nested tensors are not handled; pad them to equal length')
     args, main = map_tensors(args, plain), batch_of(args)
     if main is not None and not len(main):
         raise ValueError(f'{name}: there are none, as the batch in the first dimension is empty')
@@ -90,7 +92,7 @@ def as_args(
 def plain(v: Tensor) -> Tensor:
     "A tensor as one of PyTorch's own class, outside of inference mode; a copy only if need be."
     if v.is_inference(): v = v.clone()
-    return v if type(v) is Tensor or v.is_nested else v.detach().as_subclass(Tensor)
+    return v if type(v) is Tensor else v.detach().as_subclass(Tensor)
 
 # %% ../nbs/05_probe.ipynb #440e1c1c
 def call(model, args):
