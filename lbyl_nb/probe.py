@@ -78,7 +78,7 @@ def as_args(
     inputs,                         # a tensor, a list of positional or a dict of keyword arguments
     name: str = 'example_inputs',   # what the caller calls them, for the error
 ) -> tuple | dict:
-    "Inputs as arguments of a model's forward, in plain tensors. ValueError for none or nested ones."
+    "Inputs as arguments of a model's forward, in plain tensors. ValueError for none or nested."
     if isinstance(inputs, Mapping): args = dict(inputs)
     else: args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     if any(v.is_nested for v in tensors(args)):

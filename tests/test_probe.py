@@ -379,10 +379,9 @@ def test_no_inputs():
         restore(simple(), none, ratio=.5)
     with pytest.raises(ValueError, match='images: there are none'):
         restore(simple(), one, ratio=.5, restorer=probe(calibration(none)))
-    ragged = [torch.zeros(2, 3), torch.zeros(4, 3)]
-    for layout in (torch.strided, torch.jagged):
-        with pytest.raises(ValueError, match='example_inputs: nested tensors'):
-            restore(nn.Linear(3, 2), torch.nested.nested_tensor(ragged, layout=layout), ratio=.5)
+    ragged = torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(4, 3)], layout=torch.jagged)
+    with pytest.raises(ValueError, match='example_inputs: nested tensors'):
+        restore(nn.Linear(3, 2), ragged, ratio=.5)
 
 
 class Scaled(nn.Module):
