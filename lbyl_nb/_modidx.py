@@ -273,6 +273,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'lbyl_nb.layerwise.Probe.rewrite': ('layerwise.html#probe.rewrite', 'lbyl_nb/layerwise.py'),
                                    'lbyl_nb.layerwise.ProbedLbyl': ('layerwise.html#probedlbyl', 'lbyl_nb/layerwise.py'),
                                    'lbyl_nb.layerwise.ProbedLbyl.rewrite': ('layerwise.html#probedlbyl.rewrite', 'lbyl_nb/layerwise.py'),
+                                   'lbyl_nb.layerwise.Several': ('layerwise.html#several', 'lbyl_nb/layerwise.py'),
+                                   'lbyl_nb.layerwise.Several.__add__': ('layerwise.html#several.__add__', 'lbyl_nb/layerwise.py'),
                                    'lbyl_nb.layerwise.SideBySide': ('layerwise.html#sidebyside', 'lbyl_nb/layerwise.py'),
                                    'lbyl_nb.layerwise.SideBySide.__init__': ('layerwise.html#sidebyside.__init__', 'lbyl_nb/layerwise.py'),
                                    'lbyl_nb.layerwise.SideBySide.__torch_function__': ( 'layerwise.html#sidebyside.__torch_function__',

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST', 'ADDITIONS', 'GRID', 'taps_fit', 'Site', 'site', 'channel_rows', 'rows_in_blocks', 'site_moments', 'site_fit',
            'rewrite', 'find_sites', 'Probe', 'probe', 'Pending', 'apply_fit', 'measured', 'layer_hook', 'norm_hook',
-           'settle', 'SideBySide', 'missing', 'Layerwise', 'layerwise', 'missed_channels', 'tap_products',
+           'settle', 'SideBySide', 'missing', 'Layerwise', 'layerwise', 'missed_channels', 'tap_products', 'Several',
            'look_at_consumers', 'ProbedLbyl', 'probed_lbyl']
 
 # %% ../nbs/14_layerwise.ipynb #b426e137
@@ -320,19 +320,26 @@ def tap_products(
     return torch.block_diag(*(v @ v.T for v in parts))
 
 # %% ../nbs/14_layerwise.ipynb #8b0a37e6
+@dataclass(frozen=True)
+class Several:
+    "What is measured at one layer for several groups; sums are taken one by one."
+    parts: list
+
+    def __add__(self, other): return Several([a + b for a, b in zip(self.parts, other.parts)])
+
 def look_at_consumers(
     probes: Probes,     # what to look with
     groups: list,       # whose consumers are of interest
     measure: Callable,  # (consumer, layer, x, y) -> Moments
 ) -> dict:              # {(group, consumer): two halves}
-    "Moments of each consumer of each group."
-    todo, seen = [(g.name, c) for g in groups for c in g.consumers], {}
-    while todo:
-        turn = {c.name: (g, c) for g, c in reversed(todo)}
-        halves = look(probes, turn, lambda layer, x, y, name: measure(turn[name][1], layer, x, y))
-        seen |= {(g, c.name): halves[c.name] for g, c in turn.values()}
-        todo = [v for v in todo if (v[0], v[1].name) not in seen]
-    return seen
+    "Moments of each consumer of each group, in one pass."
+    read = {}
+    for g in groups:
+        for c in g.consumers: read.setdefault(c.name, []).append((g.name, c))
+    every = lambda layer, x, y, name: Several([measure(c, layer, x, y) for _, c in read[name]])
+    seen = look(probes, read, every)
+    return {(g, name): [half.parts[i] for half in seen[name]]
+            for name, tied in read.items() for i, (g, _) in enumerate(tied)}
 
 # %% ../nbs/14_layerwise.ipynb #85a48601
 @dataclass(frozen=True)
