@@ -228,7 +228,8 @@ def walk(model: nn.Module, args, hooks: dict):
             module = model.get_submodule(name)
             handles.append(module.register_forward_hook(hook, prepend=True))
         with torch.random.fork_rng(gpus):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)
+            for d in gpus: torch.cuda.default_generators[d.index].manual_seed(0)
             call(model, map_tensors(args, torch.clone))    # a network may work in place on them
     finally:
         for h in handles: h.remove()
@@ -388,7 +389,9 @@ class SideBySide(Restoring):
         means = running_means(self.target)
         try: self.run(); why = unlike(self)
         except Exception as e: why = str(e) if isinstance(e, ValueError) else repr(e)
-        if why: put_back(self.target, self.model, self.sites, means)
+        if why:
+            put_back(self.target, self.model, self.sites, means)
+            self.waiting.clear(); self.pending.clear()
         return why
 
     def own(self, out): return out.chunk(2)[1]
@@ -469,9 +472,9 @@ class Recording(Pass):
 # %% ../nbs/14_layerwise.ipynb #ec4aafb3
 def row_prints(layer, t: Tensor) -> tuple:
     "Leading dimensions of what a layer gives, and a number for each row of them."
-    linear = isinstance(layer, nn.Linear)
-    rows = t.reshape(-1, t.shape[-1]) if linear else t
-    return tuple(t.shape[:-1] if linear else t.shape[:1]), fingerprint(rows, len(rows))
+    last = channel_dim(layer) == -1
+    rows = t.reshape(-1, t.shape[-1]) if last else t
+    return tuple(t.shape[:-1] if last else t.shape[:1]), fingerprint(rows, len(rows))
 
 def rows_before(here: tuple, turned: tuple, n: int) -> int | None:
     """Rows (a, n, b) that follow n samples when these are turned round: a; None where they do not.
@@ -489,7 +492,7 @@ def rows_before(here: tuple, turned: tuple, n: int) -> int | None:
 
 def samples_first(layer, a: int, n: int, t: Tensor) -> Tensor:
     "What a layer reads or gives, of rows (a, n, b), as (n, a, b, ...)."
-    rows = t.reshape(-1, t.shape[-1]) if isinstance(layer, nn.Linear) else t
+    rows = t.reshape(-1, t.shape[-1]) if channel_dim(layer) == -1 else t
     return rows.reshape(a, n, -1, *rows.shape[1:]).movedim(1, 0)
 
 # %% ../nbs/14_layerwise.ipynb #28bc2d2f
@@ -518,6 +521,7 @@ class OneByOne(Restoring):
         dense = Recording(self.model, todo)
         dense.forward(self.probes.args)
         self.record = dense.seen
+        if not self.record: check_called(todo, self.record)
         self.forward(self.probes.args)
         self.finish()
         self.by_dense({k: todo[k] for k in self.record if k not in self.missed})
@@ -568,10 +572,12 @@ class Layerwise:
 def layerwise(
     source: Callable = noise(),    # of probes: `noise`, `calibration`, `distilled`
     *,
-    refit: bool = True,            # rewrite every layer for its changed input; False: consumers of pruned groups alone
-    ridge: float | None = None,    # fraction of the mean variance of what is read; None: chosen on held-out probes, layer by layer
+    refit: bool = True,            # rewrite every layer for its changed input, or consumers alone?
+    ridge: float | None = None,    # fraction of the mean variance of what is read; None: held-out probes
 ) -> Layerwise:
-    "A restorer: dense and restored network side by side on probes, each layer rewritten for what it will really read. ValueError for ridge <= 0."
+    """A restorer: dense and restored network side by side on probes, each layer rewritten for what it
+    will really read. ValueError for ridge <= 0. It warns, naming a layer, where samples are not in the
+    first dimension or depend on each other, and the networks are run one after the other."""
     if ridge is not None: check_ridge(ridge)
     return Layerwise(source, refit, ridge)
 
