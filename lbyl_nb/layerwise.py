@@ -7,8 +7,9 @@ __all__ = ['MOST', 'ADDITIONS', 'SUBTRACTIONS', 'REVERSED', 'RECORD', 'GRID', 't
            'rows_in_blocks', 'site_moments', 'site_fit', 'rewrite', 'subtracts', 'find_sites', 'look_at_sites', 'Probe',
            'probe', 'factors', 'summands', 'apply_fit', 'walk', 'carries', 'layer_hook', 'norm_hook', 'Pass', 'Pending',
            'settle', 'Restoring', 'missing', 'fingerprint', 'SideBySide', 'agree', 'unlike', 'running_means',
-           'put_back', 'Seen', 'Recording', 'row_prints', 'rows_before', 'samples_first', 'OneByOne', 'Layerwise',
-           'layerwise', 'missed_channels', 'tap_products', 'Several', 'look_at_consumers', 'ProbedLbyl', 'probed_lbyl']
+           'put_back', 'Seen', 'Recording', 'row_prints', 'samples_first', 'rows_before', 'find_samples', 'OneByOne',
+           'Layerwise', 'layerwise', 'missed_channels', 'tap_products', 'Several', 'look_at_consumers', 'ProbedLbyl',
+           'probed_lbyl']
 
 # %% ../nbs/14_layerwise.ipynb #b426e137
 import copy
@@ -34,12 +35,14 @@ from .solve import check_ridge
 from .trace import activation_inside, is_depthwise, kind_of
 
 # %% ../nbs/14_layerwise.ipynb #e34678d4
-MOST = 8192    # unknowns for one output: beyond, the Gram matrix takes too much memory, and channels are reproduced
+MOST = 8192    # unknowns for one output; beyond, the Gram matrix is too large: channels instead
 
 def taps_fit(layer, columns):
-    "Can all taps of these columns be free: is the layer of a kind whose patches we know, and do they fit into one Gram matrix?"
-    return isinstance(layer, (nn.Conv2d, nn.Linear)) and columns.numel() // conv_groups(layer) * layer.weight[0, 0].numel() <= MOST
+    "Can all taps of these columns be free: do we know the layer's patches, and are they few enough?"
+    if not isinstance(layer, (nn.Conv2d, nn.Linear)): return False
+    return columns.numel() // conv_groups(layer) * layer.weight[0, 0].numel() <= MOST
 
+# %% ../nbs/14_layerwise.ipynb #d4f1e782
 @dataclass(frozen=True)
 class Site:
     "A layer to be rewritten, and the channels it will read."
@@ -200,6 +203,7 @@ def factors(f, alpha) -> tuple:
     if f in SUBTRACTIONS: return 1, -alpha
     return (-alpha, 1) if f in REVERSED else ()
 
+# %% ../nbs/14_layerwise.ipynb #20668db4
 def summands(f, args, kwargs) -> list:
     "Of a sum: each summand, the other one, and the other's factor divided by its own."
     alpha = kwargs.get('alpha', 1)
@@ -227,9 +231,7 @@ def walk(model: nn.Module, args, hooks: dict):
         for name, hook in hooks.items():
             module = model.get_submodule(name)
             handles.append(module.register_forward_hook(hook, prepend=True))
-        with torch.random.fork_rng(gpus):
-            torch.default_generator.manual_seed(0)
-            for d in gpus: torch.cuda.default_generators[d.index].manual_seed(0)
+        with torch.random.fork_rng(gpus):    # the next pass starts from the same state
             call(model, map_tensors(args, torch.clone))    # a network may work in place on them
     finally:
         for h in handles: h.remove()
@@ -243,6 +245,7 @@ def layer_hook(road, s: Site):
     "A forward hook that stops at a layer."
     return lambda layer, inputs, out: road.meet(s, layer, inputs[0], out)
 
+# %% ../nbs/14_layerwise.ipynb #8c43b22f
 def norm_hook(road, name: str):
     "A forward hook that marks what a batch norm hands to an addition."
     def hook(norm, inputs, out):
@@ -273,7 +276,7 @@ class Pass(TorchFunctionMode):
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
         for a, other, factor in summands(f, args, kwargs or {}) if self.pending else ():
-            if id(a) not in self.pending or a is other or not isinstance(other, Tensor): continue
+            if id(a) not in self.pending or not isinstance(other, Tensor): continue
             if a.shape == other.shape: self.join(*self.pending.pop(id(a)), other, factor)
         return f(*args, **(kwargs or {}))
 
@@ -348,13 +351,14 @@ def missing(
     back = torch.where(scale.abs() > 1e-3 * scale.abs().max(), 1 / scale, 0)
     return lack * back.view(-1, *[1] * (lack.ndim - 2))
 
-# %% ../nbs/14_layerwise.ipynb #b407f5e2
+# %% ../nbs/14_layerwise.ipynb #8fabef5e
 def fingerprint(t: Tensor, n: int) -> Tensor:
     "(n,) one number for each of n samples; NaN where a tensor is not so many of equal size."
     if not n or t.numel() % n: return t.new_full((n,), torch.nan)
     rows = t.reshape(n, -1)
     return rows @ torch.arange(rows.shape[1], dtype=torch.float64, device=t.device).cos().to(rows)
 
+# %% ../nbs/14_layerwise.ipynb #b407f5e2
 class SideBySide(Restoring):
     "Dense and restored network as two halves of one batch."
     def run(self) -> dict:
@@ -404,6 +408,7 @@ def agree(a: Tensor, b: Tensor) -> bool:
     allowed = 1e-2 * (b - b.mean()).norm() + 1e-4 * b.norm()
     return bool((a - b).norm() <= allowed)
 
+# %% ../nbs/14_layerwise.ipynb #c1a99412
 def unlike(pair: SideBySide) -> str:
     "The first layer that is not what it was side by side, and what that means; empty without one."
     n, seen = len(pair.probes), {}
@@ -431,6 +436,7 @@ def running_means(model: nn.Module) -> dict:
     norms = {k: getattr(m, 'running_mean', None) for k, m in model.named_modules()}
     return {k: mean.clone() for k, mean in norms.items() if isinstance(mean, Tensor)}
 
+# %% ../nbs/14_layerwise.ipynb #17cac31b
 @torch.no_grad()
 def put_back(target: nn.Module, dense: nn.Module, sites: dict, means: dict):
     "Give layers their dense weights and biases, and modules their `running_means`, in place."
@@ -476,6 +482,12 @@ def row_prints(layer, t: Tensor) -> tuple:
     rows = t.reshape(-1, t.shape[-1]) if last else t
     return tuple(t.shape[:-1] if last else t.shape[:1]), fingerprint(rows, len(rows))
 
+def samples_first(layer, a: int, n: int, t: Tensor) -> Tensor:
+    "What a layer reads or gives, of rows (a, n, b), as (n, a, b, ...)."
+    rows = t.reshape(-1, t.shape[-1]) if channel_dim(layer) == -1 else t
+    return rows.reshape(a, n, -1, *rows.shape[1:]).movedim(1, 0)
+
+# %% ../nbs/14_layerwise.ipynb #925290f3
 def rows_before(here: tuple, turned: tuple, n: int) -> int | None:
     """Rows (a, n, b) that follow n samples when these are turned round: a; None where they do not.
     Given are `row_prints` of the probes and of the probes turned round."""
@@ -490,32 +502,31 @@ def rows_before(here: tuple, turned: tuple, n: int) -> int | None:
     best = min((*sized, 1, len(f) // n), key=gap)
     return best if gap(best) <= .5 else None
 
-def samples_first(layer, a: int, n: int, t: Tensor) -> Tensor:
-    "What a layer reads or gives, of rows (a, n, b), as (n, a, b, ...)."
-    rows = t.reshape(-1, t.shape[-1]) if channel_dim(layer) == -1 else t
-    return rows.reshape(a, n, -1, *rows.shape[1:]).movedim(1, 0)
+# %% ../nbs/14_layerwise.ipynb #a0738a57
+def find_samples(probes: Probes, sites: dict) -> dict:
+    "`rows_before` of what each layer gives in the dense network."
+    n = len(probes)
+    def prints(args):
+        seen = {}
+        def hook(name): return lambda layer, i, out: seen.update({name: row_prints(layer, out)})
+        walk(probes.model, args, {k: hook(k) for k in sites})
+        check_called(sites, seen)
+        return seen
+    turned = map_tensors(probes.args, lambda v: v.flip(0) if carries(v, n) else v)
+    here, there = prints(probes.args), prints(turned)
+    return {k: rows_before(here[k], there[k], n) for k in sites}
 
 # %% ../nbs/14_layerwise.ipynb #28bc2d2f
 class OneByOne(Restoring):
     "Dense and restored network one after the other."
     def run(self) -> dict:
-        n, args = len(self.probes), self.probes.args
-        turned = map_tensors(args, lambda v: v.flip(0) if carries(v, n) else v)
-        here, there = self.prints(args), self.prints(turned)
-        self.place = {k: rows_before(here[k], there[k], n) for k in self.sites}
+        self.place = find_samples(self.probes, self.sites)
         try:
             self.by_dense({k: s for k, s in self.sites.items() if self.place[k] is None})
             while todo := {k: s for k, s in self.sites.items() if k not in self.missed}:
                 self.portion(todo)
         finally: self.bar.close()
         return self.missed
-
-    def prints(self, args):
-        seen = {}
-        def hook(name): return lambda layer, i, out: seen.update({name: row_prints(layer, out)})
-        walk(self.model, args, {k: hook(k) for k in self.sites})
-        check_called(self.sites, seen)
-        return seen
 
     def portion(self, todo):
         dense = Recording(self.model, todo)
@@ -573,11 +584,11 @@ def layerwise(
     source: Callable = noise(),    # of probes: `noise`, `calibration`, `distilled`
     *,
     refit: bool = True,            # rewrite every layer for its changed input, or consumers alone?
-    ridge: float | None = None,    # fraction of the mean variance of what is read; None: held-out probes
+    ridge: float | None = None,    # fraction of the mean variance; None: chosen by held-out probes
 ) -> Layerwise:
-    """A restorer: dense and restored network side by side on probes, each layer rewritten for what it
-    will really read. ValueError for ridge <= 0. It warns, naming a layer, where samples are not in the
-    first dimension or depend on each other, and the networks are run one after the other."""
+    """A restorer: dense and restored network side by side on probes, each layer rewritten for what
+    it will really read. ValueError for ridge <= 0. It warns, naming a layer, where samples are not
+    in the first dimension or depend on each other: then one network is run after the other."""
     if ridge is not None: check_ridge(ridge)
     return Layerwise(source, refit, ridge)
 
@@ -610,6 +621,7 @@ class Several:
 
     def __add__(self, other): return Several([a + b for a, b in zip(self.parts, other.parts)])
 
+# %% ../nbs/14_layerwise.ipynb #baede8c2
 def look_at_consumers(
     probes: Probes,     # what to look with
     groups: list,       # whose consumers are of interest
