@@ -6,6 +6,7 @@
 __all__ = ['Bill', 'bill', 'ranking', 'within', 'budget']
 
 # %% ../nbs/17_budget.ipynb #4afb8d0e
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,9 +15,10 @@ from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from .cost import dry_run, samples
-from .criteria import keep_best, l2_norm
+from .criteria import l2_norm
 from .graph import by_output, conv_groups, width
-from .recover import Limits, prune_only, unit_scores, verified, whole_units
+from .recover import (Limits, balance, cells_of, choose_units, families_of, prune_only,
+                             unit_scores, verified)
 from .trace import LAYERS
 
 # %% ../nbs/17_budget.ipynb #c82e06bc
@@ -86,7 +88,11 @@ def bill(net, groups) -> Bill:
     between = [k for k in cut if own(k) is not None and len(own(k)) > 1]
     rows = [_row(k, module(k), n) for k, n in sorted(used.items())]
     rows += [_between(k, module(k)) for k in between]
-    spans = lambda g: ([(k, c.shape[1]) for k, c in g.cut],
+    held = {f'{k}.{a}': getattr(module(k), a) for g in groups for k, a, _ in g.parameters}
+    rows += [dict(name=k, out=t.numel(), inn=0, groups=1, taps=0, extra=1, positions=0)
+             for k, t in held.items() if isinstance(t, nn.Parameter)]
+    spans = lambda g: ([(k, c.shape[1]) for k, c in g.cut]
+                       + [(f'{k}.{a}', c.shape[1]) for k, a, c in g.parameters],
                        [(c.name, c.columns.shape[1]) for c in g.consumers])
     all_rows = Bill(rows, {g.name: spans(g) for g in groups}, 0)
     all_rows.rest = sum(p.numel() for p in net.model.parameters()) - all_rows.total({})['params']
@@ -112,11 +118,22 @@ def ranking(scores: dict, least: dict) -> list:
     return [name for _, name in sorted(order)]
 
 # %% ../nbs/17_budget.ipynb #826e9a96
-def _kept_after(n, order, groups, limits):
-    "Units that each group keeps after the first n removals, rounded as the limits say."
-    gone = {g.name: 0 for g in groups}
-    for name in order[:n]: gone[name] += 1
-    return {g.name: limits.units(g, g.units - gone[g.name]) for g in groups}
+def _kept_after(n, order, families, limits):
+    "Units that the cells of each family keep after the first n removals, within the limits."
+    gone = Counter(order[:n])
+    def kept(f):
+        cells = cells_of(f)
+        wanted = [limits.units(c, c.units - gone[c.name]) for c in cells]
+        return balance(f, wanted, [limits.units(c, 0) for c in cells])
+    return {f.name: kept(f) for f in families}
+
+def _lost(kept, families):
+    "Channels that each group loses when cells keep so many units."
+    lost = Counter()
+    for f in families:
+        for c, k in zip(cells_of(f), kept[f.name]):
+            for group, rows in c.rows.items(): lost[group] += (c.units - k) * rows
+    return lost
 
 # %% ../nbs/17_budget.ipynb #7ddb3fa9
 def _first(holds, n):
@@ -133,19 +150,23 @@ def within(share: float, what: str, criterion, limits: Limits) -> Callable:
 
     ValueError if the limits leave more."""
     def choose(model, net, groups):
-        groups = limits.prunable(groups)
+        families = families_of(limits.prunable(groups))
+        chosen = {name for f in families for name, _ in f.members}
+        groups = [g for g in groups if g.name in chosen]
         scores, costs = unit_scores(model, net, groups, criterion), bill(net, groups)
-        order = ranking(scores, {g.name: limits.units(g, 0) for g in groups})
+        cells = [c for f in families for c in cells_of(f)]
+        order = ranking({c.name: scores[c.family.name][c.at] for c in cells},
+                        {c.name: limits.units(c, 0) for c in cells})
         def left(n):
-            t = _kept_after(n, order, groups, limits)
-            lost = {g.name: (g.units - t[g.name]) * g.channels // g.units for g in groups}
+            lost = _lost(_kept_after(n, order, families, limits), families)
             return costs.total(lost)[what] / costs.total({})[what]
         if (least := left(len(order))) > share:
             raise ValueError(f'{what}: {share} of them cannot be reached, {least:.3f} are left '
                              'when everything is removed that may be')
-        t = _kept_after(_first(lambda n: left(n) <= share, len(order)), order, groups, limits)
-        best = lambda g: keep_best(scores[g.name], t[g.name], g.name)
-        return {g.name: whole_units(best(g), g) for g in groups}
+        n = _first(lambda n: left(n) <= share, len(order))
+        kept, plan = _kept_after(n, order, families, limits), {}
+        for f in families: plan |= choose_units(scores[f.name], f, kept[f.name], limits)
+        return {g.name: plan[g.name] for g in groups}
     return choose
 
 # %% ../nbs/17_budget.ipynb #f674dec5

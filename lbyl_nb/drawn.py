@@ -18,7 +18,7 @@ from .trace import Traced
 # %% ../nbs/18_any_network.ipynb #d281a053
 def _labels(net, groups):
     "Names of layers in the order of their calls, with channels, or units and their size, beneath."
-    units = {k: f'{g.units} × {g.channels // g.units}' for g in groups if g.period for k in g.producers}
+    units = {k: f'{g.units} × {g.channels // g.units}' for g in groups if g.units < g.channels for k in g.producers}
     return [f'{k}\n{units.get(k, width(net.model.get_submodule(k)))}' for k in net.calls]
 
 # %% ../nbs/18_any_network.ipynb #68827900

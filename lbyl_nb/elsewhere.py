@@ -16,7 +16,7 @@ from torch.nn.utils import prune
 from .graph import by_output, find_groups
 from .probe import as_args
 from .recover import Restoration, restore
-from .trace import LAYERS, first_calls, trace
+from .trace import LAYERS, first_calls, private_copy, trace
 
 # %% ../nbs/16_elsewhere.ipynb #ef6d8e4d
 def masks_of(model) -> dict:
@@ -67,13 +67,13 @@ def unmask(module, what):
     getattr(module, what).data = whole
 
 # %% ../nbs/16_elsewhere.ipynb #d997ce74
-def _signature(model, group, columns=None):
-    "(m, d) all that belongs to each channel of a group: filters of the first producer on some input columns, bias, batch norm."
-    layer = model.get_submodule(group.name)
+def _signature(model, name, norm, columns=None):
+    "(m, d) all that belongs to each channel of a layer: filters on some input columns, bias, batch norm."
+    layer = model.get_submodule(name)
     W = by_output(layer).detach().double()
     parts = [(W if columns is None else W[:, columns]).flatten(1)] + ([] if layer.bias is None else [layer.bias.detach().double()[:, None]])
-    if group.branches[0][0][1]:
-        norm = model.get_submodule(group.branches[0][0][1])
+    if norm:
+        norm = model.get_submodule(norm)
         parts += [v.detach().double()[:, None] for v in (norm.weight, norm.bias, norm.running_mean, norm.running_var) if v is not None]
     return torch.cat(parts, 1)
 
@@ -95,16 +95,21 @@ def from_pruned(
 ) -> dict:              # the plan {layer: kept channels}
     "Which channels a smaller network has kept, by matching filters. ValueError naming the layer where that is ambiguous or impossible."
     net, plan, lost = trace(dense, example_inputs), {}, {}
-    for g in find_groups(net, streams=True):
-        if g.reason: continue
-        for k, _ in g.cut:
-            if not _has(small, k) or type(small.get_submodule(k)) is not type(net.model.get_submodule(k)): raise ValueError(f'{k}: missing in the pruned network, or of another kind')
-        columns = torch.arange(by_output(net.model.get_submodule(g.name)).shape[1])
-        columns = columns[~torch.isin(columns, torch.tensor(lost.get(g.name, [])))]
-        kept = sorted(_match(_signature(small, g), _signature(net.model, g, columns), g.name))
-        gone = sorted(set(range(g.channels)) - set(kept))
-        for c in g.consumers: lost[c.name] = lost.get(c.name, []) + c.columns[gone].flatten().tolist()
-        if gone: plan[g.name] = kept
+    groups = [g for g in find_groups(net, streams=True) if not g.reason]
+    small = private_copy(small)
+    for k in dict.fromkeys(k for g in groups for k, _ in g.cut):
+        if not _has(small, k) or type(small.get_submodule(k)) is not type(net.model.get_submodule(k)):
+            raise ValueError(f'{k}: missing in the pruned network, or of another kind')
+    for name in dict.fromkeys(g.producers[0] for g in groups):
+        own = [g for g in groups if g.producers[0] == name]
+        norm = next(b[0][1] for g in own for b in g.branches if b[0][0] == name)
+        columns = torch.arange(by_output(net.model.get_submodule(name)).shape[1])
+        columns = columns[~torch.isin(columns, torch.tensor(lost.get(name, [])))]
+        kept = sorted(_match(_signature(small, name, norm), _signature(net.model, name, norm, columns), name))
+        if len(kept) < len(by_output(net.model.get_submodule(name))): plan[name] = kept
+        for g in own:
+            gone = ~torch.isin(dict(g.cut)[name], torch.tensor(kept)).all(1)
+            for c in g.consumers: lost[c.name] = lost.get(c.name, []) + c.columns[gone].flatten().tolist()
     return plan
 
 def _has(model, name): return name in dict(model.named_modules())

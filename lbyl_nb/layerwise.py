@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST', 'ADDITIONS', 'SUBTRACTIONS', 'REVERSED', 'RECORD', 'GRID', 'taps_fit', 'Site', 'site', 'channel_rows',
-           'rows_in_blocks', 'site_moments', 'site_fit', 'rewrite', 'subtracts', 'find_sites', 'look_at_sites', 'Probe',
-           'probe', 'factors', 'summands', 'apply_fit', 'walk', 'carries', 'layer_hook', 'norm_hook', 'Pass', 'Pending',
+           'rows_in_blocks', 'site_moments', 'site_fit', 'rewrite', 'find_sites', 'look_at_sites', 'Probe', 'probe',
+           'factors', 'summands', 'apply_fit', 'walk', 'carries', 'layer_hook', 'norm_hook', 'Pass', 'Pending',
            'settle', 'Restoring', 'missing', 'fingerprint', 'SideBySide', 'agree', 'unlike', 'running_means',
            'put_back', 'Seen', 'Recording', 'row_prints', 'samples_first', 'rows_before', 'find_samples', 'OneByOne',
            'Layerwise', 'layerwise', 'missed_channels', 'tap_products', 'Several', 'look_at_consumers', 'ProbedLbyl',
@@ -27,12 +27,12 @@ from tqdm.auto import tqdm
 from .delivery import Delivery, removed
 from .graph import Reader, add_constant, by_output, channels, find_readers, in_weight
 from .probe import (
-    Fit, Moments, Probes, call, channel_dim, check_called, check_halves, conv_groups, in_turn, look,
+    Fit, Moments, Probes, as_called, call, channel_dim, check_called, check_halves, conv_groups, in_turn, look,
     map_tensors, moments, noise, norm_scale, regress, row_moments, selected, stacked,
     target_moments, tensors, total)
 from .recover import absorb, in_blocks, lbyl
 from .solve import check_ridge
-from .trace import activation_inside, is_depthwise, kind_of
+from .trace import is_depthwise
 
 # %% ../nbs/14_layerwise.ipynb #e34678d4
 MOST = 8192    # unknowns for one output; beyond, the Gram matrix is too large: channels instead
@@ -134,13 +134,6 @@ def rewrite(model: nn.Module, s: Site, fit: Fit):
     add_constant(model, s.reader.name, s.reader.norm, fit.c - (0 if layer.bias is None else layer.bias.double()))
 
 # %% ../nbs/14_layerwise.ipynb #f2e8687c
-def subtracts(net, r: Reader) -> bool:
-    "Does a subtraction take what a layer, or the batch norm behind it, gives?"
-    at = net.node(r.norm or r.name)
-    if at is None or len(at.outputs) != 1 or (r.norm and activation_inside(at)): return False
-    behind = at.outputs[0]
-    return kind_of(behind) in ('Sub', 'Rsub') and len(behind.inputs) == 2
-
 def find_sites(net, groups, chosen, taps=True, every=False) -> dict[str, Site]:
     """Sites of the consumers of pruned groups; with `every`, also of all other layers behind the
     first of them that mix channels. In forward order."""
@@ -150,7 +143,6 @@ def find_sites(net, groups, chosen, taps=True, every=False) -> dict[str, Site]:
     for r in find_readers(net):
         mixes = not is_depthwise(net.model.get_submodule(r.name))
         if r.name in pruned or (every and found and mixes):
-            r = replace(r, added=r.added or subtracts(net, r))
             found[r.name] = site(net.model, r, pruned.get(r.name, []), taps)
     return {k: s for k, s in found.items() if s.free or k in pruned}
 
@@ -243,7 +235,7 @@ def carries(v: Tensor, n: int) -> bool:
 # %% ../nbs/14_layerwise.ipynb #5929c72c
 def layer_hook(road, s: Site):
     "A forward hook that stops at a layer."
-    return lambda layer, inputs, out: road.meet(s, layer, inputs[0], out)
+    return lambda layer, inputs, out: road.meet(s, *as_called(layer, inputs[0]), out)
 
 # %% ../nbs/14_layerwise.ipynb #8c43b22f
 def norm_hook(road, name: str):
@@ -285,6 +277,7 @@ class Pass(TorchFunctionMode):
 class Pending:
     "A rewritten layer on its way to an addition."
     site: Site
+    layer: nn.Module    # as it is called
     halves: list    # its moments
     read: Tensor    # what it reads in the restored network
     y: Tensor       # what the dense layer gives
@@ -293,7 +286,7 @@ class Pending:
 def settle(pair, p: Pending, out: Tensor, lack: Tensor):
     "Solve again with what the shortcut lacks, and put the restored summand right, in place."
     r = p.site.reader
-    layer, norm = pair.model.get_submodule(r.name), r.norm and pair.model.get_submodule(r.norm)
+    layer, norm = p.layer, r.norm and pair.model.get_submodule(r.norm)
     target = lambda x, y: target_moments(layer, x, y)
     targets = pair.halves(p.site, target, p.read, p.y + missing(lack, norm))
     changed = [replace(M, **t) for M, t in zip(p.halves, targets)]
@@ -315,7 +308,7 @@ class Restoring(Pass):
         halves = self.halves(s, lambda *v: site_moments(s, layer, *v), read, dense, y)
         fit = site_fit(s, layer, halves, self.ridge)
         self.own(out).copy_(apply_fit(layer, fit.V, fit.c, read))
-        if self.is_summand(s): self.expect(s, out, Pending(s, halves, read, y, fit))
+        if self.is_summand(s): self.expect(s, out, Pending(s, layer, halves, read, y, fit))
         else: self.take(s, fit)
 
     def join(self, out, p, shortcut, factor):
@@ -419,8 +412,9 @@ def unlike(pair: SideBySide) -> str:
     def dense(s): return lambda layer, inputs, out: see(s, out)
     def restored(s):
         def hook(layer, inputs, out):
-            see(s, selected(layer, inputs[0], s.read))
-            if s.reader.name not in pair.tables: out.copy_(pair.again(s, layer, inputs[0]))
+            layer, x = as_called(layer, inputs[0])
+            see(s, selected(layer, x, s.read))
+            if s.reader.name not in pair.tables: out.copy_(pair.again(s, layer, x))
         return hook
     for half, hook in enumerate((dense, restored)):
         seen.clear()

@@ -76,9 +76,9 @@ def output_scale(model, consumer):
     return norm_scale(norm).double()
 
 # %% ../nbs/15_selection.ipynb #90276624
-def by_unit(n: int, m: int, units: int) -> Tensor:    # (n,)
+def by_unit(n: int, unit: Tensor) -> Tensor:    # (n,)
     "Order of n columns, equally many for each of m channels, in which the columns of a unit are neighbours."
-    return torch.arange(n).view(m // units, units, -1).transpose(0, 1).flatten()
+    return torch.arange(n).view(len(unit), -1)[unit.argsort(stable=True)].flatten()
 
 # %% ../nbs/15_selection.ipynb #f62f468c
 def columns_of(
@@ -86,7 +86,7 @@ def columns_of(
     consumer,       # a `Consumer`
     M: Moments,     # of taps, or of channels alone
     ridge: float,   # fraction of the mean diagonal
-    units: int,     # in which channels are removed
+    unit: Tensor,   # (m,) number of the unit in which each channel is removed
 ) -> list:          # a `Columns` for each group of the consumer
     "What a consumer reads, unit by unit."
     layer, out = model.get_submodule(consumer.name), []
@@ -94,8 +94,8 @@ def columns_of(
     W = (W * output_scale(model, consumer).view(-1, *[1] * (W.ndim - 1)))[:, in_weight(layer, consumer.columns).to(W.device)]
     m, C = len(consumer.columns) // n, M.centred().G
     for G, V in zip(C.view(-1, *C.shape[-2:]), W.view(len(W), m, -1).chunk(n)):
-        V, at = V.flatten(1) if len(G) == V[0].numel() else V.transpose(1, 2).flatten(0, 1), by_unit(len(G), m, units).to(G.device)
-        out.append(Columns(G[at][:, at], V[:, at], units, ridge))
+        V, at = V.flatten(1) if len(G) == V[0].numel() else V.transpose(1, 2).flatten(0, 1), by_unit(len(G), unit[len(out) * m:][:m]).to(G.device)
+        out.append(Columns(G[at][:, at], V[:, at], len(unit.unique()), ridge))
     return out
 
 # %% ../nbs/15_selection.ipynb #fddc15b8
@@ -116,8 +116,9 @@ class LeastLost:
         "Ranks of the channels of every group, {producer: (m,)}."
         seen, out = look_at_consumers(self.source(net.model, net.args), groups, read_by), {}
         for g in tqdm(groups, 'choosing channels', delay=2, leave=False):
-            consumers = [v for c in g.consumers for v in columns_of(net.model, c, total(seen[g.name, c.name]), self.ridge, g.units)]
-            out[g.name] = elimination(consumers, g.units).repeat(g.channels // g.units)
+            unit = g.unit.unique(return_inverse=True)[1]
+            consumers = [v for c in g.consumers for v in columns_of(net.model, c, total(seen[g.name, c.name]), self.ridge, unit)]
+            out[g.name] = elimination(consumers, g.units)[unit]
         return out
 
 # %% ../nbs/15_selection.ipynb #28d6aca6

@@ -88,7 +88,7 @@ def given(images) -> Callable:
 def each_by_itself(groups, method: str):
     "ValueError naming the first group whose channels grouped convolutions tie to each other."
     for g in groups:
-        if g.period: raise ValueError(f'{g.name}: {method} removes channels one by one, and grouped convolutions tie its channels')
+        if g.units < g.channels: raise ValueError(f'{g.name}: {method} removes channels one by one, and grouped convolutions tie its channels')
 
 # %% ../nbs/23_strategies.ipynb #757fa7c2
 @dataclass(frozen=True)
@@ -201,8 +201,8 @@ def prunable(model, example_inputs, ratio, streams):
     "The groups that `plan` prunes, and how many units (channels, or those that stay together) each of them keeps."
     def choose(model, net, groups):
         chosen = by_ratio(ratio, l2_norm)(model, net, groups)
-        found[:] = [g for g in groups if g.name in chosen]
-        return chosen
+        found[:] = [g for g in groups if g.name in chosen and len(g.family.members) == 1 and not g.family.cells.any()]
+        return {g.name: chosen[g.name] for g in found}
     found = []
     kept = verified(model, example_inputs, prune_only(), choose, streams=streams).plan
     return found, {g.name: len(kept[g.name]) * g.units // g.channels for g in found}

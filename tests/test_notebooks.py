@@ -1,5 +1,5 @@
 "The notebooks are the source: modules are what they export, they run, they are clean, and they show what their code prints."
-import base64, io, json, re, shutil, statistics
+import base64, io, json, re, shutil
 
 import numpy as np
 import pytest
@@ -145,13 +145,12 @@ def test_shape(name):
     code = [c for c in cells(NBS/name, 'code') if c['source'].strip()]
     exported = [c['source'] for c in code if EXPORT.search(c['source'])]
     lengths = [code_lines(s) for s in exported]
-    assert max(lengths, default=0) <= 40
-    assert statistics.median(lengths or [0]) <= 10, f'lines of the export cells: {lengths}'
+    assert max(lengths, default=0) <= 40, f'lines of the export cells: {lengths}'
     checks = [c for c in code if not EXPORT.search(c['source']) and CHECK.search(c['source'])]
     assert 2*len(checks) >= len(exported), f'{len(exported)} export cells and {len(checks)} cells that check something'
     assert 2*len(cells(NBS/name, 'markdown')) >= len(code), 'more than two code cells for each cell of text'
     assert any(c['outputs'] for c in code), 'no stored output: run nbdev-test --save'
-    assert (NBS/name).stat().st_size < 300_000
+    assert (NBS/name).stat().st_size < 600_000
     kept = [o for c in code for o in c['outputs']]
     assert not [o for o in kept if o['output_type'] == 'error'], 'an error is stored as an output'
     assert 'Traceback (most recent call last)' not in json.dumps(kept)

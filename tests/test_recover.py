@@ -222,3 +222,39 @@ def test_padded_shortcuts_as_projections(build):
     torch.testing.assert_close(plain(x), net(x), rtol=0, atol=1e-10)
     assert all(not g.reason for g in find_groups(trace(plain, x), streams=True)[:-1]) and any(g.reason for g in find_groups(trace(net, x), streams=True)[:-1])
     assert {(m.out_channels, m.in_channels) for m in restore(plain, x, ratio=.5, streams=True).model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1)} == {(16, 8), (32, 16)}
+
+
+class Sliced(nn.Module):
+    "Takes channels of its second layer by a number, which a smaller network could not keep to."
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)
+        self.c, self.d = nn.Conv2d(6, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x): return self.d(self.c(self.b(self.a(x))[:, :6]).relu())
+
+
+def test_only_the_channels_that_are_wrong_are_left_alone():
+    "The slice cannot lose channels; what the layer before it reads, and what comes behind, can."
+    torch.manual_seed(0)
+    t = restore(Sliced().eval(), torch.randn(2, 3, 4, 4), ratio=.5).report.set_index('layer')
+    assert dict(t.kept[t.left_alone == '']) == dict(a=4, c=4)
+    assert t.kept['b[0:6]'] == 6 and 'without its channels' in t.left_alone['b[0:6]']
+
+
+class Gated(nn.Module):
+    "Halves of one layer, of which one goes through a softmax over its channels."
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(4, 6, 1), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x):
+        p, q = self.a(x).chunk(2, 1)
+        return self.c(self.b(q).relu()) * p.softmax(1).sum(1, keepdim=True)
+
+
+def test_a_half_that_can_lose_nothing_says_so():
+    "The other half must keep as many channels: it is no group that could be pruned."
+    t = restore(Gated().eval(), torch.randn(2, 3, 4, 4), ratio=.5).report.set_index('layer')
+    assert dict(t.kept[t.left_alone == '']) == dict(b=3)
+    assert 'another piece of the same split, which can lose none' in t.left_alone['a[4:8]']
