@@ -255,6 +255,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'lbyl_nb.graph.Table.refuse': ('graph.html#table.refuse', 'lbyl_nb/graph.py'),
                                'lbyl_nb.graph.Table.roots': ('graph.html#table.roots', 'lbyl_nb/graph.py'),
                                'lbyl_nb.graph.Table.units': ('graph.html#table.units', 'lbyl_nb/graph.py'),
+                               'lbyl_nb.graph._along': ('graph.html#_along', 'lbyl_nb/graph.py'),
                                'lbyl_nb.graph._branches': ('graph.html#_branches', 'lbyl_nb/graph.py'),
                                'lbyl_nb.graph._changes': ('graph.html#_changes', 'lbyl_nb/graph.py'),
                                'lbyl_nb.graph._consumer': ('graph.html#_consumer', 'lbyl_nb/graph.py'),

@@ -431,6 +431,10 @@ def _stays(net, labels, gone):
     "Which places of a tensor of labels stay."
     return ~torch.isin(net.seen.same.roots(labels), gone)
 
+def _along(keep: Tensor) -> list:
+    "For each dimension, the places at which anything is marked."
+    return [keep[..., None].movedim(d, 0).flatten(1).any(1) for d in range(keep.ndim)]
+
 @torch.no_grad()
 def _shrink(t: Tensor, keeps: list):
     "Leave the places of a tensor that are marked along each dimension (None: all), in place and in its memory format."
@@ -454,7 +458,7 @@ def _cut_layer(name, layer, out, inn):
 
 def _cut_held(name, module, attribute, keep):
     "Leave the places of a parameter or buffer that are marked."
-    along = [keep.movedim(d, 0).flatten(1).any(1) if keep.ndim > 1 else keep for d in range(keep.ndim)]
+    along = _along(keep)
     if math.prod(int(k.sum()) for k in along) != int(keep.sum()): raise ValueError(f'{name}.{attribute}: what would be removed is no whole rows or columns')
     _shrink(getattr(module, attribute), along)
     for k in ('num_features', 'num_channels', 'num_parameters'):
@@ -574,10 +578,7 @@ def _expected(net, gone):
     "Labels that the cut network should have, by layer and by parameter."
     given = {k: v[_stays(net, v, gone)] for k, v in net.seen.out.items()}
     for k, v in net.seen.param.items():
-        keep = _stays(net, v, gone)
-        for d in range(v.ndim):
-            places = (keep.movedim(d, 0).flatten(1).any(1) if v.ndim > 1 else keep).nonzero().flatten()
-            v, keep = v.index_select(d, places), keep.index_select(d, places)
+        for d, stays in enumerate(_along(_stays(net, v, gone))): v = v.index_select(d, stays.nonzero().flatten())
         given[k] = v
     return given
 
@@ -630,9 +631,8 @@ def _sizes(net, name, gone):
     found = defaultdict(set)
     inside = [n for n in net.seen.nodes if name in (n.module, n.module.rpartition('.')[0])]
     for v in [v for n in inside for k in (n, *n.inputs) for v in k.labels if v is not None]:
-        stays = _stays(net, v, gone)
-        for d in varying(v):
-            found[v.shape[d]].add(int(stays.movedim(d, 0).flatten(1).any(1).sum()))
+        stays = _along(_stays(net, v, gone))
+        for d in varying(v): found[v.shape[d]].add(int(stays[d].sum()))
     return found
 
 # %% ../nbs/10_graph.ipynb #bb8353d9

@@ -371,7 +371,7 @@ def delivered(
     return Delivery(gone[:, None] * d.S * back, gone * shift)
 
 # %% ../nbs/13_recover.ipynb #644ad245
-def _one_by_one(model, net, groups, chosen, restorer, dtype):
+def _one_by_one(net, groups, chosen, restorer, dtype):
     "Put every group right by itself; returns the errors of each."
     errors = {}
     for g in tqdm(groups, 'restoring', delay=2, leave=False):
@@ -476,7 +476,7 @@ def _attempt(model, example_inputs, restorer, choose, left_alone, streams=False,
     touched = [g for g in groups if gone.get(g.name)]
     before, errors, missed = cost(net.model, net.args), {}, {}
     if hasattr(restorer, 'rewrite'): missed = restorer.rewrite(net, touched, chosen)
-    else: errors = _one_by_one(model, net, touched, chosen, restorer, dtype)
+    else: errors = _one_by_one(net, touched, chosen, restorer, dtype)
     lost = lambda g: max((missed[c.name] for c in g.consumers if c.name in missed), default=math.nan)
     rows = [_row(g, chosen[g.name], lost(g), **errors.get(g.name, {})) if g in touched else _row(g) for g in groups]
     silence(net.model, touched, gone)
