@@ -1,4 +1,5 @@
 """Measurements in processes of their own, so that the peak memory of each can be read."""
+
 import json
 import resource
 import subprocess
@@ -12,14 +13,20 @@ from lbyl_nb.bench import environment
 
 def peak():
     "Most memory this process ever held, in GB."
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6 / (1000 if sys.platform == 'darwin' else 1)
+    return (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        / 1e6
+        / (1000 if sys.platform == 'darwin' else 1)
+    )
 
 
 def measured(network, what, f, before):
     "Time of a call, and memory beyond what was held `before`, as a dict."
     start = time.perf_counter()
     f()
-    return dict(network=network, what=what, seconds=time.perf_counter() - start, gigabytes=peak() - before)
+    return dict(
+        network=network, what=what, seconds=time.perf_counter() - start, gigabytes=peak() - before
+    )
 
 
 def each(script, cases):
@@ -27,7 +34,9 @@ def each(script, cases):
     rows = []
     for network, what in cases:
         print(f'{network}: {what}', file=sys.stderr)
-        out = subprocess.run([sys.executable, script, network, what], check=True, stdout=subprocess.PIPE, text=True).stdout
+        out = subprocess.run(
+            [sys.executable, script, network, what], check=True, stdout=subprocess.PIPE, text=True
+        ).stdout
         rows.append(json.loads(out.splitlines()[-1]))
     return rows
 
@@ -39,10 +48,16 @@ def against(t, base):
 
 def footer(device='cpu'):
     "Versions, device and threads, as a line to print below a table."
-    return '\n' + ', '.join(f'{k} {v}' for k, v in environment(device).items()) + f', {torch.get_num_threads()} threads'
+    return (
+        '\n'
+        + ', '.join(f'{k} {v}' for k, v in environment(device).items())
+        + f', {torch.get_num_threads()} threads'
+    )
 
 
 def run(one, main):
     "Entry of a script: one measurement where a network and what are given, all otherwise."
-    if len(sys.argv) == 3: print(json.dumps(one(*sys.argv[1:])))
-    else: main()
+    if len(sys.argv) == 3:
+        print(json.dumps(one(*sys.argv[1:])))
+    else:
+        main()

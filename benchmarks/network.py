@@ -2,6 +2,7 @@
 
 ResNet-50 and VGG-16 (with batch norm) at 224 pixels, 30 % of the channels removed, random weights: they decide nothing about time.
 Every network runs in a process of its own, so that its peak memory can be read."""
+
 import pandas as pd
 import torch
 import torchvision
@@ -18,14 +19,31 @@ def one(network, what):
     net, before = getattr(torchvision.models, network)().eval(), peak()
     x = torch.randn(1 if what in RESTORERS else 64, 3, 224, 224)
     with torch.inference_mode(what == 'forward'):
-        return measured(network, what, lambda: restore(net, x, ratio=.3, restorer=RESTORERS[what]()) if what in RESTORERS else net(x), before)
+        return measured(
+            network,
+            what,
+            lambda: (
+                restore(net, x, ratio=0.3, restorer=RESTORERS[what]())
+                if what in RESTORERS
+                else net(x)
+            ),
+            before,
+        )
 
 
 def main():
-    t = pd.DataFrame(each(__file__, [(n, w) for n in ('resnet50', 'vgg16_bn') for w in ('forward', *RESTORERS)])).set_index(['network', 'what'])
+    t = pd.DataFrame(
+        each(__file__, [(n, w) for n in ('resnet50', 'vgg16_bn') for w in ('forward', *RESTORERS)])
+    ).set_index(['network', 'what'])
     t['time / forward pass of 64'] = against(t, 'forward')
-    print(t.rename(columns=dict(gigabytes='peak memory beyond the model (GB)')).drop(columns='seconds').round(2).to_string())
+    print(
+        t.rename(columns=dict(gigabytes='peak memory beyond the model (GB)'))
+        .drop(columns='seconds')
+        .round(2)
+        .to_string()
+    )
     print(footer())
 
 
-if __name__ == '__main__': run(one, main)
+if __name__ == '__main__':
+    run(one, main)

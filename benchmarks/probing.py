@@ -2,6 +2,7 @@
 
 ResNet-56 at 32 pixels and ResNet-50 at 224, 30 % of the channels removed, random weights: they decide nothing about time. Every
 measurement runs in a process of its own, so that its peak memory can be read; ratios are to what ran in the same call of the script."""
+
 import time
 
 import pandas as pd
@@ -16,26 +17,37 @@ from lbyl_nb.models import resnet56
 from lbyl_nb.probe import noise, stationary_gram, unfolded_gram
 from lbyl_nb.recover import restore
 
-NETWORKS = dict(resnet56=(resnet56, 32, 128), resnet50=(torchvision.models.resnet50, 224, 32))   # with pixels and number of probes
+NETWORKS = dict(
+    resnet56=(resnet56, 32, 128), resnet50=(torchvision.models.resnet50, 224, 32)
+)  # with pixels and number of probes
 STEPS = 3
 
 
 def forward(net, x, n):
     with torch.inference_mode():
-        for part in torch.randn(256, *x.shape[1:]).split(64): net(part)
+        for part in torch.randn(256, *x.shape[1:]).split(64):
+            net(part)
 
 
 def training(net, x, n):
     net, batch = net.train(), torch.randn(n, *x.shape[1:])
-    opt = torch.optim.SGD(net.parameters(), .1)
-    for _ in range(STEPS): opt.zero_grad(); F.cross_entropy(net(batch), torch.zeros(n, dtype=torch.long)).backward(); opt.step()
+    opt = torch.optim.SGD(net.parameters(), 0.1)
+    for _ in range(STEPS):
+        opt.zero_grad()
+        F.cross_entropy(net(batch), torch.zeros(n, dtype=torch.long)).backward()
+        opt.step()
 
 
-WHAT = dict(forward=forward, training=training,
-            distillation=lambda net, x, n: distil(net, (torch.randn(n, *x.shape[1:]),), STEPS),
-            probe=lambda net, x, n: restore(net, x, ratio=.3, restorer=probe(noise(n))),
-            layerwise=lambda net, x, n: restore(net, x, ratio=.3, restorer=layerwise(noise(n), refit=False)),
-            every_layer=lambda net, x, n: restore(net, x, ratio=.3, restorer=layerwise(noise(n))))
+WHAT = dict(
+    forward=forward,
+    training=training,
+    distillation=lambda net, x, n: distil(net, (torch.randn(n, *x.shape[1:]),), STEPS),
+    probe=lambda net, x, n: restore(net, x, ratio=0.3, restorer=probe(noise(n))),
+    layerwise=lambda net, x, n: restore(
+        net, x, ratio=0.3, restorer=layerwise(noise(n), refit=False)
+    ),
+    every_layer=lambda net, x, n: restore(net, x, ratio=0.3, restorer=layerwise(noise(n))),
+)
 
 
 def one(network, what):
@@ -43,7 +55,9 @@ def one(network, what):
     torch.manual_seed(0)
     build, size, n = NETWORKS[network]
     net, before = build().eval(), peak()
-    return measured(network, what, lambda: WHAT[what](net, torch.randn(1, 3, size, size), n), before) | dict(probes=n)
+    return measured(
+        network, what, lambda: WHAT[what](net, torch.randn(1, 3, size, size), n), before
+    ) | dict(probes=n)
 
 
 def gram(m, size, n=64):
@@ -51,19 +65,42 @@ def gram(m, size, n=64):
     x, took = torch.randn(n, m, size, size), []
     for f in (unfolded_gram, stationary_gram):
         f(x[:2], 3, 1)
-        start = time.perf_counter(); out = f(x, 3, 1); took.append((time.perf_counter() - start, out))
+        start = time.perf_counter()
+        out = f(x, 3, 1)
+        took.append((time.perf_counter() - start, out))
     (slow, a), (fast, b) = took
-    return dict(channels=m, pixels=size, faster=slow / fast, difference=((a - b).abs().max() / a.abs().max()).item())
+    return dict(
+        channels=m,
+        pixels=size,
+        faster=slow / fast,
+        difference=((a - b).abs().max() / a.abs().max()).item(),
+    )
 
 
 def main():
-    t = pd.DataFrame(each(__file__, [(n, w) for n in NETWORKS for w in WHAT])).set_index(['network', 'what'])
+    t = pd.DataFrame(each(__file__, [(n, w) for n in NETWORKS for w in WHAT])).set_index(
+        ['network', 'what']
+    )
     t['time / forward pass of 256'] = against(t, 'forward')
-    t['time / training steps'] = against(t, 'training').where(t.index.get_level_values('what') == 'distillation')
-    print(t.drop(columns='seconds').rename(columns=dict(gigabytes='peak memory beyond the model (GB)')).round(2).to_string(na_rep=''))
-    print('\npatch Gram of a 3x3 convolution: by offsets against unfolded (times faster), and the largest difference relative to the largest entry')
-    print(pd.DataFrame([gram(m, s) for m, s in ((16, 32), (64, 32), (64, 56), (128, 28), (256, 14))]).to_string(index=False, float_format='{:.2g}'.format))
+    t['time / training steps'] = against(t, 'training').where(
+        t.index.get_level_values('what') == 'distillation'
+    )
+    print(
+        t.drop(columns='seconds')
+        .rename(columns=dict(gigabytes='peak memory beyond the model (GB)'))
+        .round(2)
+        .to_string(na_rep='')
+    )
+    print(
+        '\npatch Gram of a 3x3 convolution: by offsets against unfolded (times faster), and the largest difference relative to the largest entry'
+    )
+    print(
+        pd.DataFrame(
+            [gram(m, s) for m, s in ((16, 32), (64, 32), (64, 56), (128, 28), (256, 14))]
+        ).to_string(index=False, float_format='{:.2g}'.format)
+    )
     print(footer())
 
 
-if __name__ == '__main__': run(one, main)
+if __name__ == '__main__':
+    run(one, main)

@@ -1,6 +1,7 @@
 """All removed channels at once against one at a time: LBYL's solver on the layers of ResNet-101, 30 % removed.
 
 Prints ratios of times measured in one run, double precision. Weights are random: they decide nothing about time."""
+
 import time
 from collections import Counter
 
@@ -13,13 +14,18 @@ from tqdm.auto import tqdm
 from lbyl_nb.delivery import split
 from lbyl_nb.solve import lbyl_delivery
 
-LAM1 = LAM2 = .1
+LAM1 = LAM2 = 0.1
 
 
 def shapes():
     "How often each filter matrix (m, d) occurs among the convolutions inside ResNet-101's blocks."
-    with torch.device('meta'): net = torchvision.models.resnet101()
-    return Counter((m.out_channels, m.weight[0].numel()) for k, m in net.named_modules() if k.endswith(('conv1', 'conv2')) and '.' in k)
+    with torch.device('meta'):
+        net = torchvision.models.resnet101()
+    return Counter(
+        (m.out_channels, m.weight[0].numel())
+        for k, m in net.named_modules()
+        if k.endswith(('conv1', 'conv2')) and '.' in k
+    )
 
 
 def per_channel(W, a, b, keep):
@@ -37,9 +43,16 @@ def shared_gram(W, a, b, keep):
     "One system a removed channel, but the Gram matrix of the folded filters computed only once."
     K, R = split(keep, len(W))
     U, S = a[:, None] * W, W.new_empty(len(R), len(K))
-    G, C, eye, bb = U[K] @ U[K].T, U[K] @ U[R].T, torch.eye(len(K), dtype=W.dtype), torch.outer(b[K], b[K])
+    G, C, eye, bb = (
+        U[K] @ U[K].T,
+        U[K] @ U[R].T,
+        torch.eye(len(K), dtype=W.dtype),
+        torch.outer(b[K], b[K]),
+    )
     for i, j in enumerate(R.tolist()):
-        S[i] = torch.linalg.solve(G + a[j]**2 * (LAM1 * bb + LAM2 * eye), C[:, i] + a[j]**2 * LAM1 * b[j] * b[K])
+        S[i] = torch.linalg.solve(
+            G + a[j] ** 2 * (LAM1 * bb + LAM2 * eye), C[:, i] + a[j] ** 2 * LAM1 * b[j] * b[K]
+        )
     return S
 
 
@@ -62,20 +75,46 @@ def seconds(f, *args, repeat=1):
 def main():
     gen, rows = torch.Generator().manual_seed(0), []
     for (m, d), times in sorted(shapes().items()):
-        W, a, b = torch.randn(m, d, generator=gen, dtype=torch.float64) / d**.5, torch.rand(m, generator=gen, dtype=torch.float64) + .5, torch.randn(m, generator=gen, dtype=torch.float64)
-        keep = torch.randperm(m, generator=gen)[:round(.7 * m)].sort().values
+        W, a, b = (
+            torch.randn(m, d, generator=gen, dtype=torch.float64) / d**0.5,
+            torch.rand(m, generator=gen, dtype=torch.float64) + 0.5,
+            torch.randn(m, generator=gen, dtype=torch.float64),
+        )
+        keep = torch.randperm(m, generator=gen)[: round(0.7 * m)].sort().values
         batched, S = seconds(lambda *v: lbyl_delivery(*v, LAM1, LAM2), W, a, b, keep, repeat=3)
         shared, S1 = seconds(shared_gram, W, a, b, keep)
         naive, S2 = seconds(per_channel, W, a, b, keep)
-        torch.testing.assert_close(S, S1); torch.testing.assert_close(S, S2)
-        rows.append(dict(filters=m, weights=d, layers=times, batched=batched, shared=shared, naive=naive, factor=seconds(factor, W, a, b, keep, repeat=3)[0]))
+        torch.testing.assert_close(S, S1)
+        torch.testing.assert_close(S, S2)
+        rows.append(
+            dict(
+                filters=m,
+                weights=d,
+                layers=times,
+                batched=batched,
+                shared=shared,
+                naive=naive,
+                factor=seconds(factor, W, a, b, keep, repeat=3)[0],
+            )
+        )
     t = pd.DataFrame(rows)
     total = (t[['batched', 'shared', 'naive', 'factor']].mul(t.layers, axis=0)).sum()
-    show = lambda v: pd.Series({'one at a time / batched': v.naive / v.batched, 'one at a time, shared Gram / batched': v.shared / v.batched,
-                                'batched / Gram and factorisation alone': v.batched / v.factor})
-    print(pd.concat([t[['filters', 'weights', 'layers']], t.apply(show, axis=1).round(2)], axis=1).to_string(index=False))
-    print('\nwhole network:'); print(show(total).round(2).to_string())
+    show = lambda v: pd.Series(
+        {
+            'one at a time / batched': v.naive / v.batched,
+            'one at a time, shared Gram / batched': v.shared / v.batched,
+            'batched / Gram and factorisation alone': v.batched / v.factor,
+        }
+    )
+    print(
+        pd.concat(
+            [t[['filters', 'weights', 'layers']], t.apply(show, axis=1).round(2)], axis=1
+        ).to_string(index=False)
+    )
+    print('\nwhole network:')
+    print(show(total).round(2).to_string())
     print(footer())
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

@@ -3,6 +3,7 @@
 ResNet-20 (50 % of the channels inside its blocks removed) and MobileNetV2 for images of 32 pixels (all channels in one ranking, until 30, 15 or 5 %
 of the parameters are left), rate 3. Prints the share of the parameters that is left, ratios of times, median of interleaved repeats in one process,
 and the peak memory of a process of its own. Weights are random: they decide which channels stay, nothing about how many."""
+
 import argparse
 import subprocess
 import sys
@@ -21,18 +22,25 @@ from lbyl_nb.expand import expand
 from lbyl_nb.models import resnet20
 from lbyl_nb.recover import plan, prune_only, restore
 
-FORMS = {'compact': lambda net: net, 'composed': lambda net: expand(net, composed=True), 'cheaper form': expand, 'consecutive': lambda net: expand(net, composed=False)}
+FORMS = {
+    'compact': lambda net: net,
+    'composed': lambda net: expand(net, composed=True),
+    'cheaper form': expand,
+    'consecutive': lambda net: expand(net, composed=False),
+}
 
 
 def mobilenet():
     "MobileNetV2 as it is used on CIFAR: the first strides are 1."
     net = torchvision.models.mobilenet_v2(num_classes=10)
     for m in list(net.features[0].modules()) + list(net.features[2].modules()):
-        if isinstance(m, nn.Conv2d): m.stride = 1, 1
+        if isinstance(m, nn.Conv2d):
+            m.stride = 1, 1
     return net
 
 
-def half(net, x): return plan(net, x, .5)
+def half(net, x):
+    return plan(net, x, 0.5)
 
 
 def share(params):
@@ -40,7 +48,10 @@ def share(params):
     return lambda net, x: budget(net, x, params=params, streams=True)
 
 
-NETWORKS = {'resnet20': (resnet20, half), **{f'mobilenet_v2 {s:.0%}': (mobilenet, share(s)) for s in (.3, .15, .05)}}
+NETWORKS = {
+    'resnet20': (resnet20, half),
+    **{f'mobilenet_v2 {s:.0%}': (mobilenet, share(s)) for s in (0.3, 0.15, 0.05)},
+}
 
 
 def pruned(network):
@@ -51,19 +62,23 @@ def pruned(network):
     return compact, size(compact) / size(dense)
 
 
-def size(net): return sum(p.numel() for p in net.parameters())
+def size(net):
+    return sum(p.numel() for p in net.parameters())
 
 
 def step(net, batch, device):
     "A function that does one training step."
     net = net.to(device).train()
     x, y = torch.randn(batch, 3, 32, 32, device=device), torch.randint(10, (batch,), device=device)
-    optimiser = torch.optim.SGD(net.parameters(), lr=.01, momentum=.9)
+    optimiser = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+
     def once():
         optimiser.zero_grad()
         F.cross_entropy(net(x), y).backward()
         optimiser.step()
-        if device == 'cuda': torch.cuda.synchronize()
+        if device == 'cuda':
+            torch.cuda.synchronize()
+
     return once
 
 
@@ -85,7 +100,8 @@ def memory(network, form, batch, device):
     torch.manual_seed(0)
     net = FORMS[form](pruned(network)[0])
     before, once = 0 if device == 'cuda' else held(device), step(net, batch, device)
-    once(); once()
+    once()
+    once()
     return held(device) - before
 
 
@@ -94,21 +110,34 @@ def compare(network, batch, device, repeats, compiled):
     torch.manual_seed(0)
     net, left = pruned(network)
     steps = {k: f(net) for k, f in FORMS.items()}
-    if compiled: steps = {k: torch.compile(n) for k, n in steps.items()}
+    if compiled:
+        steps = {k: torch.compile(n) for k, n in steps.items()}
     steps = {k: step(n, batch, device) for k, n in steps.items()}
-    for once in steps.values(): once()
-    times = pd.DataFrame([{k: seconds(once, device) for k, once in steps.items()} for _ in tqdm(range(repeats), f'{network}, batch {batch}', leave=False)])
+    for once in steps.values():
+        once()
+    times = pd.DataFrame(
+        [
+            {k: seconds(once, device) for k, once in steps.items()}
+            for _ in tqdm(range(repeats), f'{network}, batch {batch}', leave=False)
+        ]
+    )
     t = times.median()
-    return pd.concat([pd.Series({'parameters left': left, 'compact, seconds': t.compact}), t / t.compact])
+    return pd.concat(
+        [pd.Series({'parameters left': left, 'compact, seconds': t.compact}), t / t.compact]
+    )
 
 
 def show(title, cases, rows):
     "A table with a column for each network and batch."
-    print(f'{title}\n{pd.DataFrame(rows, index=pd.MultiIndex.from_tuples(cases, names=["network", "batch"])).T.round(2).to_string()}\n')
+    print(
+        f'{title}\n{pd.DataFrame(rows, index=pd.MultiIndex.from_tuples(cases, names=["network", "batch"])).T.round(2).to_string()}\n'
+    )
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument('--networks', nargs='+', default=list(NETWORKS), choices=list(NETWORKS))
     p.add_argument('--batches', nargs='+', type=int, default=[128, 256])
     p.add_argument('--repeats', type=int, default=9)
@@ -116,16 +145,40 @@ def main():
     p.add_argument('--compile', action='store_true', help='also with torch.compile')
     p.add_argument('--one', nargs=3, help=argparse.SUPPRESS)
     a = p.parse_args()
-    if a.one: return print(memory(a.one[0], a.one[1], int(a.one[2]), a.device))
+    if a.one:
+        return print(memory(a.one[0], a.one[1], int(a.one[2]), a.device))
     cases, memories = [(n, b) for n in a.networks for b in a.batches], []
-    for network, batch in tqdm(cases, 'peak memory', leave=False):    # first: a process inherits the peak of the one that starts it
-        one = lambda form: [sys.executable, __file__, '--one', network, form, str(batch), '--device', a.device]
-        memories.append({form: float(subprocess.run(one(form), check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1]) for form in FORMS})
+    for network, batch in tqdm(
+        cases, 'peak memory', leave=False
+    ):  # first: a process inherits the peak of the one that starts it
+        one = lambda form: [
+            sys.executable,
+            __file__,
+            '--one',
+            network,
+            form,
+            str(batch),
+            '--device',
+            a.device,
+        ]
+        memories.append(
+            {
+                form: float(
+                    subprocess.run(
+                        one(form), check=True, stdout=subprocess.PIPE, text=True
+                    ).stdout.split()[-1]
+                )
+                for form in FORMS
+            }
+        )
     show('peak memory beyond the model, GB', cases, memories)
     for compiled in (False, True) if a.compile else (False,):
         rows = [compare(*case, a.device, a.repeats, compiled) for case in cases]
-        show(f'time of a training step / compact{", torch.compile" if compiled else ""}', cases, rows)
+        show(
+            f'time of a training step / compact{", torch.compile" if compiled else ""}', cases, rows
+        )
     print(footer(a.device))
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

@@ -5,6 +5,7 @@ into nbs/results/zoo_memory.csv (hours; the same call goes on where it stopped).
 random weights: they decide nothing about cost. Every measurement runs in a process of its own, so that its peak memory can be read. Memory of the dense
 network: its parameters and one forward pass of 32 images. Gram matrices: of the closed form, the products of filters of one group; of probes, what is held at once of patches' and outputs' moments, of two halves
 of the probes; and what the largest factorisation takes. All in double precision."""
+
 import sys
 import time
 from pathlib import Path
@@ -21,8 +22,16 @@ from lbyl_nb.probe import conv_groups, noise
 from lbyl_nb.recover import lbyl, restore
 from lbyl_nb.trace import trace
 
-NETWORKS = ('resnet18', 'densenet121', 'mobilenet_v2', 'efficientnet_b0', 'convnext_tiny', 'vit_b_16', 'vgg11_bn')
-N, RATIO = 32, .3
+NETWORKS = (
+    'resnet18',
+    'densenet121',
+    'mobilenet_v2',
+    'efficientnet_b0',
+    'convnext_tiny',
+    'vit_b_16',
+    'vgg11_bn',
+)
+N, RATIO = 32, 0.3
 RESTORERS = dict(lbyl=lbyl, probe=lambda: probe(noise(N)), layerwise=lambda: layerwise(noise(N)))
 RESULTS = Path(__file__).resolve().parent.parent / 'nbs' / 'results'
 
@@ -31,7 +40,11 @@ def gram(net, s):
     "Memory of the moments of one layer, two halves, and of their factorisation (one half centred, with a ridge, factored), in GB; of a grouped convolution they are blocks."
     layer = net.get_submodule(s.reader.name)
     rows = by_output(layer)
-    d, o = (len(s.read) * rows[0, 0].numel(), len(rows)) if s.free else (len(s.keep), len(s.columns) - len(s.keep))
+    d, o = (
+        (len(s.read) * rows[0, 0].numel(), len(rows))
+        if s.free
+        else (len(s.keep), len(s.columns) - len(s.keep))
+    )
     unit = 8 * d / conv_groups(layer) / 1e9
     return 2 * unit * (d + o), unit * (3 * d + o)
 
@@ -46,10 +59,12 @@ def grams(net, x, chosen, what):
     layer, or of two where one waits for its addition."""
     traced = trace(net, x)
     groups = [g for g in find_groups(traced, streams=True) if g.name in chosen]
-    if what == 'lbyl': return max(map(products, groups, (len(chosen[g.name]) for g in groups))) / 1e9
+    if what == 'lbyl':
+        return max(map(products, groups, (len(chosen[g.name]) for g in groups))) / 1e9
     sites = list(find_sites(traced, groups, chosen, every=what == 'layerwise').values())
     now, solving = zip(*(gram(net, s) for s in sites))
-    if what == 'probe': return sum(now) + max(solving)
+    if what == 'probe':
+        return sum(now) + max(solving)
     waiting = [0] + [v if s.reader.added else 0 for v, s in zip(now, sites)]
     return max(map(sum, zip(now, solving, waiting)))
 
@@ -57,44 +72,85 @@ def grams(net, x, chosen, what):
 def one(network, what):
     "CPU time and memory of one measurement, as a dict; or why there is none."
     torch.manual_seed(0)
-    if network in list_models(): build = lambda: get_model(network, weights=None)
+    if network in list_models():
+        build = lambda: get_model(network, weights=None)
     else:
-        from timm import create_model    # only some networks of the whole zoo need it
+        from timm import create_model  # only some networks of the whole zoo need it
+
         build = lambda: create_model(network)
     before, net, done = peak(), build().eval(), []
     x = torch.randn(N if what == 'forward' else 1, 3, 224, 224)
+
     def forward():
-        with torch.inference_mode(): net(x)
+        with torch.inference_mode():
+            net(x)
+
     start = time.process_time()
-    try: row = measured(network, what, forward if what == 'forward' else lambda: done.append(restore(net, x, ratio=RATIO, streams=True, restorer=RESTORERS[what]())), before)
-    except ValueError as e: return dict(network=network, what=what, seconds=None, gigabytes=None, gram=None, error=str(e)[:300])
-    return row | dict(seconds=time.process_time() - start, gram=grams(net, x, done[0].plan, what) if done else 0., error=None)
+    try:
+        row = measured(
+            network,
+            what,
+            forward
+            if what == 'forward'
+            else lambda: done.append(
+                restore(net, x, ratio=RATIO, streams=True, restorer=RESTORERS[what]())
+            ),
+            before,
+        )
+    except ValueError as e:
+        return dict(
+            network=network, what=what, seconds=None, gigabytes=None, gram=None, error=str(e)[:300]
+        )
+    return row | dict(
+        seconds=time.process_time() - start,
+        gram=grams(net, x, done[0].plan, what) if done else 0.0,
+        error=None,
+    )
 
 
 def table(rows):
     "Measurements as ratios; times only where there are any."
     t = pd.DataFrame(rows).dropna(subset='gigabytes').set_index(['network', 'what'])
     dense = t.gigabytes.xs('forward', level='what').reindex(t.index, level='network')
-    if 'seconds' in t: t['CPU time / forward pass'] = against(t, 'forward')
+    if 'seconds' in t:
+        t['CPU time / forward pass'] = against(t, 'forward')
     t['memory / dense'] = t.gigabytes / dense
     t['beyond Gram / dense'] = (t.gigabytes - t.gram) / dense
     shown = ['gigabytes', 'gram', *(k for k in t if '/' in k)]
-    return t[shown].rename(columns=dict(gigabytes='peak memory (GB)', gram='Gram matrices (GB)')).round(2).to_string()
+    return (
+        t[shown]
+        .rename(columns=dict(gigabytes='peak memory (GB)', gram='Gram matrices (GB)'))
+        .round(2)
+        .to_string()
+    )
 
 
 def whole_zoo():
     "Memory of all networks of 46_zoo, a row in the results file for each measurement. No times: they are compared within one run only."
     nets = results(RESULTS / 'zoo.csv').drop_duplicates('model').sort_values('parameters')
-    settings = [dict(source=r.source, network=r.model, what=w, images=N, ratio=RATIO) for w in ('forward', 'lbyl', 'probe') for r in nets.itertuples()]
+    settings = [
+        dict(source=r.source, network=r.model, what=w, images=N, ratio=RATIO)
+        for w in ('forward', 'lbyl', 'probe')
+        for r in nets.itertuples()
+    ]
+
     def measure(s):
         row = each(__file__, [(s['network'], s['what'])])[0]
         return {k: row[k] for k in ('gigabytes', 'gram', 'error')}
+
     return sweep(RESULTS / 'zoo_memory.csv', settings, measure)
 
 
 def main():
-    print(table(whole_zoo() if sys.argv[1:] == ['--all'] else each(__file__, [(n, w) for n in NETWORKS for w in ('forward', *RESTORERS)])))
+    print(
+        table(
+            whole_zoo()
+            if sys.argv[1:] == ['--all']
+            else each(__file__, [(n, w) for n in NETWORKS for w in ('forward', *RESTORERS)])
+        )
+    )
     print(footer())
 
 
-if __name__ == '__main__': run(one, main)
+if __name__ == '__main__':
+    run(one, main)

@@ -7,7 +7,10 @@ __all__ = ['evaluating', 'place', 'accuracy', 'environment', 'to_text', 'to_valu
            'find', 'append', 'trial', 'sweep', 'results', 'mean_sd', 'seeded', 'step', 'train']
 
 # %% ../nbs/32_bench.ipynb #96d8e053
-import csv, io, math, platform
+import csv
+import io
+import math
+import platform
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from numbers import Integral, Real
@@ -32,111 +35,143 @@ def evaluating(model: nn.Module):
     "Evaluation mode and no gradients inside the block; each module's own mode again after it"
     modes = {m: m.training for m in model.modules()}
     try:
-        with torch.inference_mode(): yield model.eval()
+        with torch.inference_mode():
+            yield model.eval()
     finally:
-        for m, training in modes.items(): m.training = training
+        for m, training in modes.items():
+            m.training = training
 
 # %% ../nbs/32_bench.ipynb #268d290e
-def place(model: nn.Module): # the first parameter's device and dtype; CPU and float32 where there is none
+def place(
+    model: nn.Module,
+):  # the first parameter's device and dtype; CPU and float32 where there is none
     "Where a model computes, and in which type"
     p = next(model.parameters(), torch.empty(0))
     return p.device, p.dtype
 
 # %% ../nbs/32_bench.ipynb #d0d245ae
 def accuracy(
-    model: nn.Module, # returns one score a class
-    dataset: Dataset, # images as bytes, and labels
-    mean: tuple = (0.5,), # of the pixels / 255 the model was trained with
-    std: tuple = (0.5,), # likewise
+    model: nn.Module,  # returns one score a class
+    dataset: Dataset,  # images as bytes, and labels
+    mean: tuple = (0.5,),  # of the pixels / 255 the model was trained with
+    std: tuple = (0.5,),  # likewise
     *,
-    batch: int = 500, # images at a time
-) -> tuple[int, int]: # how many are right, of how many
+    batch: int = 500,  # images at a time
+) -> tuple[int, int]:  # how many are right, of how many
     "Count the images whose highest score is their label, on the model's device and in its dtype and evaluation mode"
     (device, dtype), right = place(model), 0
     with evaluating(model):
-        for i in tqdm(range(0, len(dataset), batch), "accuracy", delay=2, leave=False):
-            part = dataset[i:i + batch].to(device)
-            right += (model(normalise(part.images, mean, std).to(dtype)).argmax(1) == part.labels).sum().item()
+        for i in tqdm(range(0, len(dataset), batch), 'accuracy', delay=2, leave=False):
+            part = dataset[i : i + batch].to(device)
+            right += (
+                (model(normalise(part.images, mean, std).to(dtype)).argmax(1) == part.labels)
+                .sum()
+                .item()
+            )
     return right, len(dataset)
 
 # %% ../nbs/32_bench.ipynb #92fc6682
 def environment(
-    device: str | torch.device = "cpu", # where the trial computes
-) -> dict: # versions and device
+    device: str | torch.device = 'cpu',  # where the trial computes
+) -> dict:  # versions and device
     "Versions of what computes, and the device: 'cpu', or the name of the GPU"
     device = torch.device(device)
-    gpu = device.type == "cuda"
-    return dict(lbyl_nb=lbyl_nb.__version__, torch=torch.__version__, torchvision=torchvision.__version__,
-                python=platform.python_version(), device=torch.cuda.get_device_name(device) if gpu else device.type)
+    gpu = device.type == 'cuda'
+    return dict(
+        lbyl_nb=lbyl_nb.__version__,
+        torch=torch.__version__,
+        torchvision=torchvision.__version__,
+        python=platform.python_version(),
+        device=torch.cuda.get_device_name(device) if gpu else device.type,
+    )
 
 # %% ../nbs/32_bench.ipynb #20ee29aa
 def to_text(value) -> str:
     "A value as it stands in a results file"
-    if value is None or value is pd.NA or (isinstance(value, Real) and math.isnan(value)): return ""
-    if isinstance(value, (bool, str)): return str(value)
-    if not isinstance(value, Real): raise TypeError(f"{value!r}: a results file holds numbers, strings, booleans and None")
-    return str(int(value)) if isinstance(value, Integral) or float(value).is_integer() else repr(float(value))
+    if value is None or value is pd.NA or (isinstance(value, Real) and math.isnan(value)):
+        return ''
+    if isinstance(value, (bool, str)):
+        return str(value)
+    if not isinstance(value, Real):
+        raise TypeError(f'{value!r}: a results file holds numbers, strings, booleans and None')
+    return (
+        str(int(value))
+        if isinstance(value, Integral) or float(value).is_integer()
+        else repr(float(value))
+    )
 
 # %% ../nbs/32_bench.ipynb #57fd79c5
 def to_value(text: str):
     "The value that a text in a results file stands for: None, a boolean, an integer, a float or the text"
-    if text in ("", "True", "False"): return {"": None, "True": True, "False": False}[text]
+    if text in ('', 'True', 'False'):
+        return {'': None, 'True': True, 'False': False}[text]
     for kind in (int, float):
-        try: return kind(text)
-        except ValueError: pass
+        try:
+            return kind(text)
+        except ValueError:
+            pass
     return text
 
 # %% ../nbs/32_bench.ipynb #dab5a375
 def read_rows(
-    path: Path, # the results file
-) -> tuple[list, list]: # column names, rows as lists of text
+    path: Path,  # the results file
+) -> tuple[list, list]:  # column names, rows as lists of text
     "Columns and rows of a results file, both empty where there is no file; `ValueError` if it is cut off or garbled"
-    if not path.exists(): return [], []
+    if not path.exists():
+        return [], []
     try:
         text = path.read_bytes().decode()
-        if not text.endswith("\n"): raise ValueError("the last line is cut off")
-        columns, *rows = csv.reader(io.StringIO(text, newline=""), strict=True)
-        if len(set(columns)) < len(columns): raise ValueError("two columns have the same name")
+        if not text.endswith('\n'):
+            raise ValueError('the last line is cut off')
+        columns, *rows = csv.reader(io.StringIO(text, newline=''), strict=True)
+        if len(set(columns)) < len(columns):
+            raise ValueError('two columns have the same name')
         for i, row in enumerate(rows, 1):
-            if len(row) != len(columns): raise ValueError(f"row {i} has {len(row)} values for {len(columns)} columns")
-    except (ValueError, csv.Error) as e: raise ValueError(f"{path} is not a whole results file: {e}") from e
+            if len(row) != len(columns):
+                raise ValueError(f'row {i} has {len(row)} values for {len(columns)} columns')
+    except (ValueError, csv.Error) as e:
+        raise ValueError(f'{path} is not a whole results file: {e}') from e
     return columns, rows
 
 # %% ../nbs/32_bench.ipynb #29529c1b
 def write_rows(
-    path: Path, # the results file
-    columns: list, # names
-    rows: list, # lists of text
+    path: Path,  # the results file
+    columns: list,  # names
+    rows: list,  # lists of text
 ):
     "Write a results file as a whole, or leave the one that is there"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with writing(path) as temporary, open(temporary, "w", newline="") as f:
-        csv.writer(f, lineterminator="\n").writerows([columns, *rows])
+    with writing(path) as temporary, open(temporary, 'w', newline='') as f:
+        csv.writer(f, lineterminator='\n').writerows([columns, *rows])
 
 # %% ../nbs/32_bench.ipynb #24352250
 def same_columns(
-    path: Path, # for the message
-    there: list, # columns of the file, or its first ones
-    wanted: list, # columns of the row
+    path: Path,  # for the message
+    there: list,  # columns of the file, or its first ones
+    wanted: list,  # columns of the row
 ):
     "`ValueError` naming the file and the columns that one has and the other lacks"
     missing, extra = [c for c in wanted if c not in there], [c for c in there if c not in wanted]
     if missing or extra:
-        say = lambda what, names: f" {what} {', '.join(names)}" if names else ""
-        raise ValueError(f"{path} is a results file of another schema:{say('it lacks', missing)}{';' if missing and extra else ''}{say('it has', extra)}")
+        say = lambda what, names: f' {what} {", ".join(names)}' if names else ''
+        raise ValueError(
+            f'{path} is a results file of another schema:{say("it lacks", missing)}{";" if missing and extra else ""}{say("it has", extra)}'
+        )
 
 # %% ../nbs/32_bench.ipynb #3fd61333
 def find(
-    path: Path, # the results file
-    setting: dict, # name -> value
-    env: dict, # as from `environment`
-) -> dict | None: # the row, or None
+    path: Path,  # the results file
+    setting: dict,  # name -> value
+    env: dict,  # as from `environment`
+) -> dict | None:  # the row, or None
     "The row of a setting in a results file; `ValueError` if the file is of another schema"
     columns, rows = read_rows(path)
-    if columns: same_columns(path, columns[:len(setting) + len(env)], [*setting, *env])
+    if columns:
+        same_columns(path, columns[: len(setting) + len(env)], [*setting, *env])
     for row in (dict(zip(columns, r)) for r in rows):
         same = all(row[k] == to_text(v) for k, v in setting.items())
-        if same: return {k: to_value(v) for k, v in row.items()}
+        if same:
+            return {k: to_value(v) for k, v in row.items()}
 
 # %% ../nbs/32_bench.ipynb #069e1299
 def _append(path: Path, row: dict) -> dict:
@@ -147,12 +182,14 @@ def _append(path: Path, row: dict) -> dict:
     write_rows(path, columns or list(row), [*rows, [row[k] for k in columns or row]])
     return {k: to_value(v) for k, v in row.items()}
 
+
 def append(
-    path: Path, # the results file
-    row: dict, # name -> value
-) -> dict: # the row as it can be read back
+    path: Path,  # the results file
+    row: dict,  # name -> value
+) -> dict:  # the row as it can be read back
     "Add a row to a results file, or start one; `ValueError` if the file has other columns"
-    with locked(path): return _append(path, row)
+    with locked(path):
+        return _append(path, row)
 
 # %% ../nbs/32_bench.ipynb #16164fe1
 def _distinct(*parts):
@@ -160,34 +197,38 @@ def _distinct(*parts):
     names = [k for part in parts for k in part]
     twice = sorted({k for k in names if names.count(k) > 1})
     if twice:
-        raise ValueError("setting, environment and measurement must differ in names; "
-                         f"twice: {', '.join(twice)}")
+        raise ValueError(
+            f'setting, environment and measurement must differ in names; twice: {", ".join(twice)}'
+        )
+
 
 def trial(
-    path: str | Path, # the results file, a CSV; made where it is missing
-    setting: dict, # what distinguishes this trial from others: names to numbers, strings or None
-    measure: Callable, # () -> dict of what was measured
+    path: str | Path,  # the results file, a CSV; made where it is missing
+    setting: dict,  # what distinguishes this trial from others: names to numbers, strings or None
+    measure: Callable,  # () -> dict of what was measured
     *,
-    device: str | torch.device = "cpu", # where `measure` computes, for the row
-) -> dict: # setting, environment and measurement, as they stand in the file
+    device: str | torch.device = 'cpu',  # where `measure` computes, for the row
+) -> dict:  # setting, environment and measurement, as they stand in the file
     """The row of `setting`, measured and added to the file only if it is not there
 
     `ValueError` on a file of another schema."""
     path, env = Path(path), environment(device)
     row = find(path, setting, env)
-    if row is not None: return row
+    if row is not None:
+        return row
     measured = dict(measure())
     _distinct(setting, env, measured)
-    with locked(path): return find(path, setting, env) or _append(path, setting | env | measured)
+    with locked(path):
+        return find(path, setting, env) or _append(path, setting | env | measured)
 
 # %% ../nbs/32_bench.ipynb #2bbe4ecb
 def sweep(
-    path: str | Path, # the results file, as for `trial`
-    settings: Iterable, # dicts
-    measure: Callable, # setting -> dict of what was measured
+    path: str | Path,  # the results file, as for `trial`
+    settings: Iterable,  # dicts
+    measure: Callable,  # setting -> dict of what was measured
     *,
-    device: str | torch.device = "cpu", # where `measure` computes, for the rows
-) -> pd.DataFrame: # one row a setting, in the order of `settings`
+    device: str | torch.device = 'cpu',  # where `measure` computes, for the rows
+) -> pd.DataFrame:  # one row a setting, in the order of `settings`
     "A `trial` for each setting; after an interruption the same call goes on where it stopped"
     settings = list(settings)
     bar = tqdm(settings, Path(path).stem, delay=2)
@@ -195,50 +236,56 @@ def sweep(
 
 # %% ../nbs/32_bench.ipynb #05afc06c
 def results(
-    path: str | Path, # a results file
-) -> pd.DataFrame: # one row a trial, with numbers as numbers
+    path: str | Path,  # a results file
+) -> pd.DataFrame:  # one row a trial, with numbers as numbers
     "All rows of a results file; `FileNotFoundError` if there is none, `ValueError` if it is damaged"
     path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f"no results file {path}")
+    if not path.exists():
+        raise FileNotFoundError(f'no results file {path}')
     columns, rows = read_rows(path)
     return pd.DataFrame([[to_value(v) for v in row] for row in rows], columns=columns)
 
 # %% ../nbs/32_bench.ipynb #77bb951b
 def mean_sd(
-    rows: pd.DataFrame, # one row a trial
-    by: list, # columns that make the cells of the table
-    value: str, # column to average
-    digits: int = 2, # after the point
-) -> pd.Series: # text, indexed by `by` in order of appearance
+    rows: pd.DataFrame,  # one row a trial
+    by: list,  # columns that make the cells of the table
+    value: str,  # column to average
+    digits: int = 2,  # after the point
+) -> pd.Series:  # text, indexed by `by` in order of appearance
     "'mean ± sd (n)' of `value` for each combination of `by`; sample deviation, left out where n is 1"
-    cells = rows.groupby(by, sort=False, dropna=False)[value].agg(["mean", "std", "count"])
-    text = lambda r: f"{r['mean']:.{digits}f}" + (f" ± {r['std']:.{digits}f}" if r["count"] > 1 else "") + f" ({r['count']:.0f})"
+    cells = rows.groupby(by, sort=False, dropna=False)[value].agg(['mean', 'std', 'count'])
+    text = lambda r: (
+        f'{r["mean"]:.{digits}f}'
+        + (f' ± {r["std"]:.{digits}f}' if r['count'] > 1 else '')
+        + f' ({r["count"]:.0f})'
+    )
     return cells.apply(text, axis=1)
 
 # %% ../nbs/32_bench.ipynb #38bcb412
 @contextmanager
 def seeded(
-    seed: int, # of PyTorch's global generator inside the block
-    device: torch.device = torch.device("cpu"), # whose generator is put aside as well
+    seed: int,  # of PyTorch's global generator inside the block
+    device: torch.device = torch.device('cpu'),  # whose generator is put aside as well
 ):
     "Random numbers from `seed` inside the block, and the caller's own afterwards"
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
         torch.manual_seed(seed)
         yield
 
 # %% ../nbs/32_bench.ipynb #3566ef00
 def step(
-    model: nn.Module, # in training mode
-    x: torch.Tensor, # inputs, (n, channels, height, width)
-    labels: torch.Tensor, # int64, (n,)
-    opt: torch.optim.Optimizer, # of the model's parameters
-    cycle, # its learning rate schedule
-    autocast: torch.dtype | None = None, # compute in this type where PyTorch holds it safe, as `torch.bfloat16`
-) -> tuple[float, int]: # mean cross-entropy, how many of the n were right before the step
+    model: nn.Module,  # in training mode
+    x: torch.Tensor,  # inputs, (n, channels, height, width)
+    labels: torch.Tensor,  # int64, (n,)
+    opt: torch.optim.Optimizer,  # of the model's parameters
+    cycle,  # its learning rate schedule
+    autocast: torch.dtype
+    | None = None,  # compute in this type where PyTorch holds it safe, as `torch.bfloat16`
+) -> tuple[float, int]:  # mean cross-entropy, how many of the n were right before the step
     "One step of training"
     with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
         scores = model(x)
-        loss = F.cross_entropy(scores, labels)    # in float32 under autocast
+        loss = F.cross_entropy(scores, labels)  # in float32 under autocast
     opt.zero_grad(set_to_none=True)
     loss.backward()
     opt.step()
@@ -247,31 +294,36 @@ def step(
 
 # %% ../nbs/32_bench.ipynb #e622fe24
 def train(
-    model: nn.Module, # trained in place
-    dataset: Dataset, # images as bytes, and labels
-    epochs: int, # times through the set
-    lr: float = 0.1, # highest learning rate of the cycle
+    model: nn.Module,  # trained in place
+    dataset: Dataset,  # images as bytes, and labels
+    epochs: int,  # times through the set
+    lr: float = 0.1,  # highest learning rate of the cycle
     *,
-    mean: tuple = (0.5,), std: tuple = (0.5,), # of the pixels / 255
-    batch: int = 128, # images a step; what is left over at the end of an epoch waits for the next
-    weight_decay: float = 5e-4, # on all parameters
-    augment: Callable = lambda x: x, # normalised images -> images, before each step
-    seed: int = 0, # order of the images, dropout, augmentation
-    autocast: torch.dtype | None = None, # as in `step`: half the time on processors that know bfloat16
-    label: str = "training", # in front of the bar
-) -> nn.Module: # the same model, in the mode it came in
+    mean: tuple = (0.5,),
+    std: tuple = (0.5,),  # of the pixels / 255
+    batch: int = 128,  # images a step; what is left over at the end of an epoch waits for the next
+    weight_decay: float = 5e-4,  # on all parameters
+    augment: Callable = lambda x: x,  # normalised images -> images, before each step
+    seed: int = 0,  # order of the images, dropout, augmentation
+    autocast: torch.dtype
+    | None = None,  # as in `step`: half the time on processors that know bfloat16
+    label: str = 'training',  # in front of the bar
+) -> nn.Module:  # the same model, in the mode it came in
     "Train by SGD with momentum and one cycle of the learning rate; a bar shows loss and accuracy"
-    if not 0 < batch <= len(dataset): raise ValueError(f"batch: {batch} images a step from a set of {len(dataset)}")
-    (device, dtype), mode, steps = place(model), model.training, len(dataset)//batch
+    if not 0 < batch <= len(dataset):
+        raise ValueError(f'batch: {batch} images a step from a set of {len(dataset)}')
+    (device, dtype), mode, steps = place(model), model.training, len(dataset) // batch
     dataset = dataset.to(device)
-    opt = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=weight_decay, nesterov=True)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=max(epochs*steps, 1))
+    opt = torch.optim.SGD(
+        model.parameters(), lr, momentum=0.9, weight_decay=weight_decay, nesterov=True
+    )
+    cycle = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=max(epochs * steps, 1))
     model.train()
-    with seeded(seed, device), tqdm(total=epochs*steps, desc=label, leave=False) as bar:
+    with seeded(seed, device), tqdm(total=epochs * steps, desc=label, leave=False) as bar:
         for _ in range(epochs):
-            for part in torch.randperm(len(dataset)).to(device)[:steps*batch].split(batch):
+            for part in torch.randperm(len(dataset)).to(device)[: steps * batch].split(batch):
                 x = augment(normalise(dataset.images[part], mean, std)).to(dtype)
                 loss, right = step(model, x, dataset.labels[part], opt, cycle, autocast)
-                bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{right/batch:.0%}", refresh=False)
+                bar.set_postfix(loss=f'{loss:.3f}', accuracy=f'{right / batch:.0%}', refresh=False)
                 bar.update()
     return model.train(mode)

@@ -17,17 +17,26 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from .cost import dry_run, samples
 from .criteria import l2_norm
 from .graph import by_output, conv_groups, width
-from .recover import (Limits, balance, cells_of, choose_units, families_of, prune_only,
-                             unit_scores, verified)
+from lbyl_nb.recover import (
+    Limits,
+    balance,
+    cells_of,
+    choose_units,
+    families_of,
+    prune_only,
+    unit_scores,
+    verified,
+)
 from .trace import LAYERS
 
 # %% ../nbs/17_budget.ipynb #c82e06bc
 @dataclass
 class Bill:
     "What the layers of a network cost, as a function of how many channels its groups keep."
-    rows: list     # of dicts, one a module, as `_row` makes them
-    tied: dict     # {group: (span of each cut module, span of each consumer)}
-    rest: int      # parameters of everything else
+
+    rows: list  # of dicts, one a module, as `_row` makes them
+    tied: dict  # {group: (span of each cut module, span of each consumer)}
+    rest: int  # parameters of everything else
 
     def total(self, lost: dict) -> dict:
         """Parameters and multiply-accumulates when each group loses so many channels.
@@ -36,7 +45,8 @@ class Bill:
         out, inn = {}, {}
         for g, n in lost.items():
             for d, spans in zip((out, inn), self.tied[g]):
-                for name, span in spans: d[name] = d.get(name, 0) + n * span
+                for name, span in spans:
+                    d[name] = d.get(name, 0) + n * span
         params, macs = self.rest, 0
         for r in self.rows:
             o = r['out'] - out.get(r['name'], 0)
@@ -55,23 +65,35 @@ def _positions(net):
     "How often one sample uses each weight of every layer, {layer name: positions}."
     used, hooks, n = {}, [], samples(net.args)
     for name, m in net.model.named_modules():
-        if not isinstance(m, LAYERS): continue
+        if not isinstance(m, LAYERS):
+            continue
+
         def see(m, args, kwargs, y, name=name):
             x = next(iter((*args, *kwargs.values())))
             used[name] = used.get(name, 0) + _uses(m, x, y) / n
+
         hooks.append(m.register_forward_hook(see, with_kwargs=True))
-    try: dry_run(net.model, net.args)
+    try:
+        dry_run(net.model, net.args)
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
     return used
 
 # %% ../nbs/17_budget.ipynb #f51504f0
 def _row(name, m, positions):
     "A layer as a row of a bill: channels, weights for each pair of them, what else an output has."
     taps = by_output(m)[0, 0].numel()
-    inn = m.weight.numel() // (width(m) * taps)            # that an output reads
-    return dict(name=name, out=width(m), inn=inn, groups=conv_groups(m), taps=taps,
-                extra=0 if m.bias is None else 1, positions=positions)
+    inn = m.weight.numel() // (width(m) * taps)  # that an output reads
+    return dict(
+        name=name,
+        out=width(m),
+        inn=inn,
+        groups=conv_groups(m),
+        taps=taps,
+        extra=0 if m.bias is None else 1,
+        positions=positions,
+    )
 
 # %% ../nbs/17_budget.ipynb #b6e5a993
 def _between(name, m):
@@ -89,11 +111,16 @@ def bill(net, groups) -> Bill:
     rows = [_row(k, module(k), n) for k, n in sorted(used.items())]
     rows += [_between(k, module(k)) for k in between]
     held = {f'{k}.{a}': getattr(module(k), a) for g in groups for k, a, _ in g.parameters}
-    rows += [dict(name=k, out=t.numel(), inn=0, groups=1, taps=0, extra=1, positions=0)
-             for k, t in held.items() if isinstance(t, nn.Parameter)]
-    spans = lambda g: ([(k, c.shape[1]) for k, c in g.cut]
-                       + [(f'{k}.{a}', c.shape[1]) for k, a, c in g.parameters],
-                       [(c.name, c.columns.shape[1]) for c in g.consumers])
+    rows += [
+        dict(name=k, out=t.numel(), inn=0, groups=1, taps=0, extra=1, positions=0)
+        for k, t in held.items()
+        if isinstance(t, nn.Parameter)
+    ]
+    spans = lambda g: (
+        [(k, c.shape[1]) for k, c in g.cut]
+        + [(f'{k}.{a}', c.shape[1]) for k, a, c in g.parameters],
+        [(c.name, c.columns.shape[1]) for c in g.consumers],
+    )
     all_rows = Bill(rows, {g.name: spans(g) for g in groups}, 0)
     all_rows.rest = sum(p.numel() for p in net.model.parameters()) - all_rows.total({})['params']
     return all_rows
@@ -102,8 +129,10 @@ def bill(net, groups) -> Bill:
 def _relative(name, scores):
     "Scores of a group in units of their mean; ValueError where that says nothing."
     if not torch.isfinite(scores).all() or (scores < 0).any():
-        raise ValueError(f'{name}: the criterion gives scores that are not finite, or negative, '
-                         'and cannot be compared across layers')
+        raise ValueError(
+            f'{name}: the criterion gives scores that are not finite, or negative, '
+            'and cannot be compared across layers'
+        )
     return scores / scores.mean().clamp(min=torch.finfo(scores.dtype).tiny)
 
 # %% ../nbs/17_budget.ipynb #bfe97f1b
@@ -113,7 +142,7 @@ def ranking(scores: dict, least: dict) -> list:
     ValueError where scores are not finite or negative."""
     order = []
     for name, s in scores.items():
-        going = _relative(name, s).sort().values[:len(s) - least[name]]
+        going = _relative(name, s).sort().values[: len(s) - least[name]]
         order += [(v, name) for v in going.tolist()]
     return [name for _, name in sorted(order)]
 
@@ -121,18 +150,22 @@ def ranking(scores: dict, least: dict) -> list:
 def _kept_after(n, order, families, limits):
     "Units that the cells of each family keep after the first n removals, within the limits."
     gone = Counter(order[:n])
+
     def kept(f):
         cells = cells_of(f)
         wanted = [limits.units(c, c.units - gone[c.name]) for c in cells]
         return balance(f, wanted, [limits.units(c, 0) for c in cells])
+
     return {f.name: kept(f) for f in families}
+
 
 def _lost(kept, families):
     "Channels that each group loses when cells keep so many units."
     lost = Counter()
     for f in families:
         for c, k in zip(cells_of(f), kept[f.name]):
-            for group, rows in c.rows.items(): lost[group] += (c.units - k) * rows
+            for group, rows in c.rows.items():
+                lost[group] += (c.units - k) * rows
     return lost
 
 # %% ../nbs/17_budget.ipynb #7ddb3fa9
@@ -149,43 +182,54 @@ def within(share: float, what: str, criterion, limits: Limits) -> Callable:
     """The choice that leaves a share of the parameters ('params') or operations ('macs').
 
     ValueError if the limits leave more."""
+
     def choose(model, net, groups):
         families = families_of(limits.prunable(groups))
         chosen = {name for f in families for name, _ in f.members}
         groups = [g for g in groups if g.name in chosen]
         scores, costs = unit_scores(model, net, groups, criterion), bill(net, groups)
         cells = [c for f in families for c in cells_of(f)]
-        order = ranking({c.name: scores[c.family.name][c.at] for c in cells},
-                        {c.name: limits.units(c, 0) for c in cells})
+        order = ranking(
+            {c.name: scores[c.family.name][c.at] for c in cells},
+            {c.name: limits.units(c, 0) for c in cells},
+        )
+
         def left(n):
             lost = _lost(_kept_after(n, order, families, limits), families)
             return costs.total(lost)[what] / costs.total({})[what]
+
         if (least := left(len(order))) > share:
-            raise ValueError(f'{what}: {share} of them cannot be reached, {least:.3f} are left '
-                             'when everything is removed that may be')
+            raise ValueError(
+                f'{what}: {share} of them cannot be reached, {least:.3f} are left '
+                'when everything is removed that may be'
+            )
         n = _first(lambda n: left(n) <= share, len(order))
         kept, plan = _kept_after(n, order, families, limits), {}
-        for f in families: plan |= choose_units(scores[f.name], f, kept[f.name], limits)
+        for f in families:
+            plan |= choose_units(scores[f.name], f, kept[f.name], limits)
         return {g.name: plan[g.name] for g in groups}
+
     return choose
 
 # %% ../nbs/17_budget.ipynb #f674dec5
 def budget(
-    model: nn.Module,          # the network to prune; not changed
-    example_inputs,            # a tensor, tuple or dict that its forward accepts
+    model: nn.Module,  # the network to prune; not changed
+    example_inputs,  # a tensor, tuple or dict that its forward accepts
     *,
-    params: float | None = None,   # share of the parameters that shall be left, in (0, 1]; or
-    macs: float | None = None,     # of the multiply-accumulates of convolutions and linear layers
-    criterion=l2_norm,         # scores the channels of a group; not negative
-    streams: bool = False,     # residual streams too
-    at_least: int | float = .1,    # channels that stay in every group; below 1, a fraction of them
-    **limits,                  # `ignore`, `round_to`: as in `Limits`
-) -> dict[str, list[int]]:     # {layer: kept channels}
+    params: float | None = None,  # share of the parameters that shall be left, in (0, 1]; or
+    macs: float | None = None,  # of the multiply-accumulates of convolutions and linear layers
+    criterion=l2_norm,  # scores the channels of a group; not negative
+    streams: bool = False,  # residual streams too
+    at_least: int | float = 0.1,  # channels that stay in every group; below 1, a fraction of them
+    **limits,  # `ignore`, `round_to`: as in `Limits`
+) -> dict[str, list[int]]:  # {layer: kept channels}
     """A plan within a budget: channels of all layers in one ranking by normalised scores.
 
     ValueError for bad input, and for budgets that cannot be met."""
-    if (params is None) == (macs is None): raise ValueError('give exactly one of params and macs')
+    if (params is None) == (macs is None):
+        raise ValueError('give exactly one of params and macs')
     what, share = ('params', params) if macs is None else ('macs', macs)
-    if not 0 < share <= 1: raise ValueError(f'{what} must be a share in (0, 1], got {share}')
+    if not 0 < share <= 1:
+        raise ValueError(f'{what} must be a share in (0, 1], got {share}')
     choose = within(share, what, criterion, Limits(at_least=at_least, **limits))
     return verified(model, example_inputs, prune_only(), choose, streams=streams).plan

@@ -7,7 +7,9 @@ __all__ = ['EXAMPLE', 'NETWORKS', 'CRITERIA', 'RESTORERS', 'can_write', 'to_rati
            'trained', 'demo_table', 'save_figure', 'demo', 'Published', 'bench_settings', 'bench_rows', 'bench']
 
 # %% ../nbs/34_cli.ipynb #d755691d
-import sys, tempfile, time
+import sys
+import tempfile
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import cache, partial
@@ -34,35 +36,47 @@ from .recover import gaussian, lbyl, lbyl_restore, merging, prune_only
 
 # %% ../nbs/34_cli.ipynb #f8b8a481
 def can_write(
-    path: str | Path, # a file to be written later
-    suffix: str, # what its name must end in
-    what: str, # the argument, for the message
-) -> Path: # the same
+    path: str | Path,  # a file to be written later
+    suffix: str,  # what its name must end in
+    what: str,  # the argument, for the message
+) -> Path:  # the same
     "`path` if a file of this kind can be written there; `ValueError` or `FileNotFoundError` naming the argument if not"
     path = Path(path)
-    if path.suffix != suffix: raise ValueError(f"{what}: {path} does not end in {suffix}")
-    if path.is_dir(): raise ValueError(f"{what}: {path} is a folder")
-    if not path.parent.is_dir(): raise FileNotFoundError(f"{what}: there is no folder {path.parent} for {path.name}")
+    if path.suffix != suffix:
+        raise ValueError(f'{what}: {path} does not end in {suffix}')
+    if path.is_dir():
+        raise ValueError(f'{what}: {path} is a folder')
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f'{what}: there is no folder {path.parent} for {path.name}')
     return path
 
 # %% ../nbs/34_cli.ipynb #e9999910
 def to_ratios(
-    text: str, # numbers separated by commas
-) -> list[float]: # each in [0, 1), in ascending order, without repetition
+    text: str,  # numbers separated by commas
+) -> list[float]:  # each in [0, 1), in ascending order, without repetition
     "Pruning ratios from the command line; `ValueError` showing the part that is not one"
+
     def one(part):
-        try: ratio = float(part)
-        except ValueError: ratio = -1
-        if not 0 <= ratio < 1: raise ValueError(f"ratios: {part.strip()!r} is not a number from 0 up to, but without, 1")
+        try:
+            ratio = float(part)
+        except ValueError:
+            ratio = -1
+        if not 0 <= ratio < 1:
+            raise ValueError(
+                f'ratios: {part.strip()!r} is not a number from 0 up to, but without, 1'
+            )
         return ratio
-    return sorted({one(part) for part in text.split(",")})
+
+    return sorted({one(part) for part in text.split(',')})
 
 # %% ../nbs/34_cli.ipynb #357dcd82
 @contextmanager
 def plain_errors(command: str):
     "End the program with a one-line message where input is bad"
-    try: yield
-    except (ValueError, TypeError, OSError) as e: sys.exit(f"{command}: {e}")
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as e:
+        sys.exit(f'{command}: {e}')
 
 # %% ../nbs/34_cli.ipynb #3d58a4f4
 @contextmanager
@@ -70,170 +84,280 @@ def one_thread():
     "PyTorch on one thread inside the block, and on as many as before after it"
     n = torch.get_num_threads()
     torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n)
 
 # %% ../nbs/34_cli.ipynb #d9fb6e04
 def demo_rows(
-    path: str | Path, # results file
-    seeds: int = 3, # networks
-    ratios: list = (0.3, 0.4, 0.5, 0.6), # shares of the channels to remove
+    path: str | Path,  # results file
+    seeds: int = 3,  # networks
+    ratios: list = (0.3, 0.4, 0.5, 0.6),  # shares of the channels to remove
     *,
-    epochs: int = 8, # of training
-    width: int = 32, # of `digits_net`
-    offset: float = 1., # of `digits_net`
-    lam1: float = 1., lam2: float = 0.01, # of `lbyl`
-) -> pd.DataFrame: # one row a network, method and ratio
+    epochs: int = 8,  # of training
+    width: int = 32,  # of `digits_net`
+    offset: float = 1.0,  # of `digits_net`
+    lam1: float = 1.0,
+    lam2: float = 0.01,  # of `lbyl`
+) -> pd.DataFrame:  # one row a network, method and ratio
     "Train networks on digits, prune and restore them, and count what they get right of the 500 test images"
-    restorers = {"pruned": prune_only(), "neuron merging": merging(), "LBYL": lbyl(lam1, lam2), "layer by layer": layerwise(noise())}
+    restorers = {
+        'pruned': prune_only(),
+        'neuron merging': merging(),
+        'LBYL': lbyl(lam1, lam2),
+        'layer by layer': layerwise(noise()),
+    }
     train_set, test_set = digits()
     net = cache(lambda seed: trained(train_set, seed, epochs, width, offset))
+
     def measure(s):
-        small = net(s["seed"])
-        if s["ratio"]: small = lbyl_restore(small, EXAMPLE, ratio=s["ratio"], restorer=restorers[s["method"]])
+        small = net(s['seed'])
+        if s['ratio']:
+            small = lbyl_restore(small, EXAMPLE, ratio=s['ratio'], restorer=restorers[s['method']])
         right, n = accuracy(small, test_set)
-        return dict(right=right, n=n, accuracy=100*right/n, parameters=cost(small, EXAMPLE)["params"])
+        return dict(
+            right=right, n=n, accuracy=100 * right / n, parameters=cost(small, EXAMPLE)['params']
+        )
+
     common = dict(epochs=epochs, width=width, offset=offset, lam1=lam1, lam2=lam2)
-    trials = [("unpruned", 0), *((m, r) for r in ratios if r for m in restorers)]
-    with one_thread(): return sweep(path, [common | dict(seed=s, method=m, ratio=r) for s in range(seeds) for m, r in trials], measure)
+    trials = [('unpruned', 0), *((m, r) for r in ratios if r for m in restorers)]
+    with one_thread():
+        return sweep(
+            path,
+            [common | dict(seed=s, method=m, ratio=r) for s in range(seeds) for m, r in trials],
+            measure,
+        )
 
 # %% ../nbs/34_cli.ipynb #30b6b684
 EXAMPLE = torch.zeros(1, 1, 8, 8)
+
+
 def trained(
-    dataset: Dataset, # to train on
-    seed: int, # of the initial weights and the order of the images
-    epochs: int, # of training
-    width: int, offset: float, # of `digits_net`
-) -> nn.Module: # in evaluation mode
+    dataset: Dataset,  # to train on
+    seed: int,  # of the initial weights and the order of the images
+    epochs: int,  # of training
+    width: int,
+    offset: float,  # of `digits_net`
+) -> nn.Module:  # in evaluation mode
     "A `digits_net` trained on `dataset`"
     net = initialised(partial(digits_net, width, offset=offset), seed)
-    return train(net, dataset, epochs, lr=0.1, batch=64, seed=seed, label=f"training network {seed}").eval()
+    return train(
+        net, dataset, epochs, lr=0.1, batch=64, seed=seed, label=f'training network {seed}'
+    ).eval()
 
 # %% ../nbs/34_cli.ipynb #508bd22b
 def demo_table(
-    rows: pd.DataFrame, # as from `demo_rows`
-) -> pd.DataFrame: # text; index: methods, columns: removed channels
+    rows: pd.DataFrame,  # as from `demo_rows`
+) -> pd.DataFrame:  # text; index: methods, columns: removed channels
     "Accuracy in percent as mean ± sd (networks), methods against ratios, and the share of parameters that is left"
-    table = mean_sd(rows, ["method", "ratio"], "accuracy", 1).unstack(sort=False)
-    left = rows.groupby("ratio").parameters.first()/rows.parameters.max()
-    table.loc["parameters left"] = left.map("{:.0%}".format)
-    table.columns = [f"{r:.0%}" for r in table.columns]
-    return table.fillna("").rename_axis(index=None, columns="channels removed")
+    table = mean_sd(rows, ['method', 'ratio'], 'accuracy', 1).unstack(sort=False)
+    left = rows.groupby('ratio').parameters.first() / rows.parameters.max()
+    table.loc['parameters left'] = left.map('{:.0%}'.format)
+    table.columns = [f'{r:.0%}' for r in table.columns]
+    return table.fillna('').rename_axis(index=None, columns='channels removed')
 
 # %% ../nbs/34_cli.ipynb #dc1fe77e
 def save_figure(
-    rows: pd.DataFrame, # as from `demo_rows`
-    path: str | Path, # the PNG
+    rows: pd.DataFrame,  # as from `demo_rows`
+    path: str | Path,  # the PNG
 ):
     "Draw accuracy against ratio and write it to `path`"
     from matplotlib.figure import Figure
+
     from lbyl_nb.plots import plot_accuracy
-    fig = Figure(figsize=(6.4, 4), layout="constrained")
-    dense = rows.method == "unpruned"
+
+    fig = Figure(figsize=(6.4, 4), layout='constrained')
+    dense = rows.method == 'unpruned'
     ax = plot_accuracy(rows[~dense], unpruned=rows.accuracy[dense].mean(), ax=fig.subplots())
-    ax.set_title(f"handwritten digits, {rows.n[0]} test images, {rows.seed.nunique()} networks (band: ± one deviation)", fontsize=10)
-    with writing(path) as temporary: fig.savefig(temporary, dpi=150)
+    ax.set_title(
+        f'handwritten digits, {rows.n[0]} test images, {rows.seed.nunique()} networks (band: ± one deviation)',
+        fontsize=10,
+    )
+    with writing(path) as temporary:
+        fig.savefig(temporary, dpi=150)
 
 # %% ../nbs/34_cli.ipynb #870e13a9
 @call_parse
 def demo(
-    out: str = "demo.png", # figure to write, a PNG
-    results: str = "", # results file, a CSV: finished rows are kept there and not measured again
-    seeds: int = 3, # how many networks to train
-    ratios: str = "0.3,0.4,0.5,0.6", # shares of the channels to remove
-    epochs: int = 8, # of training, through 1,297 images
-    width: int = 32, # channels of the first convolution; the two others have four times as many
-    offset: float = 1., # initial offset of the batch norms: at 0, half of all activations are cut off, and LBYL falls behind
-    lam1: float = 1., # LBYL's weight of the batch-norm error
-    lam2: float = 0.01, # LBYL's weight of the ridge
+    out: str = 'demo.png',  # figure to write, a PNG
+    results: str = '',  # results file, a CSV: finished rows are kept there and not measured again
+    seeds: int = 3,  # how many networks to train
+    ratios: str = '0.3,0.4,0.5,0.6',  # shares of the channels to remove
+    epochs: int = 8,  # of training, through 1,297 images
+    width: int = 32,  # channels of the first convolution; the two others have four times as many
+    offset: float = 1.0,  # initial offset of the batch norms: at 0, half of all activations are cut off, and LBYL falls behind
+    lam1: float = 1.0,  # LBYL's weight of the batch-norm error
+    lam2: float = 0.01,  # LBYL's weight of the ridge
 ):
     "Train a small network on handwritten digits, prune it at several ratios, restore it, and show what restoring is worth"
     start = time.perf_counter()
-    with plain_errors("lbyl-demo"), tempfile.TemporaryDirectory() as folder:
-        out, path = can_write(out, ".png", "out"), can_write(results or f"{folder}/demo.csv", ".csv", "results")
-        if seeds < 1 or epochs < 1 or width < 1: raise ValueError("seeds, epochs, width: at least 1 each")
+    with plain_errors('lbyl-demo'), tempfile.TemporaryDirectory() as folder:
+        out, path = (
+            can_write(out, '.png', 'out'),
+            can_write(results or f'{folder}/demo.csv', '.csv', 'results'),
+        )
+        if seeds < 1 or epochs < 1 or width < 1:
+            raise ValueError('seeds, epochs, width: at least 1 each')
         shares = to_ratios(ratios)
-        if not any(shares): raise ValueError("ratios: at least one above 0")
-        print(f"{seeds} networks, trained on 1,297 handwritten digits, pruned and restored; about half a minute in all", flush=True)
-        rows = demo_rows(path, seeds, shares, epochs=epochs, width=width, offset=offset, lam1=lam1, lam2=lam2)
+        if not any(shares):
+            raise ValueError('ratios: at least one above 0')
+        print(
+            f'{seeds} networks, trained on 1,297 handwritten digits, pruned and restored; about half a minute in all',
+            flush=True,
+        )
+        rows = demo_rows(
+            path, seeds, shares, epochs=epochs, width=width, offset=offset, lam1=lam1, lam2=lam2
+        )
         save_figure(rows, out)
-    print(f"\naccuracy in % on {rows.n[0]} test images, mean ± sd (networks)\n\n{demo_table(rows).to_string()}\n")
-    print(", ".join(f"{k} {v}" for k, v in environment().items()) + f"; {time.perf_counter() - start:.0f} s\nfigure: {out}")
+    print(
+        f'\naccuracy in % on {rows.n[0]} test images, mean ± sd (networks)\n\n{demo_table(rows).to_string()}\n'
+    )
+    print(
+        ', '.join(f'{k} {v}' for k, v in environment().items())
+        + f'; {time.perf_counter() - start:.0f} s\nfigure: {out}'
+    )
 
 # %% ../nbs/34_cli.ipynb #2f51cc83
 class Published(NamedTuple):
     "What a published network is measured on"
-    images: str # image set
-    stats: Stats # normalisation it was trained with
-    merging: Callable = merging() # neuron merging with its authors' settings for this network
-    reflect: bool = True # was it trained on mirrored images as well?
+
+    images: str  # image set
+    stats: Stats  # normalisation it was trained with
+    merging: Callable = merging()  # neuron merging with its authors' settings for this network
+    reflect: bool = True  # was it trained on mirrored images as well?
 
 # %% ../nbs/34_cli.ipynb #848192d7
-NETWORKS = dict(resnet20_cifar10=Published("cifar10", STATS["imagenet"]), resnet56_cifar10=Published("cifar10", STATS["imagenet"]),
-                lenet_300_100_fashion_mnist=Published("fashion_mnist", STATS["half"], merging(cos_weight=1., threshold=0.45), reflect=False))
-CRITERIA = dict(l1=lambda seed: l1_norm, l2=lambda seed: l2_norm, l2_gm=lambda seed: geometric_median, bn=lambda seed: bn_scale, random=random_scores)
-RESTORERS = dict(pruned=lambda net, lam1, lam2: prune_only(), merging=lambda net, lam1, lam2: net.merging, lbyl=lambda net, lam1, lam2: lbyl(lam1, lam2),
-                 gaussian=lambda net, lam1, lam2: gaussian(), noise=lambda net, lam1, lam2: layerwise(noise()),
-                 distilled=lambda net, lam1, lam2: layerwise(distilled(reflect=net.reflect)))
+NETWORKS = dict(
+    resnet20_cifar10=Published('cifar10', STATS['imagenet']),
+    resnet56_cifar10=Published('cifar10', STATS['imagenet']),
+    lenet_300_100_fashion_mnist=Published(
+        'fashion_mnist', STATS['half'], merging(cos_weight=1.0, threshold=0.45), reflect=False
+    ),
+)
+CRITERIA = dict(
+    l1=lambda seed: l1_norm,
+    l2=lambda seed: l2_norm,
+    l2_gm=lambda seed: geometric_median,
+    bn=lambda seed: bn_scale,
+    random=random_scores,
+)
+RESTORERS = dict(
+    pruned=lambda net, lam1, lam2: prune_only(),
+    merging=lambda net, lam1, lam2: net.merging,
+    lbyl=lambda net, lam1, lam2: lbyl(lam1, lam2),
+    gaussian=lambda net, lam1, lam2: gaussian(),
+    noise=lambda net, lam1, lam2: layerwise(noise()),
+    distilled=lambda net, lam1, lam2: layerwise(distilled(reflect=net.reflect)),
+)
 
 # %% ../nbs/34_cli.ipynb #9b837c60
 def bench_settings(
-    network: str, # a key of `NETWORKS`
-    ratios: list, # shares of the channels to remove
-    criteria: list, # keys of `CRITERIA`
-    restorers: list, # keys of `RESTORERS`
+    network: str,  # a key of `NETWORKS`
+    ratios: list,  # shares of the channels to remove
+    criteria: list,  # keys of `CRITERIA`
+    restorers: list,  # keys of `RESTORERS`
     *,
-    seeds: int = 1, # of random criteria
-    lam1: float = 0.01, lam2: float = 0.01, # of LBYL
-    images: int = 0, # how many test images, drawn at random; 0 for all
-) -> list[dict]: # one setting a trial
+    seeds: int = 1,  # of random criteria
+    lam1: float = 0.01,
+    lam2: float = 0.01,  # of LBYL
+    images: int = 0,  # how many test images, drawn at random; 0 for all
+) -> list[dict]:  # one setting a trial
     "All combinations as settings of trials; `ValueError` with near names where one is unknown"
-    for names, there, what in (([network], NETWORKS, "network"), (criteria, CRITERIA, "criterion"), (restorers, RESTORERS, "restorer")):
-        for name in names: known(name, there, what)
+    for names, there, what in (
+        ([network], NETWORKS, 'network'),
+        (criteria, CRITERIA, 'criterion'),
+        (restorers, RESTORERS, 'restorer'),
+    ):
+        for name in names:
+            known(name, there, what)
     first = dict(network=network, images=images)
     out = [first | dict(ratio=0, criterion=None, seed=None, restorer=None, lam1=None, lam2=None)]
     for r, c, rest in ((r, c, rest) for r in ratios if r for c in criteria for rest in restorers):
-        lams = dict(lam1=lam1, lam2=lam2) if rest == "lbyl" else dict(lam1=None, lam2=None)
-        out += [first | dict(ratio=r, criterion=c, seed=s, restorer=rest) | lams for s in (range(seeds) if c == "random" else [None])]
+        lams = dict(lam1=lam1, lam2=lam2) if rest == 'lbyl' else dict(lam1=None, lam2=None)
+        out += [
+            first | dict(ratio=r, criterion=c, seed=s, restorer=rest) | lams
+            for s in (range(seeds) if c == 'random' else [None])
+        ]
     return out
 
 # %% ../nbs/34_cli.ipynb #d3332044
 def bench_rows(
-    path: str | Path, # results file
-    settings: list, # as from `bench_settings`, all of one network and number of images
-    device: str = "cpu", # where to compute
-) -> pd.DataFrame: # one row a setting
+    path: str | Path,  # results file
+    settings: list,  # as from `bench_settings`, all of one network and number of images
+    device: str = 'cpu',  # where to compute
+) -> pd.DataFrame:  # one row a setting
     "Run trials of a published network: restore it and count what it gets right"
-    name, images = settings[0]["network"], settings[0]["images"]
-    published, net, test = NETWORKS[name], pretrained(name).to(device), load(NETWORKS[name].images, "test")
-    if images: test = subset(test, images)
+    name, images = settings[0]['network'], settings[0]['images']
+    published, net, test = (
+        NETWORKS[name],
+        pretrained(name).to(device),
+        load(NETWORKS[name].images, 'test'),
+    )
+    if images:
+        test = subset(test, images)
     example = torch.zeros(1, *test.images.shape[1:], device=device)
+
     def measure(s):
-        small = net if not s["ratio"] else lbyl_restore(net, example, ratio=s["ratio"], criterion=CRITERIA[s["criterion"]](s["seed"]),
-            restorer=RESTORERS[s["restorer"]](published, s["lam1"], s["lam2"]))
+        small = (
+            net
+            if not s['ratio']
+            else lbyl_restore(
+                net,
+                example,
+                ratio=s['ratio'],
+                criterion=CRITERIA[s['criterion']](s['seed']),
+                restorer=RESTORERS[s['restorer']](published, s['lam1'], s['lam2']),
+            )
+        )
         right, n = accuracy(small, test, *published.stats)
-        return dict(right=right, n=n, accuracy=100*right/n) | cost(small, example)
+        return dict(right=right, n=n, accuracy=100 * right / n) | cost(small, example)
+
     return sweep(path, settings, measure, device=device)
 
 # %% ../nbs/34_cli.ipynb #1d98a2bd
 @call_parse
 def bench(
-    network: str, # published network, a file NAME.safetensors in $LBYL_WEIGHTS
-    results: str = "results.csv", # results file: finished trials are kept there and not measured again
-    ratios: str = "0.1,0.2,0.3,0.4,0.5,0.6,0.7", # shares of the channels to remove
-    criteria: str = "l2", # among l1, l2, l2_gm, bn, random
-    restorers: str = "pruned,merging,lbyl", # among these and gaussian, noise, distilled
-    seeds: int = 3, # of random criteria
-    lam1: float = 0.01, # LBYL's weight of the batch-norm error
-    lam2: float = 0.01, # LBYL's weight of the ridge
-    images: int = 0, # how many test images, drawn at random; 0 for all
-    device: str = "cpu", # where to compute
+    network: str,  # published network, a file NAME.safetensors in $LBYL_WEIGHTS
+    results: str = 'results.csv',  # results file: finished trials are kept there and not measured again
+    ratios: str = '0.1,0.2,0.3,0.4,0.5,0.6,0.7',  # shares of the channels to remove
+    criteria: str = 'l2',  # among l1, l2, l2_gm, bn, random
+    restorers: str = 'pruned,merging,lbyl',  # among these and gaussian, noise, distilled
+    seeds: int = 3,  # of random criteria
+    lam1: float = 0.01,  # LBYL's weight of the batch-norm error
+    lam2: float = 0.01,  # LBYL's weight of the ridge
+    images: int = 0,  # how many test images, drawn at random; 0 for all
+    device: str = 'cpu',  # where to compute
 ):
     "Prune and restore a published network in many ways, count what it still gets right, and keep one row a trial"
-    names = lambda text: [n.strip() for n in text.split(",")]
-    with plain_errors("lbyl-bench"):
-        path = can_write(results, ".csv", "results")
-        settings = bench_settings(network, to_ratios(ratios), names(criteria), names(restorers), seeds=seeds, lam1=lam1, lam2=lam2, images=images)
+    names = lambda text: [n.strip() for n in text.split(',')]
+    with plain_errors('lbyl-bench'):
+        path = can_write(results, '.csv', 'results')
+        settings = bench_settings(
+            network,
+            to_ratios(ratios),
+            names(criteria),
+            names(restorers),
+            seeds=seeds,
+            lam1=lam1,
+            lam2=lam2,
+            images=images,
+        )
         rows = bench_rows(path, settings, device)
-    print(rows[["ratio", "criterion", "seed", "restorer", "lam1", "lam2", "right", "n", "accuracy", "params"]].to_string(index=False, na_rep=""))
-    print(f"rows: {path}")
+    print(
+        rows[
+            [
+                'ratio',
+                'criterion',
+                'seed',
+                'restorer',
+                'lam1',
+                'lam2',
+                'right',
+                'n',
+                'accuracy',
+                'params',
+            ]
+        ].to_string(index=False, na_rep='')
+    )
+    print(f'rows: {path}')

@@ -32,18 +32,20 @@ def product_macs(y, a, b) -> int:
 # %% ../nbs/07_cost.ipynb #213dfd06
 def attention_macs(y, q, k, v, *_) -> int:
     "Products in attention: queries times keys, and weights times values."
-    queries = q.numel() // q.shape[-1]                     # of all heads and samples
+    queries = q.numel() // q.shape[-1]  # of all heads and samples
     return queries * k.shape[-2] * (q.shape[-1] + v.shape[-1])
 
 # %% ../nbs/07_cost.ipynb #3c22c0ef
 def recurrent_macs(y, x, weights, *more) -> int:
     "Products in a recurrent layer: each matrix of weights once for each step."
     weights = [weights, more[0]] if isinstance(weights, Tensor) else weights
-    steps = x.numel() // x.shape[-1]                       # of all samples
+    steps = x.numel() // x.shape[-1]  # of all samples
     return steps * sum(w.numel() for w in weights if w.ndim == 2)
 
 # %% ../nbs/07_cost.ipynb #3b9f7eb8
-def _added(y, total, a, b): return product_macs(y, a, b)
+def _added(y, total, a, b):
+    return product_macs(y, a, b)
+
 
 COUNTS = (
     dict.fromkeys(['mm', 'bmm', 'mv', 'dot', 'vdot'], product_macs)
@@ -52,14 +54,16 @@ COUNTS = (
     | dict(convolution=convolution_macs)
 )
 
+
 def formula(operation: str):
     "The formula for an operation, given its name as in 'aten::mm'; None if it is not counted."
-    name = operation.removeprefix('aten::').rstrip('_')    # with _ at the end, it works in place
+    name = operation.removeprefix('aten::').rstrip('_')  # with _ at the end, it works in place
     return attention_macs if name.startswith('_scaled_dot_product') else COUNTS.get(name)
 
 # %% ../nbs/07_cost.ipynb #86b262c7
 class Counter(TorchDispatchMode):
     "Adds up the multiply-accumulates of all that its thread computes inside the block, in `macs`."
+
     def __init__(self):
         super().__init__()
         self.macs = 0
@@ -67,29 +71,33 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs, macs_of = kwargs or {}, formula(operation._schema.name)
         if macs_of is None:
-            with self: y = operation.decompose(*args, **kwargs)
-            if y is not NotImplemented: return y
+            with self:
+                y = operation.decompose(*args, **kwargs)
+            if y is not NotImplemented:
+                return y
         y = operation(*args, **kwargs)
-        if macs_of is not None: self.macs += macs_of(y, *args)
+        if macs_of is not None:
+            self.macs += macs_of(y, *args)
         return y
 
 # %% ../nbs/07_cost.ipynb #8a1da816
 def samples(
-    args,       # arguments of a forward, as `as_args` gives them
-) -> int:       # in the first dimension of the first tensor that has one; 1 without any
+    args,  # arguments of a forward, as `as_args` gives them
+) -> int:  # in the first dimension of the first tensor that has one; 1 without any
     "How many samples a batch holds."
     return next((len(v) for v in tensors(args) if v.ndim), 1)
 
 # %% ../nbs/07_cost.ipynb #d6d1a07f
 def dry_run(
-    model: nn.Module,     # in the mode that it shall run in
-    args,                 # arguments of its forward, as `as_args` gives them
+    model: nn.Module,  # in the mode that it shall run in
+    args,  # arguments of its forward, as `as_args` gives them
 ):
     "A forward pass without gradients, on copies of the arguments. ValueError if it fails."
     gpus = {p.device for p in model.parameters() if p.device.type == 'cuda'}
     own = tree_map_only(Tensor, lambda v: v.detach().clone(), args)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=list(gpus)): call(model, own)
+        with torch.no_grad(), torch.random.fork_rng(devices=list(gpus)):
+            call(model, own)
     except Exception as e:
         why = f'{type(e).__name__}: {e}'
         raise ValueError(f'example_inputs: the model cannot be run on them: {why}') from e
@@ -97,21 +105,23 @@ def dry_run(
 # %% ../nbs/07_cost.ipynb #43fdeab8
 def _private(model):
     "A copy of a model in evaluation mode that shares its parameters."
-    try: return copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
+    try:
+        return copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
     except Exception as e:
         name, why = type(model).__name__, f'{type(e).__name__}: {e}'
         raise ValueError(f'{name}: cannot be copied: {why}') from e
 
 # %% ../nbs/07_cost.ipynb #d5b2d67b
 def cost(
-    model: nn.Module,     # not changed
-    example_inputs,       # a tensor, a tuple of positional or a dict of keyword arguments
-) -> dict:                # params, and macs for one sample
+    model: nn.Module,  # not changed
+    example_inputs,  # a tensor, a tuple of positional or a dict of keyword arguments
+) -> dict:  # params, and macs for one sample
     """Parameters of a model, and multiply-accumulates of a forward pass, averaged over its samples.
 
     Convolutions, products of matrices, attention and recurrent layers are counted.
     ValueError if the model cannot be copied, or run on the inputs."""
     net, args = _private(model), as_args(example_inputs)
-    with BaseTorchFunctionMode(), Counter() as counter: dry_run(net, args)
+    with BaseTorchFunctionMode(), Counter() as counter:
+        dry_run(net, args)
     params = sum(p.numel() for p in model.parameters())
     return dict(params=params, macs=counter.macs // samples(args))

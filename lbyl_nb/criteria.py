@@ -15,48 +15,55 @@ from .graph import Channels
 
 # %% ../nbs/11_criteria.ipynb #26a4cb70
 def l1_norm(
-    ch: Channels,   # channels of a group
-) -> Tensor:        # (m,) sum of absolute weights of each filter
+    ch: Channels,  # channels of a group
+) -> Tensor:  # (m,) sum of absolute weights of each filter
     "L1 norm of each filter (with its bias where there is no batch norm); Li et al., 2017."
     return ch.rows.abs().sum(1)
 
+
 def l2_norm(
-    ch: Channels,   # channels of a group
-) -> Tensor:        # (m,) Euclidean norm of each filter
+    ch: Channels,  # channels of a group
+) -> Tensor:  # (m,) Euclidean norm of each filter
     "L2 norm of each filter (with its bias where there is no batch norm)."
     return (ch.squares if ch.gamma is not None else ch.squares + ch.b.square()).sqrt()
 
 # %% ../nbs/11_criteria.ipynb #fb9b40e1
 def geometric_median(
-    ch: Channels,   # channels of a group
-) -> Tensor:        # (m,) sum of Euclidean distances of each filter to all filters of the layer
+    ch: Channels,  # channels of a group
+) -> Tensor:  # (m,) sum of Euclidean distances of each filter to all filters of the layer
     "L2-GM: how far a filter is from the others; He et al., 2019 (filter pruning via geometric median)."
     return torch.cdist(ch.rows, ch.rows, compute_mode='donot_use_mm_for_euclid_dist').sum(1)
 
 # %% ../nbs/11_criteria.ipynb #74da0ab0
 def bn_scale(
-    ch: Channels,   # channels of a group
-) -> Tensor:        # (m,) absolute scale of the batch norm
+    ch: Channels,  # channels of a group
+) -> Tensor:  # (m,) absolute scale of the batch norm
     "|gamma| of the batch norm behind the layer; Liu et al., 2017. Raises ValueError where there is no batch norm."
-    if ch.gamma is None: raise ValueError(f'{ch.name}: criterion bn_scale needs a batch norm behind the layer, and there is none')
+    if ch.gamma is None:
+        raise ValueError(
+            f'{ch.name}: criterion bn_scale needs a batch norm behind the layer, and there is none'
+        )
     return ch.gamma.abs()
 
 # %% ../nbs/11_criteria.ipynb #65ebea4d
 def random_scores(
-    seed: int = 0,   # another seed, another choice
+    seed: int = 0,  # another seed, another choice
 ):
     "A criterion that gives random scores, the same ones for the same seed and layer name."
+
     def random(ch: Channels) -> Tensor:
         gen = torch.Generator().manual_seed(zlib.crc32(f'{seed}:{ch.name}'.encode()))
         return torch.rand(len(ch), generator=gen, dtype=torch.float64).to(ch.a.device)
+
     return random
 
 # %% ../nbs/11_criteria.ipynb #921e4709
 def keep_best(
-    scores: Tensor,   # (m,) one score a channel, larger is better
-    t: int,           # how many channels to keep
-    name: str = '',   # layer, for messages
-) -> list[int]:       # sorted indices of the kept channels
+    scores: Tensor,  # (m,) one score a channel, larger is better
+    t: int,  # how many channels to keep
+    name: str = '',  # layer, for messages
+) -> list[int]:  # sorted indices of the kept channels
     "The t best channels. ValueError where a score is not finite."
-    if not torch.isfinite(scores).all(): raise ValueError(f'{name}: the criterion gives scores that are not finite')
+    if not torch.isfinite(scores).all():
+        raise ValueError(f'{name}: the criterion gives scores that are not finite')
     return sorted(scores.argsort(descending=True, stable=True)[:t].tolist())

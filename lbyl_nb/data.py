@@ -7,7 +7,10 @@ __all__ = ['SETS', 'STATS', 'known', 'Dataset', 'Spec', 'data_dir', 'from_torchv
            'load', 'digits', 'subset', 'Stats', 'normalise', 'crop_flip']
 
 # %% ../nbs/30_data.ipynb #ae3d6203
-import os, sys, zipfile, zlib
+import os
+import sys
+import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -24,177 +27,231 @@ from .files import locked, writing
 
 # %% ../nbs/30_data.ipynb #f0ddac0d
 def known(
-    name: str, # what the caller asked for
-    names, # everything that exists
-    what: str = "name", # what it is the name of, for the message
-) -> str: # `name` itself
+    name: str,  # what the caller asked for
+    names,  # everything that exists
+    what: str = 'name',  # what it is the name of, for the message
+) -> str:  # `name` itself
     "`name` if it is among `names`; otherwise a `ValueError` that suggests near names"
     names = list(names)
-    if name in names: return name
+    if name in names:
+        return name
     near = get_close_matches(str(name), names, 3, 0.4)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(map(repr, names))}"
-    raise ValueError(f"unknown {what} {name!r}: {hint}")
+    hint = (
+        f'did you mean {" or ".join(map(repr, near))}?'
+        if near
+        else f'there are {", ".join(map(repr, names))}'
+    )
+    raise ValueError(f'unknown {what} {name!r}: {hint}')
 
 # %% ../nbs/30_data.ipynb #dbb32469
 @dataclass(frozen=True)
 class Dataset:
     "Images and their labels; `dataset[indices]` is the `Dataset` of those images"
-    images: Tensor # uint8, (n, channels, height, width)
-    labels: Tensor # int64, (n,)
-    def __len__(self): return len(self.labels)
-    def __getitem__(self, indices): return Dataset(self.images[indices], self.labels[indices])
-    def to(self, device): return Dataset(self.images.to(device), self.labels.to(device))
+
+    images: Tensor  # uint8, (n, channels, height, width)
+    labels: Tensor  # int64, (n,)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, indices):
+        return Dataset(self.images[indices], self.labels[indices])
+
+    def to(self, device):
+        return Dataset(self.images.to(device), self.labels.to(device))
 
 # %% ../nbs/30_data.ipynb #1e00ed64
 class Spec(NamedTuple):
     "What a set must look like"
-    counts: dict # images in each split
-    shape: tuple # (channels, height, width)
-    classes: int # labels run from 0 to classes - 1
+
+    counts: dict  # images in each split
+    shape: tuple  # (channels, height, width)
+    classes: int  # labels run from 0 to classes - 1
 
 # %% ../nbs/30_data.ipynb #69769d8b
-SETS = dict(cifar10=Spec(dict(train=50_000, test=10_000), (3, 32, 32), 10),
-            cifar100=Spec(dict(train=50_000, test=10_000), (3, 32, 32), 100),
-            fashion_mnist=Spec(dict(train=60_000, test=10_000), (1, 28, 28), 10))
+SETS = dict(
+    cifar10=Spec(dict(train=50_000, test=10_000), (3, 32, 32), 10),
+    cifar100=Spec(dict(train=50_000, test=10_000), (3, 32, 32), 100),
+    fashion_mnist=Spec(dict(train=60_000, test=10_000), (1, 28, 28), 10),
+)
 
 # %% ../nbs/30_data.ipynb #58f7ecdf
-def data_dir() -> Path: # `$LBYL_DATA`, or `~/.cache/lbyl_nb`
+def data_dir() -> Path:  # `$LBYL_DATA`, or `~/.cache/lbyl_nb`
     "The folder of the image sets"
-    return Path(os.environ.get("LBYL_DATA") or Path.home()/".cache/lbyl_nb").expanduser()
+    return Path(os.environ.get('LBYL_DATA') or Path.home() / '.cache/lbyl_nb').expanduser()
 
 # %% ../nbs/30_data.ipynb #6d2d874b
 def from_torchvision(
-    name: str, # a key of `SETS`
-    split: str, # 'train' or 'test'
-    raw: Path, # folder for the downloaded archives
-) -> tuple[np.ndarray, np.ndarray]: # images uint8 (n, h, w, c) or (n, h, w), labels (n,)
+    name: str,  # a key of `SETS`
+    split: str,  # 'train' or 'test'
+    raw: Path,  # folder for the downloaded archives
+) -> tuple[np.ndarray, np.ndarray]:  # images uint8 (n, h, w, c) or (n, h, w), labels (n,)
     "A split as torchvision downloads it"
     from torchvision import datasets
-    make = dict(cifar10=datasets.CIFAR10, cifar100=datasets.CIFAR100, fashion_mnist=datasets.FashionMNIST)[name]
-    d = make(raw, train=split == "train", download=True)
+
+    make = dict(
+        cifar10=datasets.CIFAR10, cifar100=datasets.CIFAR100, fashion_mnist=datasets.FashionMNIST
+    )[name]
+    d = make(raw, train=split == 'train', download=True)
     return np.asarray(d.data), np.asarray(d.targets)
 
 # %% ../nbs/30_data.ipynb #c3f9ce6a
 def prepare(
-    name: str, # a key of `SETS`
-    split: str, # 'train' or 'test'
-    download: Callable = from_torchvision, # (name, split, folder for archives) -> images, labels
-) -> Path: # the file, NAME_SPLIT.npz in `data_dir()`
+    name: str,  # a key of `SETS`
+    split: str,  # 'train' or 'test'
+    download: Callable = from_torchvision,  # (name, split, folder for archives) -> images, labels
+) -> Path:  # the file, NAME_SPLIT.npz in `data_dir()`
     """The `.npz` file of a split, made from `download` if it is not there yet
 
     `FileNotFoundError` if it cannot be had. Of several programs that want it, one downloads."""
-    known(split, SETS[known(name, SETS, "image set")].counts, "split")
-    path = data_dir()/f"{name}_{split}.npz"
-    if path.exists(): return path
-    print(f"{path} is not there: downloading {name}, once", file=sys.stderr)
+    known(split, SETS[known(name, SETS, 'image set')].counts, 'split')
+    path = data_dir() / f'{name}_{split}.npz'
+    if path.exists():
+        return path
+    print(f'{path} is not there: downloading {name}, once', file=sys.stderr)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(path.parent/name):                     # its splits come in one archive
-            if path.exists(): return path
-            images, labels = download(name, split, path.parent/"raw")
+        with locked(path.parent / name):  # its splits come in one archive
+            if path.exists():
+                return path
+            images, labels = download(name, split, path.parent / 'raw')
             with writing(path) as t:
-                np.savez_compressed(t, images=images.astype(np.uint8), labels=labels.astype(np.uint8))
+                np.savez_compressed(
+                    t, images=images.astype(np.uint8), labels=labels.astype(np.uint8)
+                )
     except (OSError, RuntimeError) as e:
-        raise FileNotFoundError(f"{path} is missing and {name} could not be downloaded ({e}); "
-                                "set LBYL_DATA to the folder that has it") from e
+        raise FileNotFoundError(
+            f'{path} is missing and {name} could not be downloaded ({e}); '
+            'set LBYL_DATA to the folder that has it'
+        ) from e
     return path
 
 # %% ../nbs/30_data.ipynb #357a525e
 def read_npz(
-    path: Path, # an `.npz` with arrays `images` and `labels`
-) -> tuple[np.ndarray, np.ndarray]: # images, labels as stored
+    path: Path,  # an `.npz` with arrays `images` and `labels`
+) -> tuple[np.ndarray, np.ndarray]:  # images, labels as stored
     "The two arrays of an image set; `ValueError` naming the file if it is damaged or lacks one"
     try:
         with np.load(path, allow_pickle=False) as z:
-            missing = {"images", "labels"} - set(z.files)
-            if not missing: return z["images"], z["labels"]
+            missing = {'images', 'labels'} - set(z.files)
+            if not missing:
+                return z['images'], z['labels']
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, AttributeError, TypeError) as e:
-        raise ValueError(f"{path} is not a whole .npz file of arrays ({e}); delete it to have it made again") from e
-    raise ValueError(f"{path} has no array {' and no array '.join(sorted(missing))}")
+        raise ValueError(
+            f'{path} is not a whole .npz file of arrays ({e}); delete it to have it made again'
+        ) from e
+    raise ValueError(f'{path} has no array {" and no array ".join(sorted(missing))}')
 
 # %% ../nbs/30_data.ipynb #ba8e4d15
 def check_arrays(
-    images: np.ndarray, # (n, h, w, c), or (n, h, w) for one channel
-    labels: np.ndarray, # (n,)
-    spec: Spec, # what the set looks like
-    split: str, # 'train' or 'test'
-    path: Path, # for the message
+    images: np.ndarray,  # (n, h, w, c), or (n, h, w) for one channel
+    labels: np.ndarray,  # (n,)
+    spec: Spec,  # what the set looks like
+    split: str,  # 'train' or 'test'
+    path: Path,  # for the message
 ):
     "`ValueError` naming the file unless the arrays have the type, number, shape and labels of the set"
     (c, h, w), n = spec.shape, spec.counts[split]
     shape = (n, h, w, c) if c > 1 else (n, h, w)
-    if images.dtype != np.uint8: raise ValueError(f"{path}: images are {images.dtype}, not uint8")
-    if images.shape != shape: raise ValueError(f"{path}: images have shape {images.shape}, not {shape}")
-    if labels.shape != (n,) or labels.dtype.kind not in "iu": raise ValueError(f"{path}: labels are {labels.dtype} {labels.shape}, not {n} integers")
-    if labels.min() < 0 or labels.max() >= spec.classes: raise ValueError(f"{path}: labels outside 0..{spec.classes - 1}")
+    if images.dtype != np.uint8:
+        raise ValueError(f'{path}: images are {images.dtype}, not uint8')
+    if images.shape != shape:
+        raise ValueError(f'{path}: images have shape {images.shape}, not {shape}')
+    if labels.shape != (n,) or labels.dtype.kind not in 'iu':
+        raise ValueError(f'{path}: labels are {labels.dtype} {labels.shape}, not {n} integers')
+    if labels.min() < 0 or labels.max() >= spec.classes:
+        raise ValueError(f'{path}: labels outside 0..{spec.classes - 1}')
 
 # %% ../nbs/30_data.ipynb #a7eb2022
 def load(
-    name: str, # 'cifar10', 'cifar100' or 'fashion_mnist'
-    split: str, # 'train' or 'test'
-) -> Dataset: # images (n, channels, height, width), labels (n,), in the order of the file
+    name: str,  # 'cifar10', 'cifar100' or 'fashion_mnist'
+    split: str,  # 'train' or 'test'
+) -> Dataset:  # images (n, channels, height, width), labels (n,), in the order of the file
     "A split of an image set, downloaded where `data_dir()` lacks it; `ValueError` if its file is damaged"
     path = prepare(name, split)
     images, labels = read_npz(path)
     check_arrays(images, labels, SETS[name], split, path)
-    images = torch.from_numpy(images).unflatten(-1, (-1, SETS[name].shape[0])) if images.ndim == 3 else torch.from_numpy(images)
-    return Dataset(images.permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels.astype(np.int64)))
+    images = (
+        torch.from_numpy(images).unflatten(-1, (-1, SETS[name].shape[0]))
+        if images.ndim == 3
+        else torch.from_numpy(images)
+    )
+    return Dataset(
+        images.permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels.astype(np.int64))
+    )
 
 # %% ../nbs/30_data.ipynb #13f15287
-def digits() -> tuple[Dataset, Dataset]: # 1,297 training and 500 test images, (n, 1, 8, 8)
+def digits() -> tuple[Dataset, Dataset]:  # 1,297 training and 500 test images, (n, 1, 8, 8)
     "scikit-learn's handwritten digits, always split in the same way"
     from sklearn.datasets import load_digits
+
     d = load_digits()
-    images = torch.from_numpy(d.images*255/16).round().to(torch.uint8)[:, None]
+    images = torch.from_numpy(d.images * 255 / 16).round().to(torch.uint8)[:, None]
     every = Dataset(images, torch.from_numpy(d.target.astype(np.int64)))
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(every)))
     return every[order[500:]], every[order[:500]]
 
 # %% ../nbs/30_data.ipynb #cf10e07c
 def subset(
-    dataset: Dataset, # from which to draw
-    n: int, # how many images, without repetition
-    seed: int = 0, # decides which
-) -> Dataset: # n images in random order
+    dataset: Dataset,  # from which to draw
+    n: int,  # how many images, without repetition
+    seed: int = 0,  # decides which
+) -> Dataset:  # n images in random order
     "`n` images drawn at random; `ValueError` if there are fewer"
-    if not 0 <= n <= len(dataset): raise ValueError(f"n: cannot draw {n} of {len(dataset)} images")
-    return dataset[torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:n].to(dataset.labels.device)]
+    if not 0 <= n <= len(dataset):
+        raise ValueError(f'n: cannot draw {n} of {len(dataset)} images')
+    return dataset[
+        torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:n].to(
+            dataset.labels.device
+        )
+    ]
 
 # %% ../nbs/30_data.ipynb #b74b607d
 class Stats(NamedTuple):
     "Mean and deviation of pixels scaled to 0…1, one number a channel (or one for all)"
+
     mean: tuple
     std: tuple
 
 # %% ../nbs/30_data.ipynb #50a305ba
-STATS = dict(imagenet=Stats((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-             cifar10=Stats((0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784)),
-             cifar100=Stats((0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047)),
-             fashion_mnist=Stats((0.2860406,), (0.35302424,)),
-             half=Stats((0.5,), (0.5,)))
+STATS = dict(
+    imagenet=Stats((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    cifar10=Stats((0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784)),
+    cifar100=Stats((0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047)),
+    fashion_mnist=Stats((0.2860406,), (0.35302424,)),
+    half=Stats((0.5,), (0.5,)),
+)
 
 # %% ../nbs/30_data.ipynb #93c72cf2
 def normalise(
-    images: Tensor, # uint8, (n, channels, height, width)
-    mean: tuple = (0.5,), # of pixels / 255, one number a channel or one for all
-    std: tuple = (0.5,), # likewise
-) -> Tensor: # float32, same shape and device
+    images: Tensor,  # uint8, (n, channels, height, width)
+    mean: tuple = (0.5,),  # of pixels / 255, one number a channel or one for all
+    std: tuple = (0.5,),  # likewise
+) -> Tensor:  # float32, same shape and device
     "`(images / 255 - mean) / std`, channel by channel; `TypeError` if the images are not bytes"
-    if images.dtype != torch.uint8: raise TypeError(f"images: {images.dtype}, not torch.uint8 (normalised already?)")
+    if images.dtype != torch.uint8:
+        raise TypeError(f'images: {images.dtype}, not torch.uint8 (normalised already?)')
     if not all(len(v) in (1, images.shape[1]) for v in (mean, std)):
-        raise ValueError(f"mean, std: {len(mean)} and {len(std)} numbers for {images.shape[1]} channels")
-    mean, std = (torch.tensor(v, dtype=torch.float32, device=images.device)[:, None, None] for v in (mean, std))
-    return (images.float()/255 - mean)/std
+        raise ValueError(
+            f'mean, std: {len(mean)} and {len(std)} numbers for {images.shape[1]} channels'
+        )
+    mean, std = (
+        torch.tensor(v, dtype=torch.float32, device=images.device)[:, None, None]
+        for v in (mean, std)
+    )
+    return (images.float() / 255 - mean) / std
 
 # %% ../nbs/30_data.ipynb #eac939d0
 def crop_flip(
-    x: Tensor, # images, (n, channels, height, width)
-    pad: int = 4, # shift by up to so many pixels in each direction; zeros come in
-) -> Tensor: # of the same shape
+    x: Tensor,  # images, (n, channels, height, width)
+    pad: int = 4,  # shift by up to so many pixels in each direction; zeros come in
+) -> Tensor:  # of the same shape
     "Images shifted and reflected at random, each by itself: the usual augmentation for CIFAR"
     n, _, h, w = x.shape
-    dy, dx = torch.randint(0, 2*pad + 1, (2, n, 1), device=x.device)
+    dy, dx = torch.randint(0, 2 * pad + 1, (2, n, 1), device=x.device)
     rows, columns = dy + torch.arange(h, device=x.device), dx + torch.arange(w, device=x.device)
-    columns = torch.where(torch.rand(n, 1, device=x.device) < .5, columns, columns.flip(1))
+    columns = torch.where(torch.rand(n, 1, device=x.device) < 0.5, columns, columns.flip(1))
     x = torch.nn.functional.pad(x, (pad, pad, pad, pad))
-    return x[torch.arange(n, device=x.device)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return x[
+        torch.arange(n, device=x.device)[:, None, None], :, rows[:, :, None], columns[:, None, :]
+    ].permute(0, 3, 1, 2)

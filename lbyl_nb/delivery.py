@@ -8,38 +8,43 @@ __all__ = ['split', 'removed', 'pruning_matrix', 'delivery_matrix', 'deliver', '
 # %% ../nbs/01_delivery.ipynb #d50ae4c3
 from collections.abc import Sequence
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 # %% ../nbs/01_delivery.ipynb #790f124c
 def split(
-    keep: Sequence[int] | Tensor, # indices of the kept channels, each once, in any order
-    m: int,                       # number of channels
-) -> tuple[Tensor, Tensor]:       # `K` as given, (t,), and `R` ascending, (m - t,)
+    keep: Sequence[int] | Tensor,  # indices of the kept channels, each once, in any order
+    m: int,  # number of channels
+) -> tuple[Tensor, Tensor]:  # `K` as given, (t,), and `R` ascending, (m - t,)
     "Kept and removed channels as index tensors. TypeError if `keep` holds no integers, ValueError if empty, repeated or outside `range(m)`."
     K = torch.as_tensor(keep, device='cpu')
-    if K.ndim != 1 or not K.numel(): raise ValueError(f'keep must list at least one channel, got shape {tuple(K.shape)}')
-    if K.is_floating_point() or K.dtype == torch.bool: raise TypeError(f'keep must hold channel indices, got {K.dtype}')
+    if K.ndim != 1 or not K.numel():
+        raise ValueError(f'keep must list at least one channel, got shape {tuple(K.shape)}')
+    if K.is_floating_point() or K.dtype == torch.bool:
+        raise TypeError(f'keep must hold channel indices, got {K.dtype}')
     K, gone = K.long(), torch.ones(m, dtype=torch.bool)
-    if K.min() < 0 or K.max() >= m: raise ValueError(f'keep has indices outside 0..{m-1}: {K[(K < 0) | (K >= m)].tolist()}')
+    if K.min() < 0 or K.max() >= m:
+        raise ValueError(f'keep has indices outside 0..{m - 1}: {K[(K < 0) | (K >= m)].tolist()}')
     gone[K] = False
-    if len(K) + gone.sum() != m: raise ValueError(f'keep has repeated indices: {K.tolist()}')
+    if len(K) + gone.sum() != m:
+        raise ValueError(f'keep has repeated indices: {K.tolist()}')
     return K, gone.nonzero().flatten()
 
 # %% ../nbs/01_delivery.ipynb #f4451ea6
 def removed(
-    keep: Sequence[int] | Tensor, # indices of the kept channels
-    m: int,                       # number of channels
-) -> Tensor:                      # indices of the removed channels, ascending, (m - t,)
+    keep: Sequence[int] | Tensor,  # indices of the kept channels
+    m: int,  # number of channels
+) -> Tensor:  # indices of the removed channels, ascending, (m - t,)
     "The channels of `range(m)` that are not in `keep`. Raises as `split` does."
     return split(keep, m)[1]
 
 # %% ../nbs/01_delivery.ipynb #77c76b33
 def pruning_matrix(
-    keep: Sequence[int] | Tensor,     # indices of the t kept channels
-    m: int,                           # number of channels
-    dtype: torch.dtype | None = None, # of the matrix; None: torch's default
-) -> Tensor:                          # (m, t)
+    keep: Sequence[int] | Tensor,  # indices of the t kept channels
+    m: int,  # number of channels
+    dtype: torch.dtype | None = None,  # of the matrix; None: torch's default
+) -> Tensor:  # (m, t)
     "Columns of the identity: row `keep[i]` is the i-th unit vector, rows of removed channels are zero. Raises as `split` does."
     K, _ = split(keep, m)
     return torch.eye(m, dtype=dtype)[:, K]
@@ -47,14 +52,15 @@ def pruning_matrix(
 # %% ../nbs/01_delivery.ipynb #199de945
 def _coefficients(S, K, R):
     "`S` if it has a row for every removed and a column for every kept channel, else ValueError."
-    if S.shape != (len(R), len(K)): raise ValueError(f'S must be ({len(R)}, {len(K)}), removed x kept, got {tuple(S.shape)}')
+    if S.shape != (len(R), len(K)):
+        raise ValueError(f'S must be ({len(R)}, {len(K)}), removed x kept, got {tuple(S.shape)}')
     return S
 
 # %% ../nbs/01_delivery.ipynb #c8bd624b
 def delivery_matrix(
-    S: Tensor,                    # row j: how much each kept channel carries of removed channel j, (m - t, t)
-    keep: Sequence[int] | Tensor, # indices of the t kept channels
-) -> Tensor:                      # (m, t)
+    S: Tensor,  # row j: how much each kept channel carries of removed channel j, (m - t, t)
+    keep: Sequence[int] | Tensor,  # indices of the t kept channels
+) -> Tensor:  # (m, t)
     "The pruning matrix with rows of `S` for removed channels (LBYL, arXiv 2502.08474). ValueError if `S` and `keep` do not fit."
     K, R = split(keep, sum(S.shape))
     D = pruning_matrix(keep, sum(S.shape), S.dtype).to(S.device)
@@ -63,37 +69,45 @@ def delivery_matrix(
 
 # %% ../nbs/01_delivery.ipynb #cc4fea2a
 def deliver(
-    V: Tensor,                    # weight of the consumer, (o, m, ...)
-    S: Tensor,                    # coefficients, (m - t, t)
-    keep: Sequence[int] | Tensor, # indices of the t kept channels
-) -> Tensor:                      # weight of the consumer that reads kept channels only, (o, t, ...), dtype of `V`
+    V: Tensor,  # weight of the consumer, (o, m, ...)
+    S: Tensor,  # coefficients, (m - t, t)
+    keep: Sequence[int] | Tensor,  # indices of the t kept channels
+) -> Tensor:  # weight of the consumer that reads kept channels only, (o, t, ...), dtype of `V`
     "The consumer absorbs the delivery matrix along its input channels: `V[:, K] + V[:, R] S`. ValueError if shapes do not fit."
     K, R = split(keep, V.shape[1])
     S = _coefficients(S, K, R).to(torch.promote_types(V.dtype, S.dtype))
-    if not S.any(): return V[:, K]
+    if not S.any():
+        return V[:, K]
     return (V[:, K] + torch.einsum('or...,rk->ok...', V[:, R].to(S.dtype), S)).to(V.dtype)
 
 # %% ../nbs/01_delivery.ipynb #11a904ca
 @dataclass
 class Delivery:
     "How removed channels are carried: behind the activation, removed channel j ~ `sum_k S[j, k] * channel k + shift[j]`."
-    S: Tensor      # coefficients, (m - t, t)
+
+    S: Tensor  # coefficients, (m - t, t)
     shift: Tensor  # constants, (m - t,)
 
     def __post_init__(self):
-        if self.shift.shape != self.S.shape[:1]: raise ValueError(f'shift must be ({len(self.S)},), got {tuple(self.shift.shape)}')
+        if self.shift.shape != self.S.shape[:1]:
+            raise ValueError(f'shift must be ({len(self.S)},), got {tuple(self.shift.shape)}')
 
     @classmethod
     def nothing(cls, m: int, t: int, dtype=None, device=None):
         "Nothing is carried (pruning alone): `t` of `m` channels kept, coefficients and constants zero."
-        return cls(torch.zeros(m - t, t, dtype=dtype, device=device), torch.zeros(m - t, dtype=dtype, device=device))
+        return cls(
+            torch.zeros(m - t, t, dtype=dtype, device=device),
+            torch.zeros(m - t, dtype=dtype, device=device),
+        )
 
     def absorb(
         self,
-        V: Tensor,                    # weight of the consumer, (o, m, ...)
-        keep: Sequence[int] | Tensor, # indices of the t kept channels
-    ) -> tuple[Tensor, Tensor]:       # weight (o, t, ...) and what to add to the consumer's bias (o,), dtype of `V`
+        V: Tensor,  # weight of the consumer, (o, m, ...)
+        keep: Sequence[int] | Tensor,  # indices of the t kept channels
+    ) -> tuple[
+        Tensor, Tensor
+    ]:  # weight (o, t, ...) and what to add to the consumer's bias (o,), dtype of `V`
         "The consumer's weight by `deliver`, and the constants summed over removed channels and taps. Raises as `deliver` does."
         weight, dtype = deliver(V, self.S, keep), torch.promote_types(V.dtype, self.shift.dtype)
-        taps = V[:, removed(keep, V.shape[1]), ..., None].to(dtype).flatten(2).sum(2)    # (o, m - t)
+        taps = V[:, removed(keep, V.shape[1]), ..., None].to(dtype).flatten(2).sum(2)  # (o, m - t)
         return weight, (taps @ self.shift.to(dtype)).to(V.dtype)

@@ -14,82 +14,105 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .probe import (
-    calibration, call, map_samples, map_tensors, random_args, random_like, samples,
-    spans, statistics_of)
+from lbyl_nb.probe import (
+    calibration,
+    call,
+    map_samples,
+    map_tensors,
+    random_args,
+    random_like,
+    samples,
+    spans,
+    statistics_of,
+)
 
 # %% ../nbs/06_distilled.ipynb #06cb4bb9
 def divergence(
-    x: Tensor,        # what a batch norm reads, (n, m, ...)
+    x: Tensor,  # what a batch norm reads, (n, m, ...)
     norm: nn.Module,  # the batch norm
-) -> Tensor:          # mean over channels
+) -> Tensor:  # mean over channels
     "Kullback–Leibler divergence of the Gaussian that a batch norm sees from the one stored in it."
     dims = [d for d in range(x.ndim) if d != 1]
     stored = norm.running_var + norm.eps
     ratio = (x.var(dims, correction=0) + norm.eps) / stored
-    return .5 * (ratio - 1 - ratio.log() + (x.mean(dims) - norm.running_mean)**2 / stored).mean()
+    return 0.5 * (ratio - 1 - ratio.log() + (x.mean(dims) - norm.running_mean) ** 2 / stored).mean()
 
 # %% ../nbs/06_distilled.ipynb #86b96386
 @contextmanager
 def divergences(model):
     "Inside the block, every forward pass puts the divergence of each batch norm into the list that is given. ValueError if there is none."
     out, norms = [], statistics_of(model)
-    if not norms: raise ValueError(f'{type(model).__name__} has no batch norm with running statistics, so probes cannot be distilled; use noise() or calibration(images)')
-    hooks = [m.register_forward_pre_hook(lambda m, inputs: out.append(divergence(inputs[0], m))) for m in norms]
-    try: yield out
+    if not norms:
+        raise ValueError(
+            f'{type(model).__name__} has no batch norm with running statistics, so probes cannot be distilled; use noise() or calibration(images)'
+        )
+    hooks = [
+        m.register_forward_pre_hook(lambda m, inputs: out.append(divergence(inputs[0], m)))
+        for m in norms
+    ]
+    try:
+        yield out
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
 
 # %% ../nbs/06_distilled.ipynb #15bdf8aa
 def total_variation(x: Tensor) -> Tensor:
     "Mean absolute difference of neighbouring pixels; zero for anything but (n, channels, height, width)."
-    if x.ndim != 4: return x.new_zeros(())
+    if x.ndim != 4:
+        return x.new_zeros(())
     return sum((x.diff(dim=d).abs().mean() for d in (2, 3) if x.shape[d] > 1), x.new_zeros(()))
 
 # %% ../nbs/06_distilled.ipynb #d52b3cdc
 def dead_leaves(
-    shape: tuple,               # (n, channels, height, width)
-    generator: torch.Generator, # on the CPU
-    discs: int = 60,            # that fall on each image
-) -> Tensor:                    # colours of mean zero, deviation one
+    shape: tuple,  # (n, channels, height, width)
+    generator: torch.Generator,  # on the CPU
+    discs: int = 60,  # that fall on each image
+) -> Tensor:  # colours of mean zero, deviation one
     "Images of discs that cover each other; large ones are rare, with density falling as the square of the radius."
     n, channels, h, w = shape
     rand, x = lambda: torch.rand(n, 1, 1, 1, generator=generator), torch.zeros(shape)
     for _ in range(discs):
-        r, y0, x0 = max(h, w) / 16 / rand().clamp(min=.06), h * rand(), w * rand()
-        inside = (torch.arange(float(h))[:, None] - y0)**2 + (torch.arange(float(w)) - x0)**2 < r**2
+        r, y0, x0 = max(h, w) / 16 / rand().clamp(min=0.06), h * rand(), w * rand()
+        inside = (torch.arange(float(h))[:, None] - y0) ** 2 + (
+            torch.arange(float(w)) - x0
+        ) ** 2 < r**2
         x = torch.where(inside, torch.randn(n, channels, 1, 1, generator=generator), x)
     return x
 
 # %% ../nbs/06_distilled.ipynb #7adc8d23
 def start_like(
-    v: Tensor,                  # one sample or more, for shape, dtype and device
-    n: int,                     # how many samples
-    generator: torch.Generator, # on the CPU
-    tables=(),                  # (integers) where they are looked up, as in `random_like`
-) -> Tensor:                    # (n, *v.shape[1:])
+    v: Tensor,  # one sample or more, for shape, dtype and device
+    n: int,  # how many samples
+    generator: torch.Generator,  # on the CPU
+    tables=(),  # (integers) where they are looked up, as in `random_like`
+) -> Tensor:  # (n, *v.shape[1:])
     "Dead leaves in place of an image, noise in place of anything else."
     image = v.ndim == 4 and v.is_floating_point() and min(v.shape[-2:]) > 1
-    if image: return dead_leaves((n, *v.shape[1:]), generator).to(v)
-    return random_like(v, n, 0., generator, tables)
+    if image:
+        return dead_leaves((n, *v.shape[1:]), generator).to(v)
+    return random_like(v, n, 0.0, generator, tables)
 
 # %% ../nbs/06_distilled.ipynb #c82e2eea
 def distil(
-    model: nn.Module,       # with batch norms; not changed
-    args,                   # where to start: arguments of its forward, n samples; not changed
-    steps: int = 40,        # of Adam
-    lr: float = .08,        # first step size, in units of normalised inputs
-    smooth: float = 1e-3,   # weight of the total variation
-    log: list | None = None,# (step, loss) is appended to it
-) -> tuple | dict:          # the same arguments, optimised
+    model: nn.Module,  # with batch norms; not changed
+    args,  # where to start: arguments of its forward, n samples; not changed
+    steps: int = 40,  # of Adam
+    lr: float = 0.08,  # first step size, in units of normalised inputs
+    smooth: float = 1e-3,  # weight of the total variation
+    log: list | None = None,  # (step, loss) is appended to it
+) -> tuple | dict:  # the same arguments, optimised
     """Probes optimised until batch norms see their stored statistics.
 
     ValueError without batch norms, or without samples that are floating-point."""
     net, free = copy.deepcopy(model).eval().requires_grad_(False), []
+
     def leaf(v):
-        if not v.is_floating_point(): return v
+        if not v.is_floating_point():
+            return v
         free.append(v.detach().clone().requires_grad_())
         return free[-1]
+
     args = map_samples(args, leaf)
     if not free:
         raise ValueError('example_inputs: none is floating-point, so there is nothing to distil')
@@ -106,7 +129,8 @@ def distil(
             opt.step()
             cosine.step()
             bar.set_postfix(loss=f'{loss.item():.4f}', refresh=False)
-            if log is not None: log.append((step, loss.item()))
+            if log is not None:
+                log.append((step, loss.item()))
     return map_tensors(args, torch.detach)
 
 # %% ../nbs/06_distilled.ipynb #0be5a7c3
@@ -117,18 +141,21 @@ def joined(parts):
 
 # %% ../nbs/06_distilled.ipynb #7239a0c7
 def distilled(
-    n: int = 256,           # how many probes
-    seed: int = 0,          # of the images they start from
-    steps: int = 40,        # of Adam
+    n: int = 256,  # how many probes
+    seed: int = 0,  # of the images they start from
+    steps: int = 40,  # of Adam
     reflect: bool = False,  # use each probe also mirrored left to right
-    batch: int = 128,       # matched at a time, at most; an even number
-) -> Callable:              # (model, args) -> Probes
+    batch: int = 128,  # matched at a time, at most; an even number
+) -> Callable:  # (model, args) -> Probes
     "A source of distilled probes: data-free, for networks with batch norms. ValueError for n < 2."
-    if n < 2: raise ValueError(f'n: statistics need at least 2 probes, got {n}')
+    if n < 2:
+        raise ValueError(f'n: statistics need at least 2 probes, got {n}')
+
     def source(model, args):
         gen, parts = torch.Generator().manual_seed(seed), []
         for start, end in spans(n, batch):
             draw = lambda v, tables: start_like(v, end - start, gen, tables)
             parts.append(distil(model, random_args(model, args, draw), steps))
         return calibration(joined(parts), reflect)(model, args)
+
     return source

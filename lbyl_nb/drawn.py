@@ -18,7 +18,12 @@ from .trace import Traced
 # %% ../nbs/18_any_network.ipynb #d281a053
 def _labels(net, groups):
     "Names of layers in the order of their calls, with channels, or units and their size, beneath."
-    units = {k: f'{g.units} × {g.channels // g.units}' for g in groups if g.units < g.channels for k in g.producers}
+    units = {
+        k: f'{g.units} × {g.channels // g.units}'
+        for g in groups
+        if g.units < g.channels
+        for k in g.producers
+    }
     return [f'{k}\n{units.get(k, width(net.model.get_submodule(k)))}' for k in net.calls]
 
 # %% ../nbs/18_any_network.ipynb #68827900
@@ -29,23 +34,43 @@ def _reads(g):
 
 # %% ../nbs/18_any_network.ipynb #2b607166
 def draw_groups(
-    net: Traced,             # from `trace`
-    groups: list,            # of it, from `find_groups`
-    ax: Axes | None = None,  # where to draw; if None a new figure, fit for a dozen layers with short names
+    net: Traced,  # from `trace`
+    groups: list,  # of it, from `find_groups`
+    ax: Axes
+    | None = None,  # where to draw; if None a new figure, fit for a dozen layers with short names
 ) -> Axes:
     "Layers in the order of their calls; above them who reads whose channels, below them who shares channels; grey is left alone."
-    at, palette, t = {k: i for i, k in enumerate(net.calls)}, cycle(plt.get_cmap('Dark2').colors[:7]), np.linspace(0, np.pi)
-    ax, colour = ax or plt.subplots(figsize=(.54 * len(at) + .8, 1.5))[1], dict.fromkeys(at, '.7')
-    def curve(i, j, side, style): ax.plot((i + j - (j - i) * np.cos(t)) / 2, side * ((j - i) / len(at))**.5 * np.sin(t), style, color=c, lw=1.2)
+    at, palette, t = (
+        {k: i for i, k in enumerate(net.calls)},
+        cycle(plt.get_cmap('Dark2').colors[:7]),
+        np.linspace(0, np.pi),
+    )
+    ax, colour = ax or plt.subplots(figsize=(0.54 * len(at) + 0.8, 1.5))[1], dict.fromkeys(at, '.7')
+
+    def curve(i, j, side, style):
+        ax.plot(
+            (i + j - (j - i) * np.cos(t)) / 2,
+            side * ((j - i) / len(at)) ** 0.5 * np.sin(t),
+            style,
+            color=c,
+            lw=1.2,
+        )
+
     for g in groups:
         c = '.7' if g.reason else next(palette)
         same = [k for k in at if k in g.producers or k in dict(g.cut)]
         colour |= dict.fromkeys(same, c)
         for k, r in _reads(g):
-            if at[k] < at[r]: curve(at[k], at[r], 1, '-')
-        for k, l in pairwise(same): curve(at[k], at[l], -1, '--')
+            if at[k] < at[r]:
+                curve(at[k], at[r], 1, '-')
+        for k, l in pairwise(same):
+            curve(at[k], at[l], -1, '--')
     ax.scatter(at.values(), [0] * len(at), s=60, c=list(colour.values()), zorder=3)
-    ax.set_xlabel('layers as they are called, and their channels', fontsize=8); ax.set(xlim=(-.5, len(at) - .5), ylim=(-.75, 1))
-    ax.set_xticks(range(len(at)), _labels(net, groups), fontsize=8); ax.set_yticks([.5, -.4], ['is read by', 'shares with'], fontsize=8)
-    ax.grid(False); ax.tick_params(length=0); ax.spines[['left', 'bottom']].set_visible(False)
+    ax.set_xlabel('layers as they are called, and their channels', fontsize=8)
+    ax.set(xlim=(-0.5, len(at) - 0.5), ylim=(-0.75, 1))
+    ax.set_xticks(range(len(at)), _labels(net, groups), fontsize=8)
+    ax.set_yticks([0.5, -0.4], ['is read by', 'shares with'], fontsize=8)
+    ax.grid(False)
+    ax.tick_params(length=0)
+    ax.spines[['left', 'bottom']].set_visible(False)
     return ax

@@ -21,8 +21,12 @@ from .trace import LAYERS, first_calls, private_copy, trace
 # %% ../nbs/16_elsewhere.ipynb #ef6d8e4d
 def masks_of(model) -> dict:
     "{(name of a module, name of its parameter): the parameter's mask}, for `torch.nn.utils.prune`."
-    return {(name, k[:-5]): m._buffers[k] for name, m in model.named_modules() for k in m._buffers
-            if k.endswith('_mask') and f'{k[:-5]}_orig' in m._parameters}
+    return {
+        (name, k[:-5]): m._buffers[k]
+        for name, m in model.named_modules()
+        for k in m._buffers
+        if k.endswith('_mask') and f'{k[:-5]}_orig' in m._parameters
+    }
 
 # %% ../nbs/16_elsewhere.ipynb #2c9e7b16
 def kept_filters(layer, mask, name) -> list:
@@ -30,7 +34,8 @@ def kept_filters(layer, mask, name) -> list:
     rows = by_output(layer, mask).flatten(1)
     if not ((rows == 0).all(1) | (rows == 1).all(1)).all():
         raise ValueError(f'{name}: its mask removes parts of filters, not whole ones')
-    if not rows.any(): raise ValueError(f'{name}: its mask leaves no filter')
+    if not rows.any():
+        raise ValueError(f'{name}: its mask leaves no filter')
     return rows[:, 0].nonzero().flatten().tolist()
 
 # %% ../nbs/16_elsewhere.ipynb #2c9e7b17
@@ -38,7 +43,8 @@ def check_others(masks: dict, plan: dict):
     "ValueError naming a mask, as in `masks_of`, that removes what the plan does not."
     for (name, what), mask in masks.items():
         full, gone = f'{name}.{what}' if name else what, (mask != 1).nonzero().flatten().tolist()
-        if not gone or what == 'weight' and name in plan: continue
+        if not gone or what == 'weight' and name in plan:
+            continue
         if what != 'bias' or name not in plan:
             raise ValueError(f'{full}: its mask removes something else than filters of a layer')
         if both := sorted({*gone} & {*plan[name]}):
@@ -46,19 +52,22 @@ def check_others(masks: dict, plan: dict):
 
 # %% ../nbs/16_elsewhere.ipynb #2c9e7b14
 def from_masks(
-    model: nn.Module,   # with masks of `torch.nn.utils.prune`; not changed
-) -> tuple:             # the dense network without masks, and the plan {layer: kept channels}
+    model: nn.Module,  # with masks of `torch.nn.utils.prune`; not changed
+) -> tuple:  # the dense network without masks, and the plan {layer: kept channels}
     "What structured masks remove. ValueError naming a layer whose masks do not say which filters."
     masks, layers, plan = masks_of(model), dict(model.named_modules()), {}
     for (name, what), mask in masks.items():
         if what == 'weight' and isinstance(layers[name], LAYERS):
             plan[name] = kept_filters(layers[name], mask, name)
     check_others(masks, plan)
-    if not plan: raise ValueError(f'{type(model).__name__} has no mask on any weight')
+    if not plan:
+        raise ValueError(f'{type(model).__name__} has no mask on any weight')
     computed = [getattr(layers[name], what) for name, what in masks]
-    dense = copy.deepcopy(model, {id(v): v.detach() for v in computed})    # they can't be copied
-    for name, what in masks: unmask(dense.get_submodule(name), what)
+    dense = copy.deepcopy(model, {id(v): v.detach() for v in computed})  # they can't be copied
+    for name, what in masks:
+        unmask(dense.get_submodule(name), what)
     return dense, plan
+
 
 def unmask(module, what):
     "Take a mask away, in place, and leave the whole parameter."
@@ -71,70 +80,101 @@ def _signature(model, name, norm, columns=None):
     "(m, d) all that belongs to each channel of a layer: filters on some input columns, bias, batch norm."
     layer = model.get_submodule(name)
     W = by_output(layer).detach().double()
-    parts = [(W if columns is None else W[:, columns]).flatten(1)] + ([] if layer.bias is None else [layer.bias.detach().double()[:, None]])
+    parts = [(W if columns is None else W[:, columns]).flatten(1)] + (
+        [] if layer.bias is None else [layer.bias.detach().double()[:, None]]
+    )
     if norm:
         norm = model.get_submodule(norm)
-        parts += [v.detach().double()[:, None] for v in (norm.weight, norm.bias, norm.running_mean, norm.running_var) if v is not None]
+        parts += [
+            v.detach().double()[:, None]
+            for v in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+            if v is not None
+        ]
     return torch.cat(parts, 1)
 
 # %% ../nbs/16_elsewhere.ipynb #de8c6f58
 def _match(small: Tensor, dense: Tensor, name: str) -> list:
     "For each row of `small` the one equal row of `dense`; ValueError naming the layer otherwise."
-    if small.shape[1] != dense.shape[1]: raise ValueError(f'{name}: its filters have {small.shape[1]} entries, and {dense.shape[1]} were expected of it')
+    if small.shape[1] != dense.shape[1]:
+        raise ValueError(
+            f'{name}: its filters have {small.shape[1]} entries, and {dense.shape[1]} were expected of it'
+        )
     size = (small.norm(dim=1)[:, None] + dense.norm(dim=1)) / 2
-    same = torch.cdist(small, dense, compute_mode='donot_use_mm_for_euclid_dist') <= 1e-5 * size + 1e-7
-    if (same.sum(1) == 0).any(): raise ValueError(f'{name}: filter {(same.sum(1) == 0).nonzero()[0].item()} of the pruned network equals none of the dense one; was it trained since?')
-    if (same.sum(1) > 1).any(): raise ValueError(f'{name}: filter {(same.sum(1) > 1).nonzero()[0].item()} of the pruned network equals several of the dense one: {same[same.sum(1) > 1][0].nonzero().flatten().tolist()}')
+    same = (
+        torch.cdist(small, dense, compute_mode='donot_use_mm_for_euclid_dist') <= 1e-5 * size + 1e-7
+    )
+    if (same.sum(1) == 0).any():
+        raise ValueError(
+            f'{name}: filter {(same.sum(1) == 0).nonzero()[0].item()} of the pruned network equals none of the dense one; was it trained since?'
+        )
+    if (same.sum(1) > 1).any():
+        raise ValueError(
+            f'{name}: filter {(same.sum(1) > 1).nonzero()[0].item()} of the pruned network equals several of the dense one: {same[same.sum(1) > 1][0].nonzero().flatten().tolist()}'
+        )
     return same.double().argmax(1).tolist()
 
 # %% ../nbs/16_elsewhere.ipynb #8617f4f0
 def from_pruned(
-    dense: nn.Module,   # the network before
-    small: nn.Module,   # the same one after another tool removed channels; weights as they were
-    example_inputs,     # a tensor, tuple or dict that both accept
-) -> dict:              # the plan {layer: kept channels}
+    dense: nn.Module,  # the network before
+    small: nn.Module,  # the same one after another tool removed channels; weights as they were
+    example_inputs,  # a tensor, tuple or dict that both accept
+) -> dict:  # the plan {layer: kept channels}
     "Which channels a smaller network has kept, by matching filters. ValueError naming the layer where that is ambiguous or impossible."
     net, plan, lost = trace(dense, example_inputs), {}, {}
     groups = [g for g in find_groups(net, streams=True) if not g.reason]
     small = private_copy(small)
     for k in dict.fromkeys(k for g in groups for k, _ in g.cut):
-        if not _has(small, k) or type(small.get_submodule(k)) is not type(net.model.get_submodule(k)):
+        if not _has(small, k) or type(small.get_submodule(k)) is not type(
+            net.model.get_submodule(k)
+        ):
             raise ValueError(f'{k}: missing in the pruned network, or of another kind')
     for name in dict.fromkeys(g.producers[0] for g in groups):
         own = [g for g in groups if g.producers[0] == name]
         norm = next(b[0][1] for g in own for b in g.branches if b[0][0] == name)
         columns = torch.arange(by_output(net.model.get_submodule(name)).shape[1])
         columns = columns[~torch.isin(columns, torch.tensor(lost.get(name, [])))]
-        kept = sorted(_match(_signature(small, name, norm), _signature(net.model, name, norm, columns), name))
-        if len(kept) < len(by_output(net.model.get_submodule(name))): plan[name] = kept
+        kept = sorted(
+            _match(_signature(small, name, norm), _signature(net.model, name, norm, columns), name)
+        )
+        if len(kept) < len(by_output(net.model.get_submodule(name))):
+            plan[name] = kept
         for g in own:
             gone = ~torch.isin(dict(g.cut)[name], torch.tensor(kept)).all(1)
-            for c in g.consumers: lost[c.name] = lost.get(c.name, []) + c.columns[gone].flatten().tolist()
+            for c in g.consumers:
+                lost[c.name] = lost.get(c.name, []) + c.columns[gone].flatten().tolist()
     return plan
 
-def _has(model, name): return name in dict(model.named_modules())
+
+def _has(model, name):
+    return name in dict(model.named_modules())
 
 # %% ../nbs/16_elsewhere.ipynb #1c9338f6
 def _called_with(model, name, args):
     "Arguments of the first call of a submodule; ValueError if it is not called, or with arguments of both kinds."
     positional, named = first_calls(model, args).get(model.get_submodule(name), (None, None))
-    if positional is None: raise ValueError(f'{name}: not called when the model runs on example_inputs')
-    if positional and named: raise ValueError(f'{name}: called with positional and keyword arguments, of which only one kind can be given')
+    if positional is None:
+        raise ValueError(f'{name}: not called when the model runs on example_inputs')
+    if positional and named:
+        raise ValueError(
+            f'{name}: called with positional and keyword arguments, of which only one kind can be given'
+        )
     return named or positional
 
 # %% ../nbs/16_elsewhere.ipynb #d4c19058
 def restore_inside(
-    model: nn.Module,   # the whole model; not changed
-    name: str,          # of the part, as in `model.get_submodule`
-    example_inputs,     # of the whole model: a tensor, tuple or dict
-    **kwargs,           # `ratio` or `keep`, `criterion`, `restorer`, `streams`, `dtype`: as in `restore`; layer names are those inside the part
-) -> Restoration:       # its model is the whole one
+    model: nn.Module,  # the whole model; not changed
+    name: str,  # of the part, as in `model.get_submodule`
+    example_inputs,  # of the whole model: a tensor, tuple or dict
+    **kwargs,  # `ratio` or `keep`, `criterion`, `restorer`, `streams`, `dtype`: as in `restore`; layer names are those inside the part
+) -> Restoration:  # its model is the whole one
     "`restore` for a part of a model. ValueError where there is no such part or it is not called."
-    if not _has(model, name): raise ValueError(f'{type(model).__name__} has no part {name!r}')
+    if not _has(model, name):
+        raise ValueError(f'{type(model).__name__} has no part {name!r}')
     whole = copy.deepcopy(model)
     mode = {m: m.training for m in whole.modules()}
     args = _called_with(whole.eval(), name, as_args(example_inputs))
-    for m, training in mode.items(): m.training = training
+    for m, training in mode.items():
+        m.training = training
     part = restore(whole.get_submodule(name), args, **kwargs)
     parent, _, child = name.rpartition('.')
     setattr(whole.get_submodule(parent), child, part.model)

@@ -7,21 +7,24 @@ __all__ = ['bn_affine', 'residual', 'residual_squares', 'bn_error', 'activation_
 
 # %% ../nbs/02_errors.ipynb #3db7c241
 from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
 from .delivery import split
 
 # %% ../nbs/02_errors.ipynb #038e200a
 def bn_affine(
-    gamma: Tensor | None,       # scale, (m,); None: ones
-    beta: Tensor | None,        # offset, (m,); None: zeros
-    mean: Tensor,               # running mean, (m,)
-    var: Tensor,                # running variance, (m,)
-    eps: float = 0.,            # added to the variance
-    bias: Tensor | None = None, # bias of the layer before the batch norm, (m,)
-) -> tuple[Tensor, Tensor]:     # `a` and `b`, (m,) each
+    gamma: Tensor | None,  # scale, (m,); None: ones
+    beta: Tensor | None,  # offset, (m,); None: zeros
+    mean: Tensor,  # running mean, (m,)
+    var: Tensor,  # running variance, (m,)
+    eps: float = 0.0,  # added to the variance
+    bias: Tensor | None = None,  # bias of the layer before the batch norm, (m,)
+) -> tuple[Tensor, Tensor]:  # `a` and `b`, (m,) each
     "Batch norm in eval mode as scale and offset, `z = a * (W x) + b`. ValueError where `var + eps` is not positive."
-    if not (var + eps > 0).all(): raise ValueError('var + eps must be positive in every channel')
+    if not (var + eps > 0).all():
+        raise ValueError('var + eps must be positive in every channel')
     sigma = (var + eps).sqrt()
     a = 1 / sigma if gamma is None else gamma / sigma
     b = (0 if beta is None else beta) - a * (mean if bias is None else mean - bias)
@@ -31,25 +34,28 @@ def bn_affine(
 def _weights(a, S, K, R):
     "How much each kept filter counts in the residual of each removed one, (m - t, t)."
     ratio = a[K] / a[R, None]
-    return torch.where((S == 0) & ~ratio.isfinite(), 0., S * ratio)    # where a_j = 0, zero coefficients stay zero
+    return torch.where(
+        (S == 0) & ~ratio.isfinite(), 0.0, S * ratio
+    )  # where a_j = 0, zero coefficients stay zero
+
 
 def residual(
-    W: Tensor,                    # filters, (m, ...), flattened to rows of length d
-    a: Tensor,                    # scale, (m,)
-    S: Tensor,                    # coefficients, (m - t, t)
-    keep: Sequence[int] | Tensor, # indices of the t kept channels
-) -> Tensor:                      # r_j for every removed channel, (m - t, d)
+    W: Tensor,  # filters, (m, ...), flattened to rows of length d
+    a: Tensor,  # scale, (m,)
+    S: Tensor,  # coefficients, (m - t, t)
+    keep: Sequence[int] | Tensor,  # indices of the t kept channels
+) -> Tensor:  # r_j for every removed channel, (m - t, d)
     "What kept filters leave of each removed one: `r_j = W_j - sum_k s_k (a_k / a_j) W_k` (Lemma 1 of LBYL, arXiv 2502.08474)."
     (K, R), W = split(keep, len(W)), W.flatten(1)
     return W[R] - _weights(a, S, K, R) @ W[K]
 
 # %% ../nbs/02_errors.ipynb #5bd339d9
 def residual_squares(
-    G: Tensor,                    # products of the filters, (m, m)
-    a: Tensor,                    # scale, (m,)
-    S: Tensor,                    # coefficients, (m - t, t)
-    keep: Sequence[int] | Tensor, # indices of the t kept channels
-) -> Tensor:                      # (m - t,)
+    G: Tensor,  # products of the filters, (m, m)
+    a: Tensor,  # scale, (m,)
+    S: Tensor,  # coefficients, (m - t, t)
+    keep: Sequence[int] | Tensor,  # indices of the t kept channels
+) -> Tensor:  # (m - t,)
     "`||r_j||^2` of `residual`, from products of filters alone."
     K, R = split(keep, len(G))
     w = _weights(a, S, K, R)
@@ -57,34 +63,34 @@ def residual_squares(
 
 # %% ../nbs/02_errors.ipynb #62f600da
 def bn_error(
-    b: Tensor,                    # offset, (m,)
-    S: Tensor,                    # coefficients, (m - t, t)
-    keep: Sequence[int] | Tensor, # indices of the t kept channels
-) -> Tensor:                      # B_j for every removed channel, (m - t,)
+    b: Tensor,  # offset, (m,)
+    S: Tensor,  # coefficients, (m - t, t)
+    keep: Sequence[int] | Tensor,  # indices of the t kept channels
+) -> Tensor:  # B_j for every removed channel, (m - t,)
     "What kept offsets leave of each removed one: `B_j = b_j - sum_k s_k b_k` (Lemma 1 of LBYL, arXiv 2502.08474)."
     K, R = split(keep, len(b))
     return b[R] - S @ b[K]
 
 # %% ../nbs/02_errors.ipynb #24b940a8
 def activation_error(
-    z: Tensor,                    # what the activation sees, channels first, (m, n)
-    S: Tensor,                    # coefficients, (m - t, t)
-    keep: Sequence[int] | Tensor, # indices of the t kept channels
-) -> Tensor:                      # C_j for every removed channel and each of n inputs, (m - t, n)
+    z: Tensor,  # what the activation sees, channels first, (m, n)
+    S: Tensor,  # coefficients, (m - t, t)
+    keep: Sequence[int] | Tensor,  # indices of the t kept channels
+) -> Tensor:  # C_j for every removed channel and each of n inputs, (m - t, n)
     "What kept magnitudes leave of each removed one: `C_j = |z_j| - sum_k s_k |z_k|` (Theorem 1 of LBYL, arXiv 2502.08474)."
     K, R = split(keep, len(z))
     return z[R].abs() - S @ z[K].abs()
 
 # %% ../nbs/02_errors.ipynb #d30ddbf1
 def loss(
-    W: Tensor,                    # filters, (m, ...), flattened to rows
-    a: Tensor,                    # scale, (m,)
-    b: Tensor,                    # offset, (m,)
-    S: Tensor,                    # coefficients, (m - t, t)
-    keep: Sequence[int] | Tensor, # indices of the t kept channels
-    lam1: float,                  # weight of the batch-norm error, >= 0
-    lam2: float,                  # weight of the ridge, >= 0
-) -> Tensor:                      # L_j for every removed channel, (m - t,)
+    W: Tensor,  # filters, (m, ...), flattened to rows
+    a: Tensor,  # scale, (m,)
+    b: Tensor,  # offset, (m,)
+    S: Tensor,  # coefficients, (m - t, t)
+    keep: Sequence[int] | Tensor,  # indices of the t kept channels
+    lam1: float,  # weight of the batch-norm error, >= 0
+    lam2: float,  # weight of the ridge, >= 0
+) -> Tensor:  # L_j for every removed channel, (m - t,)
     "`||r_j||^2 + lam1 B_j^2 + lam2 ||s_j||^2`: residual error, batch-norm error, ridge (the loss of LBYL, arXiv 2502.08474)."
     RE, BE = residual(W, a, S, keep).square().sum(1), bn_error(b, S, keep).square()
     return RE + lam1 * BE + lam2 * S.square().sum(1)

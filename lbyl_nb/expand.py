@@ -23,70 +23,80 @@ from tqdm.auto import tqdm
 
 # %% ../nbs/20_expand.ipynb #0d87b047
 def width(
-    channels: int,   # of the compact layer
-    rate: float,     # how many times as many the factors have between them
-    name: str,       # of the layer, for the error
+    channels: int,  # of the compact layer
+    rate: float,  # how many times as many the factors have between them
+    name: str,  # of the layer, for the error
 ) -> int:
     "Channels between factors. ValueError if they are too few for an inverse, or without bound."
-    if not 1 <= rate < float('inf'): raise ValueError(f'{name}: no inverse exists at rate {rate} for {channels} channels; the least rate is 1')
+    if not 1 <= rate < float('inf'):
+        raise ValueError(
+            f'{name}: no inverse exists at rate {rate} for {channels} channels; the least rate is 1'
+        )
     return round(rate * channels)
 
 # %% ../nbs/20_expand.ipynb #7532de57
 def tall(
-    groups: int,                 # independent matrices
-    h: int,                      # rows
-    m: int,                      # columns, at most h
+    groups: int,  # independent matrices
+    h: int,  # rows
+    m: int,  # columns, at most h
     generator: torch.Generator,  # on the CPU
-    scale: float = 1.,           # 1: the expectation of A'A is the identity
-) -> Tensor:                     # (groups, h, m), float64
+    scale: float = 1.0,  # 1: the expectation of A'A is the identity
+) -> Tensor:  # (groups, h, m), float64
     "Normal matrices with more rows than columns."
-    return torch.randn(groups, h, m, generator=generator, dtype=torch.float64) * (scale / h**.5)
+    return torch.randn(groups, h, m, generator=generator, dtype=torch.float64) * (scale / h**0.5)
 
 # %% ../nbs/20_expand.ipynb #689a9a8c
 def left_inverse(
     A: Tensor,  # (..., h, m) of full column rank
-) -> Tensor:    # (..., m, h)
+) -> Tensor:  # (..., m, h)
     "The left inverse with least norm (Moore and Penrose's)."
     Q, R = torch.linalg.qr(A)
     return torch.linalg.solve_triangular(R, Q.mT, upper=True)
 
 # %% ../nbs/20_expand.ipynb #d6d59cee
 def per_group(
-    W: Tensor,    # a weight as torch stores it: (groups x out, in, taps...)
+    W: Tensor,  # a weight as torch stores it: (groups x out, in, taps...)
     groups: int,
-) -> Tensor:      # (groups, out, in, taps)
+) -> Tensor:  # (groups, out, in, taps)
     "A weight as matrices, one for each group and tap."
     return W.reshape(groups, W.shape[0] // groups, W.shape[1], prod(W.shape[2:]))
 
 # %% ../nbs/20_expand.ipynb #672a62c4
 def factorise(
-    W: Tensor,                   # weight of a convolution or linear layer
-    rate: float,                 # how many times as many channels the factors have between them
+    W: Tensor,  # weight of a convolution or linear layer
+    rate: float,  # how many times as many channels the factors have between them
     generator: torch.Generator,  # of the random factors
     *,
-    groups: int = 1,             # of the convolution
-    factors: int = 3,            # 2: the random one on the narrower side only
-    scale: float = 1.,           # of the random factors
-    name: str = 'layer',         # for errors
-) -> tuple:                      # W1, W2, W3 as weights, float64 on the CPU; W1 or W3 may be None
+    groups: int = 1,  # of the convolution
+    factors: int = 3,  # 2: the random one on the narrower side only
+    scale: float = 1.0,  # of the random factors
+    name: str = 'layer',  # for errors
+) -> tuple:  # W1, W2, W3 as weights, float64 on the CPU; W1 or W3 may be None
     "Linear factors whose product is `W` (arXiv 2204.11444): W1 and W3 random, W2 by their inverses. ValueError if the rate is under 1 or `W` isn't finite."
     W2 = per_group(W.detach().cpu().double(), groups)
-    if not W2.isfinite().all(): raise ValueError(f'{name}: its weight holds NaN or infinity')
+    if not W2.isfinite().all():
+        raise ValueError(f'{name}: its weight holds NaN or infinity')
     (_, n, m, _), shape = W2.shape, W.shape[2:]
     W1 = tall(groups, width(m, rate, name), m, generator, scale) if factors == 3 or m < n else None
-    W3 = tall(groups, width(n, rate, name), n, generator, scale).mT if factors == 3 or n <= m else None
-    if W1 is not None: W2 = torch.einsum('gnmk,gmb->gnbk', W2, left_inverse(W1))
-    if W3 is not None: W2 = torch.einsum('gan,gnbk->gabk', left_inverse(W3.mT).mT, W2)
+    W3 = (
+        tall(groups, width(n, rate, name), n, generator, scale).mT
+        if factors == 3 or n <= m
+        else None
+    )
+    if W1 is not None:
+        W2 = torch.einsum('gnmk,gmb->gnbk', W2, left_inverse(W1))
+    if W3 is not None:
+        W2 = torch.einsum('gan,gnbk->gabk', left_inverse(W3.mT).mT, W2)
     pointwise = lambda A: None if A is None else A.reshape(-1, A.shape[2], *[1] * len(shape))
     return pointwise(W1), W2.reshape(-1, W2.shape[2], *shape), pointwise(W3)
 
 # %% ../nbs/20_expand.ipynb #e8de9e79
 def contraction(
     first: Tensor | None,  # W1
-    middle: Tensor,        # W2
-    last: Tensor | None,   # W3
+    middle: Tensor,  # W2
+    last: Tensor | None,  # W3
     groups: int = 1,
-) -> tuple[int, int]:      # (W3 W2) W1 and W3 (W2 W1)
+) -> tuple[int, int]:  # (W3 W2) W1 and W3 (W2 W1)
     "Multiplications of both orders of contraction."
     _, h2, h1, taps = per_group(middle, groups).shape
     m = h1 if first is None else first.shape[1]
@@ -97,66 +107,90 @@ def contraction(
 # %% ../nbs/20_expand.ipynb #91115c4c
 def compose(
     first: Tensor | None,  # W1, (groups x h1, m, 1...)
-    middle: Tensor,        # W2, (groups x h2, h1, taps...)
-    last: Tensor | None,   # W3, (groups x n, h2, 1...)
+    middle: Tensor,  # W2, (groups x h2, h1, taps...)
+    last: Tensor | None,  # W3, (groups x n, h2, 1...)
     groups: int = 1,
-) -> Tensor:               # (groups x n, m, taps...)
+) -> Tensor:  # (groups x n, m, taps...)
     "The weight W3 W2 W1, for every group and tap, in the cheaper order."
-    into = lambda W: W if first is None else torch.einsum('gabk,gbm->gamk', W, per_group(first, groups)[..., 0])
-    out = lambda W: W if last is None else torch.einsum('gna,gabk->gnbk', per_group(last, groups)[..., 0], W)
-    W, (last_first, first_first) = per_group(middle, groups), contraction(first, middle, last, groups)
+    into = lambda W: (
+        W if first is None else torch.einsum('gabk,gbm->gamk', W, per_group(first, groups)[..., 0])
+    )
+    out = lambda W: (
+        W if last is None else torch.einsum('gna,gabk->gnbk', per_group(last, groups)[..., 0], W)
+    )
+    W, (last_first, first_first) = (
+        per_group(middle, groups),
+        contraction(first, middle, last, groups),
+    )
     W = into(out(W)) if last_first <= first_first else out(into(W))
-    return W.flatten().view(-1, W.shape[2], *middle.shape[2:])    # contiguous, with the strides of a new tensor
+    return W.flatten().view(
+        -1, W.shape[2], *middle.shape[2:]
+    )  # contiguous, with the strides of a new tensor
 
 # %% ../nbs/20_expand.ipynb #8991e240
-POINTWISE = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d, nn.Linear: lambda x, W, b=None, groups=1: F.linear(x, W, b)}    # what can be expanded
+POINTWISE = {
+    nn.Conv1d: F.conv1d,
+    nn.Conv2d: F.conv2d,
+    nn.Conv3d: F.conv3d,
+    nn.Linear: lambda x, W, b=None, groups=1: F.linear(x, W, b),
+}  # what can be expanded
 
 # %% ../nbs/20_expand.ipynb #6556051c
 def run(
-    layer: nn.Module,    # whose settings count: padding, stride, dilation, groups
-    x: Tensor,           # its input
-    W: Tensor,           # weight to use
-    b: Tensor | None,    # bias to use
+    layer: nn.Module,  # whose settings count: padding, stride, dilation, groups
+    x: Tensor,  # its input
+    W: Tensor,  # weight to use
+    b: Tensor | None,  # bias to use
 ) -> Tensor:
     "Output of a convolution or linear layer with another weight and bias."
     return F.linear(x, W, b) if isinstance(layer, nn.Linear) else layer._conv_forward(x, W, b)
 
 # %% ../nbs/20_expand.ipynb #0b170214
 def consecutive(
-    layer: nn.Module,       # the compact layer, for its settings
-    x: Tensor,              # its input
-    first: Tensor | None,   # W1
-    middle: Tensor,         # W2
-    last: Tensor | None,    # W3
+    layer: nn.Module,  # the compact layer, for its settings
+    x: Tensor,  # its input
+    first: Tensor | None,  # W1
+    middle: Tensor,  # W2
+    last: Tensor | None,  # W3
     bias: Tensor | None,
 ) -> Tensor:
     "The factors one after the other, as published; the middle one pads and strides."
     pointwise, groups = POINTWISE[type(layer)], getattr(layer, 'groups', 1)
-    if first is not None: x = pointwise(x, first, groups=groups)
-    if last is None: return run(layer, x, middle, bias)
+    if first is not None:
+        x = pointwise(x, first, groups=groups)
+    if last is None:
+        return run(layer, x, middle, bias)
     return pointwise(run(layer, x, middle, None), last, bias, groups=groups)
 
 # %% ../nbs/20_expand.ipynb #e84e6788
 def positions(
-    layer: nn.Module,        # convolution or linear layer
-    shape: torch.Size,       # of its input
-) -> tuple[int, int]:        # inputs and outputs
+    layer: nn.Module,  # convolution or linear layer
+    shape: torch.Size,  # of its input
+) -> tuple[int, int]:  # inputs and outputs
     "Positions, times samples, that a layer reads and gives."
-    if isinstance(layer, nn.Linear): return (n := prod(shape[:-1])), n
+    if isinstance(layer, nn.Linear):
+        return (n := prod(shape[:-1])), n
     dims = len(layer.kernel_size)
     reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size)]
-    pad = dict(same=reach, valid=[0] * dims)[layer.padding] if isinstance(layer.padding, str) else [2 * p for p in layer.padding]
+    pad = (
+        dict(same=reach, valid=[0] * dims)[layer.padding]
+        if isinstance(layer.padding, str)
+        else [2 * p for p in layer.padding]
+    )
     out = [(n + p - r - 1) // s + 1 for n, p, r, s in zip(shape[-dims:], pad, reach, layer.stride)]
-    samples = prod(shape[:-dims - 1])
+    samples = prod(shape[: -dims - 1])
     return samples * prod(shape[-dims:]), samples * prod(out)
 
 # %% ../nbs/20_expand.ipynb #76e0673c
 class Expanded(nn.Module):
     "A convolution or linear layer as a product of linear factors `last` x `middle` x `first`."
+
     def __init__(
         self,
-        layer: nn.Module,              # the compact layer
-        first: Tensor | None, middle: Tensor, last: Tensor | None,    # factors, as in `compose`
+        layer: nn.Module,  # the compact layer
+        first: Tensor | None,
+        middle: Tensor,
+        last: Tensor | None,  # factors, as in `compose`
         composed: bool | None = None,  # contract before use? None: if that is cheaper
     ):
         super().__init__()
@@ -169,14 +203,16 @@ class Expanded(nn.Module):
         self.bias, self.composed, self.groups = layer.bias, composed, getattr(layer, 'groups', 1)
         plain = copy.copy(layer)
         plain._parameters = dict.fromkeys(layer._parameters)
-        self.__dict__['plain'] = plain    # no submodule: nobody shall find a layer without weights
+        self.__dict__['plain'] = plain  # no submodule: nobody shall find a layer without weights
         self.train(layer.training)
 
     @property
-    def factors(self): return self.first, self.middle, self.last
+    def factors(self):
+        return self.first, self.middle, self.last
 
     @property
-    def dtype(self): return (self.middle if self.like is None else self.like).dtype
+    def dtype(self):
+        return (self.middle if self.like is None else self.like).dtype
 
     @property
     def weight(self):
@@ -186,8 +222,10 @@ class Expanded(nn.Module):
             return compose(*factors, self.groups).to(self.dtype)
 
     def forward(self, input):
-        if is_composed(self, input.shape): return run(self.plain, input, self.weight, self.bias)
-        if self.like is None: return consecutive(self.plain, input, *self.factors, self.bias)
+        if is_composed(self, input.shape):
+            return run(self.plain, input, self.weight, self.bias)
+        if self.like is None:
+            return consecutive(self.plain, input, *self.factors, self.bias)
         return in_wide(self, input)
 
     def extra_repr(self):
@@ -206,102 +244,150 @@ def in_wide(layer: Expanded, input: Tensor) -> Tensor:
 
 # %% ../nbs/20_expand.ipynb #c1040cbd
 def operations(
-    layer: Expanded,     # an expanded layer
-    shape: torch.Size,   # of its input
-) -> dict:               # compact, composed, consecutive
+    layer: Expanded,  # an expanded layer
+    shape: torch.Size,  # of its input
+) -> dict:  # compact, composed, consecutive
     "Multiplications of one forward pass in every form, biases aside."
     before, after = positions(layer.plain, shape)
     of, (first, middle, last) = lambda w: 0 if w is None else w.numel(), layer.factors
     n, m = len(middle if last is None else last), (middle if first is None else first).shape[1]
     compact = after * n * m * prod(middle.shape[2:])
-    return dict(compact=compact, composed=compact + min(contraction(first, middle, last, layer.groups)),
-                consecutive=before * of(first) + after * (of(middle) + of(last)))
+    return dict(
+        compact=compact,
+        composed=compact + min(contraction(first, middle, last, layer.groups)),
+        consecutive=before * of(first) + after * (of(middle) + of(last)),
+    )
 
 # %% ../nbs/20_expand.ipynb #08acf2b8
 def is_composed(layer: Expanded, shape: torch.Size) -> bool:
     "Is the weight contracted before use? As the layer's `composed` says; if None, where that takes fewer multiplications."
-    if layer.composed is not None: return layer.composed
+    if layer.composed is not None:
+        return layer.composed
     cost = operations(layer, shape)
     return cost['composed'] <= cost['consecutive']
 
 # %% ../nbs/20_expand.ipynb #e6bb9aa2
 def why_not(
     layer: nn.Module,
-) -> str:              # '' if it can be expanded
+) -> str:  # '' if it can be expanded
     "Why a layer is left alone."
-    if isinstance(layer, _ConvTransposeNd): return 'a transposed convolution, for which the method is not defined'
-    if parametrize.is_parametrized(layer): return 'parametrised: its weight is computed from others'
-    if type(layer) not in POINTWISE: return f'{type(layer).__name__} is a class of its own, which may use its weight in other ways'
-    if not isinstance(layer._parameters.get('weight'), nn.Parameter): return 'its weight is not a parameter but computed from others'
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks: return 'has hooks, which would be lost'
-    if not layer.weight.numel() or layer.weight.is_meta: return 'its weight has no values'
+    if isinstance(layer, _ConvTransposeNd):
+        return 'a transposed convolution, for which the method is not defined'
+    if parametrize.is_parametrized(layer):
+        return 'parametrised: its weight is computed from others'
+    if type(layer) not in POINTWISE:
+        return (
+            f'{type(layer).__name__} is a class of its own, which may use its weight in other ways'
+        )
+    if not isinstance(layer._parameters.get('weight'), nn.Parameter):
+        return 'its weight is not a parameter but computed from others'
+    if (
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+    ):
+        return 'has hooks, which would be lost'
+    if not layer.weight.numel() or layer.weight.is_meta:
+        return 'its weight has no values'
     return '' if layer.weight.is_floating_point() else f'its weight is {layer.weight.dtype}'
 
 # %% ../nbs/20_expand.ipynb #a927cf1c
 def expandable(
     model: nn.Module,
-) -> dict:              # name -> reason, '' for layers that can be expanded
+) -> dict:  # name -> reason, '' for layers that can be expanded
     "Every convolution and linear layer of a network, and why it is left alone by `expand`."
     place = lambda p: (p.device, p.data_ptr())
-    own = lambda m: [p for p in m._parameters.values() if p is not None and not nn.parameter.is_lazy(p)]
+    own = lambda m: [
+        p for p in m._parameters.values() if p is not None and not nn.parameter.is_lazy(p)
+    ]
     users = Counter(place(p) for m in model.modules() for p in own(m))
     shared = lambda m: any(users[place(p)] > 1 for p in own(m))
     layers = {k: m for k, m in model.named_modules() if isinstance(m, (_ConvNd, nn.Linear))}
-    return {k: why_not(m) or ('shares a parameter with another layer' if shared(m) else '') for k, m in layers.items()}
+    return {
+        k: why_not(m) or ('shares a parameter with another layer' if shared(m) else '')
+        for k, m in layers.items()
+    }
 
 # %% ../nbs/20_expand.ipynb #2224aeda
 def swap(model: nn.Module, new: dict) -> nn.Module:
     "Put modules in the place of others, everywhere, in place; returns the model, or what stands for it."
-    if model in new: return new[model]
+    if model in new:
+        return new[model]
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if child in new: parent._modules[name] = new[child]
+            if child in new:
+                parent._modules[name] = new[child]
     return model
 
 # %% ../nbs/20_expand.ipynb #f5fddfaf
 def choose(
     model: nn.Module,
-    layers: Callable | None,   # predicate (name, module), None for all
-) -> dict:                     # name -> layer
+    layers: Callable | None,  # predicate (name, module), None for all
+) -> dict:  # name -> layer
     "Layers to be expanded. ValueError if some are expanded already, or if there are none."
-    reasons, done = expandable(model), [k for k, m in model.named_modules() if isinstance(m, Expanded)]
-    if done: raise ValueError(f'{done[0] or "the model"}: expanded already; contract the model first')
-    chosen = {k: model.get_submodule(k) for k, reason in reasons.items() if not reason and (layers is None or layers(k, model.get_submodule(k)))}
-    if not chosen: raise ValueError(f'no layer to expand; of {len(reasons)} layers, left alone: { {k: r for k, r in reasons.items() if r} }')
+    reasons, done = (
+        expandable(model),
+        [k for k, m in model.named_modules() if isinstance(m, Expanded)],
+    )
+    if done:
+        raise ValueError(f'{done[0] or "the model"}: expanded already; contract the model first')
+    chosen = {
+        k: model.get_submodule(k)
+        for k, reason in reasons.items()
+        if not reason and (layers is None or layers(k, model.get_submodule(k)))
+    }
+    if not chosen:
+        raise ValueError(
+            f'no layer to expand; of {len(reasons)} layers, left alone: { {k: r for k, r in reasons.items() if r} }'
+        )
     return chosen
 
 # %% ../nbs/20_expand.ipynb #24fc1d87
 def expand(
-    model: nn.Module,                # the compact network, not changed
-    rate: float = 3,                 # of convolutions: channels between factors / channels; at least 1
+    model: nn.Module,  # the compact network, not changed
+    rate: float = 3,  # of convolutions: channels between factors / channels; at least 1
     *,
-    layers: Callable | None = None,  # predicate (name, module): which layers; None: every layer that can be expanded
-    linear_rate: float = 2,          # of linear layers
-    linear_factors: int = 2,         # 2 or 3
-    scale: float = 1.,               # of the random factors; 1: the middle factor's part of a step is as large as a plain step
-    seed: int = 0,                   # of the random factors
-    composed: bool | None = None,    # contract before use (True), run the factors one by one (False), or whichever is cheaper (None)
-) -> nn.Module:                      # a copy whose layers are `Expanded`
+    layers: Callable
+    | None = None,  # predicate (name, module): which layers; None: every layer that can be expanded
+    linear_rate: float = 2,  # of linear layers
+    linear_factors: int = 2,  # 2 or 3
+    scale: float = 1.0,  # of the random factors; 1: the middle factor's part of a step is as large as a plain step
+    seed: int = 0,  # of the random factors
+    composed: bool
+    | None = None,  # contract before use (True), run the factors one by one (False), or whichever is cheaper (None)
+) -> nn.Module:  # a copy whose layers are `Expanded`
     """Linear over-parameterization (arXiv 2204.11444): the same function with more parameters, to be trained and contracted.
 
     Layers that can't be expanded are left alone, see `expandable`. ValueError for a rate under 1, NaN in a weight, a model that is expanded already, or no layer."""
-    if linear_factors not in (2, 3): raise ValueError(f'linear_factors must be 2 or 3, got {linear_factors}')
-    if not 0 < scale < float('inf'): raise ValueError(f'scale must be a positive number, got {scale}')
+    if linear_factors not in (2, 3):
+        raise ValueError(f'linear_factors must be 2 or 3, got {linear_factors}')
+    if not 0 < scale < float('inf'):
+        raise ValueError(f'scale must be a positive number, got {scale}')
     net, generator, new = copy.deepcopy(model), torch.Generator().manual_seed(seed), {}
     for name, m in tqdm(choose(net, layers).items(), 'expanding', delay=2, leave=False):
         p, count = (linear_rate, linear_factors) if isinstance(m, nn.Linear) else (rate, 3)
-        factors = factorise(m.weight, p, generator, groups=getattr(m, 'groups', 1), factors=count, scale=scale, name=name or type(m).__name__)
+        factors = factorise(
+            m.weight,
+            p,
+            generator,
+            groups=getattr(m, 'groups', 1),
+            factors=count,
+            scale=scale,
+            name=name or type(m).__name__,
+        )
         new[m] = Expanded(m, *factors, composed)
     return swap(net, new)
 
 # %% ../nbs/20_expand.ipynb #3a391ea0
 def contracted(
     e: Expanded,
-) -> nn.Module:   # of the original class
+) -> nn.Module:  # of the original class
     "The compact layer that an expanded one stands for."
     layer = copy.copy(e.plain)
     factors = (None if w is None else w.cpu().double() for w in e.factors)
-    with torch.no_grad(): W = compose(*factors, e.groups).to(e.middle.device, e.dtype)
+    with torch.no_grad():
+        W = compose(*factors, e.groups).to(e.middle.device, e.dtype)
     weight = nn.Parameter(W, e.middle.requires_grad)
     layer._parameters = {**layer._parameters, 'weight': weight, 'bias': e.bias}
     return layer.train(e.training)
@@ -309,9 +395,10 @@ def contracted(
 # %% ../nbs/20_expand.ipynb #fe39e5fc
 def contract(
     model: nn.Module,  # an expanded network, not changed
-) -> nn.Module:        # a copy with compact layers
+) -> nn.Module:  # a copy with compact layers
     "Back to the compact network. A model that isn't expanded is copied as it is, with a warning."
     net = copy.deepcopy(model)
     old = [m for m in net.modules() if isinstance(m, Expanded)]
-    if not old: warnings.warn('contract: the model is not expanded, the copy is as it was', stacklevel=2)
+    if not old:
+        warnings.warn('contract: the model is not expanded, the copy is as it was', stacklevel=2)
     return swap(net, {m: contracted(m) for m in old})

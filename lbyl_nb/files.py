@@ -19,45 +19,59 @@ from safetensors.torch import save_file
 # %% ../nbs/08_files.ipynb #3cb95a55
 @contextmanager
 def writing(
-    path: str | Path,   # the file that should appear, or be replaced, as a whole
+    path: str | Path,  # the file that should appear, or be replaced, as a whole
 ):
     """A temporary name beside `path`, renamed to it when the block ends well and deleted when not.
 
     FileNotFoundError without its folder."""
     path = Path(path)
-    if not path.parent.is_dir(): raise FileNotFoundError(f'{path}: there is no folder {path.parent}')
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f'{path}: there is no folder {path.parent}')
     temporary = path.with_name(f'.{path.stem}.{uuid.uuid4().hex}{path.suffix}')
     try:
         yield temporary
-        with open(temporary, 'rb+') as f: os.fsync(f.fileno())
+        with open(temporary, 'rb+') as f:
+            os.fsync(f.fileno())
         os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 # %% ../nbs/08_files.ipynb #301ab9f9
 @contextmanager
 def locked(
-    path: str | Path,   # the file that is read, changed and written inside the block
+    path: str | Path,  # the file that is read, changed and written inside the block
 ):
     "One at a time, of all threads and processes, is inside this block for a file; others wait."
     path = Path(path)
-    with FileLock(path.with_name(f'.{path.name}.lock')): yield
+    with FileLock(path.with_name(f'.{path.name}.lock')):
+        yield
 
 # %% ../nbs/08_files.ipynb #3fb98563
 def write_safetensors(
-    tensors: dict,                  # name -> tensor, on any device
-    path: str | Path,               # the file, .safetensors by custom
-    metadata: dict | None = None,   # strings to keep with them
+    tensors: dict,  # name -> tensor, on any device
+    path: str | Path,  # the file, .safetensors by custom
+    metadata: dict | None = None,  # strings to keep with them
 ):
     "Write tensors to a file, which appears as a whole or not at all."
     with writing(path) as temporary:
-        save_file({k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}, temporary, metadata)
+        save_file(
+            {
+                k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
+                for k, v in tensors.items()
+            },
+            temporary,
+            metadata,
+        )
 
 # %% ../nbs/08_files.ipynb #43428d73
 def read_safetensors(
-    path: str | Path,       # the file
-) -> tuple[dict, dict]:     # name -> tensor on the CPU, and the metadata
+    path: str | Path,  # the file
+) -> tuple[dict, dict]:  # name -> tensor on the CPU, and the metadata
     "Tensors and metadata of a file. FileNotFoundError if there is none, ValueError if it is truncated or not safetensors."
-    if not Path(path).is_file(): raise FileNotFoundError(f'{path}: no such file')
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'{path}: no such file')
     try:
-        with safe_open(path, 'pt') as f: return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
-    except SafetensorError as e: raise ValueError(f'{path}: truncated, or not a safetensors file ({e})') from e
+        with safe_open(path, 'pt') as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
+    except SafetensorError as e:
+        raise ValueError(f'{path}: truncated, or not a safetensors file ({e})') from e

@@ -43,82 +43,124 @@ from .similarity import similarity
 @dataclass(frozen=True)
 class Recipe:
     "How long, how fast, how many images at a time; stochastic gradient descent whose learning rate is divided by 10 at milestones. ValueError for numbers out of range."
-    epochs: float = 150                    # times through the set
-    lr: float = .01                        # at first
-    milestones: tuple = (60, 100, 120)     # epochs after which the learning rate is divided by 10
-    batch: int = 256                       # images a step, of all processes together
-    momentum: float = .9
-    weight_decay: float = 5e-4             # on all parameters
+
+    epochs: float = 150  # times through the set
+    lr: float = 0.01  # at first
+    milestones: tuple = (60, 100, 120)  # epochs after which the learning rate is divided by 10
+    batch: int = 256  # images a step, of all processes together
+    momentum: float = 0.9
+    weight_decay: float = 5e-4  # on all parameters
 
     def __post_init__(self):
-        fine = dict(epochs=0 < self.epochs < inf, lr=0 < self.lr < inf, batch=self.batch >= 1, momentum=0 <= self.momentum < 1, weight_decay=0 <= self.weight_decay < inf)
+        fine = dict(
+            epochs=0 < self.epochs < inf,
+            lr=0 < self.lr < inf,
+            batch=self.batch >= 1,
+            momentum=0 <= self.momentum < 1,
+            weight_decay=0 <= self.weight_decay < inf,
+        )
         for name, ok in fine.items():
-            if not ok: raise ValueError(f'{name}: {getattr(self, name)} is out of range')
-    def scaled(self, factor: float) -> 'Recipe': return replace(self, epochs=self.epochs * factor, milestones=tuple(m * factor for m in self.milestones))
-    def rate(self, epoch: float) -> float: return self.lr / 10**sum(m <= epoch for m in self.milestones)
-    def steps(self, images: int) -> int: return max(1, round(self.epochs * (images // self.batch)))
+            if not ok:
+                raise ValueError(f'{name}: {getattr(self, name)} is out of range')
+
+    def scaled(self, factor: float) -> 'Recipe':
+        return replace(
+            self, epochs=self.epochs * factor, milestones=tuple(m * factor for m in self.milestones)
+        )
+
+    def rate(self, epoch: float) -> float:
+        return self.lr / 10 ** sum(m <= epoch for m in self.milestones)
+
+    def steps(self, images: int) -> int:
+        return max(1, round(self.epochs * (images // self.batch)))
+
 
 FINETUNING = Recipe()
-SCRATCH = Recipe(epochs=280, lr=.1, milestones=(100, 160, 210, 250))
+SCRATCH = Recipe(epochs=280, lr=0.1, milestones=(100, 160, 210, 250))
 
 # %% ../nbs/22_finetune.ipynb #686934f9
 def mixed(
     *numbers: int,  # not negative
-) -> int:           # a seed of 64 bits
+) -> int:  # a seed of 64 bits
     "A seed from several numbers, unrelated to those of their neighbours."
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 # %% ../nbs/22_finetune.ipynb #21452f4d
 def batches(
-    images: int,   # in the set
-    batch: int,    # images a step; what is left over at the end of an epoch waits for another
-    seed: int,     # decides the order, a new one for each epoch
-    first: int,    # step
-    last: int,     # step, excluded
-) -> Iterator:     # of pairs: step, indices (batch,)
+    images: int,  # in the set
+    batch: int,  # images a step; what is left over at the end of an epoch waits for another
+    seed: int,  # decides the order, a new one for each epoch
+    first: int,  # step
+    last: int,  # step, excluded
+) -> Iterator:  # of pairs: step, indices (batch,)
     "Which images belong to which step."
     per_epoch = images // batch
     for step in range(first, last):
         epoch, i = divmod(step, per_epoch)
-        if step == first or i == 0: order = torch.randperm(images, generator=torch.Generator().manual_seed(mixed(seed, 0, epoch)))
-        yield step, order[i * batch:(i + 1) * batch]
+        if step == first or i == 0:
+            order = torch.randperm(
+                images, generator=torch.Generator().manual_seed(mixed(seed, 0, epoch))
+            )
+        yield step, order[i * batch : (i + 1) * batch]
 
 # %% ../nbs/22_finetune.ipynb #19b707ce
 class Penalty:
     "What is added to the loss of the task, here nothing; made from the network in training."
-    kind, name, suspects = 'finetune', 'similarity', 'the learning rate'    # of a checkpoint; in the history; where a loss is not finite
-    teacher, weight = None, 0.
 
-    def __init__(self, net: nn.Module): self.net = net
-    def active(self): return nullcontext(lambda x: torch.zeros((), device=x.device))    # inside the block: images -> penalty of the last forward pass
-    def update(self) -> dict: return {}               # after a stretch of steps; numbers for the history
-    def facts(self) -> dict: return dict(sp_weight=self.weight)    # what distinguishes it from others
-    def state(self) -> dict: return {}                # its variables, name -> tensor
-    def load_state(self, state: dict): pass
+    kind, name, suspects = (
+        'finetune',
+        'similarity',
+        'the learning rate',
+    )  # of a checkpoint; in the history; where a loss is not finite
+    teacher, weight = None, 0.0
+
+    def __init__(self, net: nn.Module):
+        self.net = net
+
+    def active(self):
+        return nullcontext(
+            lambda x: torch.zeros((), device=x.device)
+        )  # inside the block: images -> penalty of the last forward pass
+
+    def update(self) -> dict:
+        return {}  # after a stretch of steps; numbers for the history
+
+    def facts(self) -> dict:
+        return dict(sp_weight=self.weight)  # what distinguishes it from others
+
+    def state(self) -> dict:
+        return {}  # its variables, name -> tensor
+
+    def load_state(self, state: dict):
+        pass
 
 # %% ../nbs/22_finetune.ipynb #301ef091
 class Similarity(Penalty):
     "The similarity-preserving loss; the teacher is copied to where the network is."
+
     def __init__(self, net: nn.Module, teacher: nn.Module, weight: float):
         super().__init__(net)
         self.teacher, self.weight = copy.deepcopy(teacher).to(place(net)[0]), weight
-    def active(self): return similarity(self.teacher, self.net)
+
+    def active(self):
+        return similarity(self.teacher, self.net)
 
 # %% ../nbs/22_finetune.ipynb #d15a451b
 @dataclass(frozen=True)
 class Run:
     "What a step of training needs."
+
     accelerator: Accelerator
-    net: nn.Module                # the working copy, in training mode
-    parallel: nn.Module           # the same, with gradients averaged over processes
-    opt: torch.optim.Optimizer    # as Accelerate prepared it
-    penalty: Penalty              # of the working copy
-    data: Dataset                 # on the device
+    net: nn.Module  # the working copy, in training mode
+    parallel: nn.Module  # the same, with gradients averaged over processes
+    opt: torch.optim.Optimizer  # as Accelerate prepared it
+    penalty: Penalty  # of the working copy
+    data: Dataset  # on the device
     recipe: Recipe
-    mean: tuple                   # of pixels / 255
+    mean: tuple  # of pixels / 255
     std: tuple
-    augment: Callable             # normalised images -> images
-    batch_norms: Callable         # what was done to the copy
+    augment: Callable  # normalised images -> images
+    batch_norms: Callable  # what was done to the copy
     autocast: torch.dtype | None
     seed: int
 
@@ -130,32 +172,52 @@ def unchanged(x):
 # %% ../nbs/22_finetune.ipynb #68a06b2a
 def check_arguments(recipe: Recipe, images: int, processes: int, autocast):
     "ValueError for a batch that is too large or can't be shared, or a precision that needs more than is done here."
-    if not recipe.batch <= images: raise ValueError(f'batch: {recipe.batch} images a step from a set of {images}')
-    if recipe.batch % processes: raise ValueError(f'batch: {recipe.batch} images cannot be shared by {processes} processes')
-    if autocast not in (None, torch.bfloat16): raise ValueError(f'autocast: {autocast}; only torch.bfloat16 needs no scaling of the loss')
+    if not recipe.batch <= images:
+        raise ValueError(f'batch: {recipe.batch} images a step from a set of {images}')
+    if recipe.batch % processes:
+        raise ValueError(f'batch: {recipe.batch} images cannot be shared by {processes} processes')
+    if autocast not in (None, torch.bfloat16):
+        raise ValueError(f'autocast: {autocast}; only torch.bfloat16 needs no scaling of the loss')
 
 # %% ../nbs/22_finetune.ipynb #e28ba3d6
 def sgd(net: nn.Module, recipe: Recipe) -> torch.optim.SGD:
     "The optimiser of a recipe. ValueError if there is nothing to optimise."
     weights = [p for p in net.parameters() if p.requires_grad]
-    if not weights: raise ValueError('every parameter is frozen: nothing to train')
+    if not weights:
+        raise ValueError('every parameter is frozen: nothing to train')
     return torch.optim.SGD(weights, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
 
 # %% ../nbs/22_finetune.ipynb #5837406e
-def begin(model, train_set, penalty: Callable, recipe, mean, std, augment, batch_norms, autocast, seed) -> Run:
+def begin(
+    model, train_set, penalty: Callable, recipe, mean, std, augment, batch_norms, autocast, seed
+) -> Run:
     "A run before its first step; `penalty` makes a `Penalty` from the working copy, other arguments as in `finetune`."
     a = Accelerator()
     check_arguments(recipe, len(train_set), a.num_processes, autocast)
     check_model(model)
     net = batch_norms(copy.deepcopy(model).to(a.device).train())
     parallel, opt = a.prepare(net, sgd(net, recipe))
-    return Run(a, net, parallel, opt, penalty(net), train_set.to(a.device), recipe, mean, std, augment, batch_norms, autocast, seed)
+    return Run(
+        a,
+        net,
+        parallel,
+        opt,
+        penalty(net),
+        train_set.to(a.device),
+        recipe,
+        mean,
+        std,
+        augment,
+        batch_norms,
+        autocast,
+        seed,
+    )
 
 # %% ../nbs/22_finetune.ipynb #f5c1d0b9
 def shown(
     run: Run,
-    part: Tensor,   # indices of the images of a step, (batch,)
-) -> tuple:         # images (share, channels, height, width), labels (share,)
+    part: Tensor,  # indices of the images of a step, (batch,)
+) -> tuple:  # images (share, channels, height, width), labels (share,)
     "What this process sees of a batch: normalised, augmented, on the device."
     a, part = run.accelerator, part.to(run.data.labels.device)
     share = slice(a.process_index, None, a.num_processes)
@@ -165,10 +227,12 @@ def shown(
 # %% ../nbs/22_finetune.ipynb #b9b70cad
 def take_step(
     run: Run,
-    step: int,          # its number, from 0; decides all random numbers
-    part: Tensor,       # indices of its images, (batch,)
+    step: int,  # its number, from 0; decides all random numbers
+    part: Tensor,  # indices of its images, (batch,)
     penalty: Callable,  # images -> what is added for the last forward pass
-) -> list:              # loss of the task, penalty, share of right answers before the step; means over processes
+) -> (
+    list
+):  # loss of the task, penalty, share of right answers before the step; means over processes
     "One step of training. FloatingPointError, with weights as they were, if a loss isn't finite."
     a = run.accelerator
     amp = a.autocast() if run.autocast is None else torch.autocast(a.device.type, run.autocast)
@@ -177,8 +241,13 @@ def take_step(
         scores = run.parallel(x)
         task, added = F.cross_entropy(scores, labels), penalty(x)
     right = (scores.argmax(1) == labels).float().mean()
-    seen = a.reduce(torch.stack([v.detach().float() for v in (task, added, right)]), 'mean').tolist()
-    if not all(map(isfinite, seen)): raise FloatingPointError(f'step {step + 1}: the loss is {seen[0]}, the {run.penalty.name} {seen[1]}')
+    seen = a.reduce(
+        torch.stack([v.detach().float() for v in (task, added, right)]), 'mean'
+    ).tolist()
+    if not all(map(isfinite, seen)):
+        raise FloatingPointError(
+            f'step {step + 1}: the loss is {seen[0]}, the {run.penalty.name} {seen[1]}'
+        )
     run.opt.zero_grad(set_to_none=True)
     a.backward(task + run.penalty.weight * added)
     run.opt.step()
@@ -188,118 +257,193 @@ def take_step(
 def advance(
     run: Run,
     first: int,  # step
-    last: int,   # step, excluded
-    bar: tqdm,   # to be moved
-) -> dict:       # a row of the history: means over these steps
+    last: int,  # step, excluded
+    bar: tqdm,  # to be moved
+) -> dict:  # a row of the history: means over these steps
     "Train from step `first` to `last`, then update the penalty."
     per_epoch, seen = len(run.data) // run.recipe.batch, []
     with run.penalty.active() as penalty:
         for step, part in batches(len(run.data), run.recipe.batch, run.seed, first, last):
-            for group in run.opt.param_groups: group['lr'] = run.recipe.rate(step / per_epoch)
+            for group in run.opt.param_groups:
+                group['lr'] = run.recipe.rate(step / per_epoch)
             seen.append(take_step(run, step, part, penalty))
             bar.set_postfix(loss=f'{seen[-1][0]:.3f}', accuracy=f'{seen[-1][2]:.0%}', refresh=False)
             bar.update()
-    for b in run.net.buffers(): broadcast(b)    # statistics of the first process for all
+    for b in run.net.buffers():
+        broadcast(b)  # statistics of the first process for all
     loss, added, right = np.mean(seen, 0).tolist()
-    return {'step': last, 'epoch': last / per_epoch, 'lr': group['lr'], 'loss': loss, run.penalty.name: added, 'accuracy': 100 * right} | run.penalty.update()
+    return {
+        'step': last,
+        'epoch': last / per_epoch,
+        'lr': group['lr'],
+        'loss': loss,
+        run.penalty.name: added,
+        'accuracy': 100 * right,
+    } | run.penalty.update()
 
 # %% ../nbs/22_finetune.ipynb #63867b66
 def fixed_norms(net: nn.Module) -> nn.Module:
     "Batch norms in evaluation mode: with the statistics they have, which stay. In place."
     for m in net.modules():
-        if isinstance(m, BATCH_NORM): m.eval()
+        if isinstance(m, BATCH_NORM):
+            m.eval()
     return net
 
 # %% ../nbs/22_finetune.ipynb #c6d34b09
 def synced_norms(net: nn.Module) -> nn.Module:
     "Batch norms with the statistics of all processes (`torch.nn.SyncBatchNorm`). ValueError on a CPU, where PyTorch has none."
-    if place(net)[0].type != 'cuda': raise ValueError('synced_norms: torch.nn.SyncBatchNorm needs GPUs; take fixed_norms')
+    if place(net)[0].type != 'cuda':
+        raise ValueError('synced_norms: torch.nn.SyncBatchNorm needs GPUs; take fixed_norms')
     return nn.SyncBatchNorm.convert_sync_batchnorm(net)
 
 # %% ../nbs/22_finetune.ipynb #84f2dc10
 def about(run: Run, every: int) -> dict:
     "What distinguishes a run from others, for a checkpoint; numbers and strings."
-    norms = lambda net: {} if net is None else {k: v.double().norm().item() for k, v in net.state_dict().items()}
+    norms = lambda net: (
+        {} if net is None else {k: v.double().norm().item() for k, v in net.state_dict().items()}
+    )
     name = lambda f: getattr(f, '__qualname__', type(f).__qualname__)
-    data = dict(images=len(run.data), pixels=int(run.data.images.sum(dtype=torch.int64)), labels=int(run.data.labels.sum()))
-    how = dict(mean=run.mean, std=run.std, augment=name(run.augment), batch_norms=name(run.batch_norms), autocast=str(run.autocast), every=every)
-    weights = {f'start {k}': v for k, v in norms(run.net).items()} | {f'teacher {k}': v for k, v in norms(run.penalty.teacher).items()}
-    return asdict(run.recipe) | data | how | dict(seed=run.seed, weights=weights) | run.penalty.facts()
+    data = dict(
+        images=len(run.data),
+        pixels=int(run.data.images.sum(dtype=torch.int64)),
+        labels=int(run.data.labels.sum()),
+    )
+    how = dict(
+        mean=run.mean,
+        std=run.std,
+        augment=name(run.augment),
+        batch_norms=name(run.batch_norms),
+        autocast=str(run.autocast),
+        every=every,
+    )
+    weights = {f'start {k}': v for k, v in norms(run.net).items()} | {
+        f'teacher {k}': v for k, v in norms(run.penalty.teacher).items()
+    }
+    return (
+        asdict(run.recipe) | data | how | dict(seed=run.seed, weights=weights) | run.penalty.facts()
+    )
 
 # %% ../nbs/22_finetune.ipynb #df0f9286
 def same_run(path, there: dict, here: dict):
     "ValueError unless a checkpoint, which says `there` of itself, belongs to the run `here`."
     here = json.loads(json.dumps(here))
     for k in here:
-        if k != 'weights' and there.get(k) != here[k]: raise ValueError(f'{path}: checkpoint of another run, whose {k} is {there.get(k)} and not {here[k]}')
-    if odd := there['weights'].keys() ^ here['weights'].keys(): raise ValueError(f'{path}: checkpoint of another run, with {sorted(odd)[0]} on one side only')
+        if k != 'weights' and there.get(k) != here[k]:
+            raise ValueError(
+                f'{path}: checkpoint of another run, whose {k} is {there.get(k)} and not {here[k]}'
+            )
+    if odd := there['weights'].keys() ^ here['weights'].keys():
+        raise ValueError(
+            f'{path}: checkpoint of another run, with {sorted(odd)[0]} on one side only'
+        )
     for k, v in here['weights'].items():
-        if not isclose(v, there['weights'][k], rel_tol=1e-4, abs_tol=1e-12): raise ValueError(f'{path}: checkpoint of another run, with other weights: {k}')
+        if not isclose(v, there['weights'][k], rel_tol=1e-4, abs_tol=1e-12):
+            raise ValueError(f'{path}: checkpoint of another run, with other weights: {k}')
 
 # %% ../nbs/22_finetune.ipynb #7be21675
-FORMAT = 'lbyl_nb.{}.1'    # of a kind of penalty
+FORMAT = 'lbyl_nb.{}.1'  # of a kind of penalty
+
 
 def save_checkpoint(path, run: Run, what: dict, step: int, rows: list):
     "Write all that a run is after `step` steps; the file appears as a whole or not at all."
-    state = {k: run.opt.optimizer.state.get(p, {}).get('momentum_buffer') for k, p in run.net.named_parameters()}
-    tensors = {f'model/{k}': v for k, v in run.net.state_dict().items()} | {f'momentum/{k}': v for k, v in state.items() if v is not None}
+    state = {
+        k: run.opt.optimizer.state.get(p, {}).get('momentum_buffer')
+        for k, p in run.net.named_parameters()
+    }
+    tensors = {f'model/{k}': v for k, v in run.net.state_dict().items()} | {
+        f'momentum/{k}': v for k, v in state.items() if v is not None
+    }
     tensors |= {f'penalty/{k}': v for k, v in run.penalty.state().items()}
-    write_safetensors(tensors, path, dict(format=FORMAT.format(run.penalty.kind), run=json.dumps(what), step=str(step), history=json.dumps(rows)))
+    write_safetensors(
+        tensors,
+        path,
+        dict(
+            format=FORMAT.format(run.penalty.kind),
+            run=json.dumps(what),
+            step=str(step),
+            history=json.dumps(rows),
+        ),
+    )
 
 # %% ../nbs/22_finetune.ipynb #c71401bf
-def load_checkpoint(path, run: Run, what: dict) -> tuple[int, list]:    # steps done, rows of the history
+def load_checkpoint(
+    path, run: Run, what: dict
+) -> tuple[int, list]:  # steps done, rows of the history
     "Put a run where a checkpoint left it. ValueError if the file is truncated, no checkpoint, or of another kind, architecture or run."
     (tensors, meta), kind = read_safetensors(path), run.penalty.kind
-    if meta.get('format') != FORMAT.format(kind): raise ValueError(f'{path}: not a checkpoint of {kind} (format {meta.get("format")!r})')
-    weights, momenta, state = ({k.partition('/')[2]: v for k, v in tensors.items() if k.startswith(part)} for part in ('model/', 'momentum/', 'penalty/'))
-    if wrong := differences(run.net, weights): raise ValueError(f'{path}: checkpoint of another architecture: {"; ".join(wrong[:3])}')
+    if meta.get('format') != FORMAT.format(kind):
+        raise ValueError(f'{path}: not a checkpoint of {kind} (format {meta.get("format")!r})')
+    weights, momenta, state = (
+        {k.partition('/')[2]: v for k, v in tensors.items() if k.startswith(part)}
+        for part in ('model/', 'momentum/', 'penalty/')
+    )
+    if wrong := differences(run.net, weights):
+        raise ValueError(f'{path}: checkpoint of another architecture: {"; ".join(wrong[:3])}')
     same_run(path, json.loads(meta['run']), what)
     run.net.load_state_dict(weights)
     run.penalty.load_state(state)
     for k, p in run.net.named_parameters():
-        if k in momenta: run.opt.optimizer.state[p]['momentum_buffer'] = momenta[k].to(p)
+        if k in momenta:
+            run.opt.optimizer.state[p]['momentum_buffer'] = momenta[k].to(p)
     return int(meta['step']), json.loads(meta['history'])
 
 # %% ../nbs/22_finetune.ipynb #e4eb5fab
 @dataclass(frozen=True)
 class Finetuned:
     "A trained network and how it came about."
+
     model: nn.Module
-    history: pd.DataFrame      # a row for each `every` steps: step, epoch, lr, loss, similarity or penalty, accuracy (%), eval_accuracy (%)
-    plan: dict | None = None   # {layer: kept channels}, where it was pruned on the way
+    history: pd.DataFrame  # a row for each `every` steps: step, epoch, lr, loss, similarity or penalty, accuracy (%), eval_accuracy (%)
+    plan: dict | None = None  # {layer: kept channels}, where it was pruned on the way
 
 # %% ../nbs/22_finetune.ipynb #a681e0a3
 def measured(run: Run, row: dict, eval_set: Dataset | None) -> dict:
     "A row of the history with the accuracy on other images. FloatingPointError if a weight isn't finite any more."
-    try: check_model(run.net)
-    except ValueError as e: raise FloatingPointError(f'step {row["step"]}: {e}') from e
-    if eval_set is None: return row
+    try:
+        check_model(run.net)
+    except ValueError as e:
+        raise FloatingPointError(f'step {row["step"]}: {e}') from e
+    if eval_set is None:
+        return row
     right, n = accuracy(run.net, eval_set, run.mean, run.std)
     return row | dict(eval_accuracy=100 * right / n)
 
 # %% ../nbs/22_finetune.ipynb #dc770a61
-def go_on(run: Run, eval_set, checkpoint, every: int, label: str) -> list:    # rows of the history
+def go_on(run: Run, eval_set, checkpoint, every: int, label: str) -> list:  # rows of the history
     "Train a run to its end, from where its checkpoint left it; main process writes."
     total, done, rows, what = run.recipe.steps(len(run.data)), 0, [], about(run, every)
-    if checkpoint is not None and Path(checkpoint).exists(): done, rows = load_checkpoint(checkpoint, run, what)
+    if checkpoint is not None and Path(checkpoint).exists():
+        done, rows = load_checkpoint(checkpoint, run, what)
     main = run.accelerator.is_main_process
-    with tqdm(total=total, initial=done, desc=label, leave=False, **({} if main else dict(disable=True))) as bar:
+    with tqdm(
+        total=total, initial=done, desc=label, leave=False, **({} if main else dict(disable=True))
+    ) as bar:
         while done < total:
             last = min(total, done + every)
-            try: rows.append(measured(run, advance(run, done, last, bar), eval_set))
+            try:
+                rows.append(measured(run, advance(run, done, last, bar), eval_set))
             except FloatingPointError as e:
-                kept = f'; {checkpoint} holds step {done}' if checkpoint is not None and done else ''
-                raise FloatingPointError(f'{e}; {run.penalty.suspects} may be too large{kept}') from e
+                kept = (
+                    f'; {checkpoint} holds step {done}' if checkpoint is not None and done else ''
+                )
+                raise FloatingPointError(
+                    f'{e}; {run.penalty.suspects} may be too large{kept}'
+                ) from e
             done = last
-            if checkpoint is not None and main: save_checkpoint(checkpoint, run, what, done, rows)
+            if checkpoint is not None and main:
+                save_checkpoint(checkpoint, run, what, done, rows)
             run.accelerator.wait_for_everyone()
     return rows
 
 # %% ../nbs/22_finetune.ipynb #1362df68
-def complete(model: nn.Module, run: Run, eval_set, checkpoint, every: int | None, label: str) -> Finetuned:
+def complete(
+    model: nn.Module, run: Run, eval_set, checkpoint, every: int | None, label: str
+) -> Finetuned:
     "Train a run of a model to its end; arguments and errors as in `finetune`."
-    if checkpoint is not None and not Path(checkpoint).parent.is_dir(): raise FileNotFoundError(f'{checkpoint}: there is no folder {Path(checkpoint).parent}')
-    if every is not None and every < 1: raise ValueError(f'every: {every} steps')
+    if checkpoint is not None and not Path(checkpoint).parent.is_dir():
+        raise FileNotFoundError(f'{checkpoint}: there is no folder {Path(checkpoint).parent}')
+    if every is not None and every < 1:
+        raise ValueError(f'every: {every} steps')
     rows = go_on(run, eval_set, checkpoint, every or len(run.data) // run.recipe.batch, label)
     trained = copy.deepcopy(model)
     trained.load_state_dict(run.net.state_dict())
@@ -307,21 +451,26 @@ def complete(model: nn.Module, run: Run, eval_set, checkpoint, every: int | None
 
 # %% ../nbs/22_finetune.ipynb #6ad23b77
 def finetune(
-    model: nn.Module,                       # the network to train, compact or expanded; never changed
-    train_set: Dataset,                     # images as bytes, and labels
+    model: nn.Module,  # the network to train, compact or expanded; never changed
+    train_set: Dataset,  # images as bytes, and labels
     *,
-    teacher: nn.Module | None = None,       # with it, the similarity-preserving loss is added (arXiv 1907.09682); never changed
-    sp_weight: float = 3000.,               # of that loss
-    recipe: Recipe = FINETUNING,            # `SCRATCH` for networks that know nothing
-    mean: tuple = (.5,), std: tuple = (.5,),    # of the pixels / 255
-    augment: Callable = unchanged,          # normalised images -> images, before each step, on the device; as `data.crop_flip`
-    batch_norms: Callable = unchanged,      # network -> network: `fixed_norms`, `synced_norms`, or whatever shall be done to the copy in training mode
-    autocast: torch.dtype | None = None,    # torch.bfloat16 where PyTorch holds it safe; None: as Accelerate is configured, usually float32
-    eval_set: Dataset | None = None,        # images for the column eval_accuracy; decides nothing
-    checkpoint: str | Path | None = None,   # file to go on from, if there is one, and to write, all `every` steps
-    every: int | None = None,               # steps for a row of the history; None: an epoch
-    seed: int = 0,                          # order of the images, augmentation, dropout
-    label: str = 'fine-tuning',             # in front of the bar
+    teacher: nn.Module
+    | None = None,  # with it, the similarity-preserving loss is added (arXiv 1907.09682); never changed
+    sp_weight: float = 3000.0,  # of that loss
+    recipe: Recipe = FINETUNING,  # `SCRATCH` for networks that know nothing
+    mean: tuple = (0.5,),
+    std: tuple = (0.5,),  # of the pixels / 255
+    augment: Callable = unchanged,  # normalised images -> images, before each step, on the device; as `data.crop_flip`
+    batch_norms: Callable = unchanged,  # network -> network: `fixed_norms`, `synced_norms`, or whatever shall be done to the copy in training mode
+    autocast: torch.dtype
+    | None = None,  # torch.bfloat16 where PyTorch holds it safe; None: as Accelerate is configured, usually float32
+    eval_set: Dataset | None = None,  # images for the column eval_accuracy; decides nothing
+    checkpoint: str
+    | Path
+    | None = None,  # file to go on from, if there is one, and to write, all `every` steps
+    every: int | None = None,  # steps for a row of the history; None: an epoch
+    seed: int = 0,  # order of the images, augmentation, dropout
+    label: str = 'fine-tuning',  # in front of the bar
 ) -> Finetuned:
     """Train a network by SGD, on the CPU, a GPU or several processes, as Hugging Face Accelerate finds them (recipe of arXiv 2204.11444).
 
@@ -335,57 +484,69 @@ def finetune(
 
 # %% ../nbs/22_finetune.ipynb #6e9e575f
 def boost(
-    model: nn.Module,                   # pruned, perhaps restored; never changed
+    model: nn.Module,  # pruned, perhaps restored; never changed
     train_set: Dataset,
     *,
-    teacher: nn.Module | None = None,   # the dense network
-    rate: float = 3,                    # of expansion
-    seed: int = 0,                      # of the factors and of training
-    **training,                         # further arguments of `finetune`
-) -> Finetuned:                         # with the compact network
+    teacher: nn.Module | None = None,  # the dense network
+    rate: float = 3,  # of expansion
+    seed: int = 0,  # of the factors and of training
+    **training,  # further arguments of `finetune`
+) -> Finetuned:  # with the compact network
     "Expand, fine-tune, with a teacher by distillation too, and contract (arXiv 2204.11444). Errors as in `expand` and `finetune`."
-    done = finetune(expand(model, rate, seed=seed), train_set, teacher=teacher, seed=seed, **training)
+    done = finetune(
+        expand(model, rate, seed=seed), train_set, teacher=teacher, seed=seed, **training
+    )
     return replace(done, model=contract(done.model))
 
 # %% ../nbs/22_finetune.ipynb #8090b42b
 def fresh(
-    model: nn.Module,   # never changed
-    seed: int = 0,      # of the weights
+    model: nn.Module,  # never changed
+    seed: int = 0,  # of the weights
 ) -> nn.Module:
     "The same architecture with new weights, as every module draws its own. ValueError naming a module with parameters that can't."
     net = copy.deepcopy(model)
     with seeded(seed, place(net)[0]):
         for name, m in net.named_modules():
-            if hasattr(m, 'reset_parameters'): m.reset_parameters()
-            elif next(m.parameters(recurse=False), None) is not None: raise ValueError(f'{name}: {type(m).__name__} has no reset_parameters')
+            if hasattr(m, 'reset_parameters'):
+                m.reset_parameters()
+            elif next(m.parameters(recurse=False), None) is not None:
+                raise ValueError(f'{name}: {type(m).__name__} has no reset_parameters')
     return net
 
 # %% ../nbs/22_finetune.ipynb #566ddc55
 def restore_and_boost(
-    model: nn.Module,                   # the dense network, which is also the teacher; never changed
-    example_inputs,                     # a tensor, tuple or dict that its forward accepts
+    model: nn.Module,  # the dense network, which is also the teacher; never changed
+    example_inputs,  # a tensor, tuple or dict that its forward accepts
     train_set: Dataset,
     *,
-    restoring: dict,                    # `ratio` or `keep`, `criterion`, `restorer`: as in `restore`
-    path: str | Path | None = None,     # file for the small network, to be read by `load_restored`
-    **training,                         # further arguments of `boost`
-) -> Finetuned:                         # with the compact network and its plan
+    restoring: dict,  # `ratio` or `keep`, `criterion`, `restorer`: as in `restore`
+    path: str | Path | None = None,  # file for the small network, to be read by `load_restored`
+    **training,  # further arguments of `boost`
+) -> Finetuned:  # with the compact network and its plan
     "Prune, restore, expand, fine-tune with distillation, contract and save. Errors as in `restore` and `boost`."
     small = restore(model, example_inputs, **restoring)
     done = replace(boost(small.model, train_set, teacher=model, **training), plan=small.plan)
-    if path is not None: save_restored(done.model, done.plan, path)
+    if path is not None:
+        save_restored(done.model, done.plan, path)
     return done
 
 # %% ../nbs/22_finetune.ipynb #5a77aecc
 def plot_history(
-    histories: dict,             # title -> history, as in `Finetuned`
-    y: str = 'eval_accuracy',    # column to draw
-    ax=None,                     # where to draw; a new figure if None
+    histories: dict,  # title -> history, as in `Finetuned`
+    y: str = 'eval_accuracy',  # column to draw
+    ax=None,  # where to draw; a new figure if None
 ):
     "A column of several histories against steps. ValueError if one has no such column."
-    for rows in histories.values(): need_columns(rows, 'step', y)
+    for rows in histories.values():
+        need_columns(rows, 'step', y)
     ax = ax or plt.subplots()[1]
-    for title, colour in colours(histories).items(): ax.plot(histories[title].step, histories[title][y], '.-', color=colour, label=title)
-    ax.set(xlabel='steps', ylabel={'accuracy': 'accuracy while training (%)', 'eval_accuracy': 'accuracy (%)'}.get(y, y))
+    for title, colour in colours(histories).items():
+        ax.plot(histories[title].step, histories[title][y], '.-', color=colour, label=title)
+    ax.set(
+        xlabel='steps',
+        ylabel={'accuracy': 'accuracy while training (%)', 'eval_accuracy': 'accuracy (%)'}.get(
+            y, y
+        ),
+    )
     ax.legend()
     return ax

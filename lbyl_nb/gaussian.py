@@ -26,150 +26,183 @@ from .solve import check_ridge, ridge_solution
 @dataclass(frozen=True)
 class Activation:
     "A function of each pre-activation by itself, the same for all channels; call it with a tensor."
-    name: str                                         # for reports
-    f: Callable = field(compare=False, repr=False)    # from a tensor to a tensor of the same shape
-    hinges: tuple[tuple[float, float], ...] = ()      # where the slope jumps, and by how much
 
-    def __call__(self, z): return self.f(z)
-    def __str__(self): return self.name
+    name: str  # for reports
+    f: Callable = field(compare=False, repr=False)  # from a tensor to a tensor of the same shape
+    hinges: tuple[tuple[float, float], ...] = ()  # where the slope jumps, and by how much
+
+    def __call__(self, z):
+        return self.f(z)
+
+    def __str__(self):
+        return self.name
 
 # %% ../nbs/04_gaussian.ipynb #3fa24aa6
 def leaky_relu(
-    slope: float = .01,   # for negative inputs
+    slope: float = 0.01,  # for negative inputs
 ) -> Activation:
     "z where it is positive, slope * z elsewhere."
-    return Activation(f'leaky_relu({slope:g})', partial(F.leaky_relu, negative_slope=slope), ((0., 1. - slope),))
+    return Activation(
+        f'leaky_relu({slope:g})', partial(F.leaky_relu, negative_slope=slope), ((0.0, 1.0 - slope),)
+    )
 
 # %% ../nbs/04_gaussian.ipynb #ed8bb7ab
 def hardtanh(
-    low: float = -1.,    # smallest value, may be -inf
-    high: float = 1.,    # largest value, may be inf
+    low: float = -1.0,  # smallest value, may be -inf
+    high: float = 1.0,  # largest value, may be inf
 ) -> Activation:
     "The input clipped to [low, high]; hardtanh(0, 6) is ReLU6."
-    hinges = tuple((float(t), d) for t, d in ((low, 1.), (high, -1.)) if math.isfinite(t))
-    return Activation(f'hardtanh({low:g}, {high:g})', partial(torch.clamp, min=low, max=high), hinges)
+    hinges = tuple((float(t), d) for t, d in ((low, 1.0), (high, -1.0)) if math.isfinite(t))
+    return Activation(
+        f'hardtanh({low:g}, {high:g})', partial(torch.clamp, min=low, max=high), hinges
+    )
 
 # %% ../nbs/04_gaussian.ipynb #79e32f3d
-def _elu(z, alpha, scale, input_scale): return scale * (z.relu() + alpha * torch.expm1(input_scale * z.clamp(max=0)))
+def _elu(z, alpha, scale, input_scale):
+    return scale * (z.relu() + alpha * torch.expm1(input_scale * z.clamp(max=0)))
+
 
 def elu(
-    alpha: float = 1.,         # height of the exponential
-    scale: float = 1.,         # of everything
-    input_scale: float = 1.,   # of what is negative, before the exponential
+    alpha: float = 1.0,  # height of the exponential
+    scale: float = 1.0,  # of everything
+    input_scale: float = 1.0,  # of what is negative, before the exponential
 ) -> Activation:
     "scale * z where z is positive, scale * alpha * (exp(input_scale * z) - 1) elsewhere: covers ELU, SELU and CELU."
     name = f'elu({", ".join(f"{v:g}" for v in (alpha, scale, input_scale))})'
-    return Activation(name, partial(_elu, alpha=alpha, scale=scale, input_scale=input_scale), ((0., scale * (1 - alpha * input_scale)),))
+    return Activation(
+        name,
+        partial(_elu, alpha=alpha, scale=scale, input_scale=input_scale),
+        ((0.0, scale * (1 - alpha * input_scale)),),
+    )
 
 # %% ../nbs/04_gaussian.ipynb #d76df913
 def gelu(
-    approximate: str = 'none',   # 'none' or 'tanh'
+    approximate: str = 'none',  # 'none' or 'tanh'
 ) -> Activation:
     "Gaussian error linear unit, z times the Gaussian distribution function of z."
-    return Activation('gelu' if approximate == 'none' else f'gelu({approximate})', partial(F.gelu, approximate=approximate))
+    return Activation(
+        'gelu' if approximate == 'none' else f'gelu({approximate})',
+        partial(F.gelu, approximate=approximate),
+    )
 
 # %% ../nbs/04_gaussian.ipynb #f3dad87e
 def softplus(
-    beta: float = 1.,         # sharpness
-    threshold: float = 20.,   # above this value of beta * z it is z itself
+    beta: float = 1.0,  # sharpness
+    threshold: float = 20.0,  # above this value of beta * z it is z itself
 ) -> Activation:
     "log(1 + exp(beta z)) / beta."
     return Activation(f'softplus({beta:g})', partial(F.softplus, beta=beta, threshold=threshold))
 
 # %% ../nbs/04_gaussian.ipynb #c96cd3e3
-relu, silu, tanh = Activation('relu', torch.relu, ((0., 1.),)), Activation('silu', F.silu), Activation('tanh', torch.tanh)
+relu, silu, tanh = (
+    Activation('relu', torch.relu, ((0.0, 1.0),)),
+    Activation('silu', F.silu),
+    Activation('tanh', torch.tanh),
+)
 sigmoid, mish = Activation('sigmoid', torch.sigmoid), Activation('mish', F.mish)
-hardsigmoid = Activation('hardsigmoid', F.hardsigmoid, ((-3., 1 / 6), (3., -1 / 6)))
-hardswish = Activation('hardswish', F.hardswish, ((-3., -.5), (3., -.5)))
+hardsigmoid = Activation('hardsigmoid', F.hardsigmoid, ((-3.0, 1 / 6), (3.0, -1 / 6)))
+hardswish = Activation('hardswish', F.hardswish, ((-3.0, -0.5), (3.0, -0.5)))
 
 # %% ../nbs/04_gaussian.ipynb #a1e3deed
 def hermite(
-    x: Tensor,   # any shape
-    n: int,      # highest degree
-) -> Tensor:     # (n + 1, *x.shape)
+    x: Tensor,  # any shape
+    n: int,  # highest degree
+) -> Tensor:  # (n + 1, *x.shape)
     "Normalised Hermite polynomials h_0 ... h_n: orthonormal under the standard Gaussian."
     h = [torch.ones_like(x), x]
-    for k in range(1, n): h.append((x * h[-1] - math.sqrt(k) * h[-2]) / math.sqrt(k + 1))
-    return torch.stack(h[:n + 1])
+    for k in range(1, n):
+        h.append((x * h[-1] - math.sqrt(k) * h[-2]) / math.sqrt(k + 1))
+    return torch.stack(h[: n + 1])
 
 # %% ../nbs/04_gaussian.ipynb #5d54e219
 def standard_normal(
-    x: Tensor,                  # any shape
-) -> tuple[Tensor, Tensor]:     # density and distribution function at x
+    x: Tensor,  # any shape
+) -> tuple[Tensor, Tensor]:  # density and distribution function at x
     "Density and distribution function of the standard Gaussian; the latter by erfc, which keeps its digits far on the left."
-    return torch.exp(-x**2 / 2) / math.sqrt(2 * math.pi), torch.erfc(-x / math.sqrt(2)) / 2
+    return torch.exp(-(x**2) / 2) / math.sqrt(2 * math.pi), torch.erfc(-x / math.sqrt(2)) / 2
 
 # %% ../nbs/04_gaussian.ipynb #f4231766
 def relu_coefficients(
-    mean: Tensor,     # (m,) mean beta of each pre-activation
-    sd: Tensor,       # (m,) its deviation, > 0
-    n: int = 30,      # highest degree
-) -> Tensor:          # (n + 1, m)
+    mean: Tensor,  # (m,) mean beta of each pre-activation
+    sd: Tensor,  # (m,) its deviation, > 0
+    n: int = 30,  # highest degree
+) -> Tensor:  # (n + 1, m)
     "Hermite coefficients c_0 ... c_n of relu(mean + sd x) for a standard Gaussian x; c_0 is the mean behind the ReLU."
     alpha = mean / sd
     density, below = standard_normal(alpha)
     k = torch.arange(2, n + 1, dtype=mean.dtype, device=mean.device)[:, None]
-    rest = sd * density * hermite(-alpha.clamp(-18, 18), n)[:n - 1] / (k * (k - 1)).sqrt()    # |h_n(x)| < 1.1 exp(x^2/4): nothing is left beyond 18
+    rest = (
+        sd * density * hermite(-alpha.clamp(-18, 18), n)[: n - 1] / (k * (k - 1)).sqrt()
+    )  # |h_n(x)| < 1.1 exp(x^2/4): nothing is left beyond 18
     return torch.cat([torch.stack([mean * below + sd * density, sd * below]), rest])
 
 # %% ../nbs/04_gaussian.ipynb #de003642
 def hinge_coefficients(
-    activation: Activation,   # whose hinges
-    mean: Tensor,             # (m,) mean of each pre-activation
-    sd: Tensor,               # (m,) its deviation, > 0
-    n: int = 30,              # highest degree
-) -> Tensor:                  # (n + 1, m)
+    activation: Activation,  # whose hinges
+    mean: Tensor,  # (m,) mean of each pre-activation
+    sd: Tensor,  # (m,) its deviation, > 0
+    n: int = 30,  # highest degree
+) -> Tensor:  # (n + 1, m)
     "Hermite coefficients of the sum of an activation's hinges."
     zero = mean.new_zeros(n + 1, len(mean))
     return sum((d * relu_coefficients(mean - t, sd, n) for t, d in activation.hinges), zero)
 
 # %% ../nbs/04_gaussian.ipynb #5dcc5e73
-NODES = 200   # of the quadrature
+NODES = 200  # of the quadrature
+
 
 def gauss_hermite(
-    nodes: int = NODES,         # how many
-) -> tuple[Tensor, Tensor]:     # (nodes,) places x_i, and (nodes, nodes) sqrt(w_i) h_n(x_i), a row for each n
+    nodes: int = NODES,  # how many
+) -> tuple[
+    Tensor, Tensor
+]:  # (nodes,) places x_i, and (nodes, nodes) sqrt(w_i) h_n(x_i), a row for each n
     "Gauss-Hermite quadrature for the standard Gaussian, in float64; columns have either sign, which cancels in products of two rows."
     off = torch.arange(1, nodes, dtype=torch.float64).sqrt()
     return torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
 
 # %% ../nbs/04_gaussian.ipynb #38e4bf9a
 def smooth_part(
-    activation: Activation,   # any
-    z: Tensor,                # any shape
-) -> Tensor:                  # like z
+    activation: Activation,  # any
+    z: Tensor,  # any shape
+) -> Tensor:  # like z
     "An activation without its hinges: a function whose slope does not jump."
-    return activation(z) - sum((d * (z - t).relu() for t, d in activation.hinges), torch.zeros_like(z))
+    return activation(z) - sum(
+        (d * (z - t).relu() for t, d in activation.hinges), torch.zeros_like(z)
+    )
 
 # %% ../nbs/04_gaussian.ipynb #9c93d1c0
 def smooth_coefficients(
-    activation: Activation,   # any
-    mean: Tensor,             # (m,) mean of each pre-activation
-    sd: Tensor,               # (m,) its deviation
-    nodes: int = NODES,       # of the quadrature
-) -> Tensor:                  # (nodes, m), for degrees 0 ... nodes - 1
+    activation: Activation,  # any
+    mean: Tensor,  # (m,) mean of each pre-activation
+    sd: Tensor,  # (m,) its deviation
+    nodes: int = NODES,  # of the quadrature
+) -> Tensor:  # (nodes, m), for degrees 0 ... nodes - 1
     "Hermite coefficients of an activation without its hinges, by quadrature."
     at, Q = (v.to(mean) for v in gauss_hermite(nodes))
     return Q @ (Q[0][:, None] * smooth_part(activation, mean + sd * at[:, None]))
 
 # %% ../nbs/04_gaussian.ipynb #db4ab3a7
 def coefficients(
-    activation: Activation,   # any
-    mean: Tensor,             # (m,) mean of each pre-activation
-    sd: Tensor,               # (m,) its deviation, > 0
-    n: int = 30,              # highest degree, < nodes
-    nodes: int = NODES,       # of the quadrature for what is smooth
-) -> Tensor:                  # (n + 1, m)
+    activation: Activation,  # any
+    mean: Tensor,  # (m,) mean of each pre-activation
+    sd: Tensor,  # (m,) its deviation, > 0
+    n: int = 30,  # highest degree, < nodes
+    nodes: int = NODES,  # of the quadrature for what is smooth
+) -> Tensor:  # (n + 1, m)
     "Hermite coefficients c_0 ... c_n of activation(mean + sd x), x standard Gaussian; c_0 is the mean behind it. ValueError for n >= nodes."
-    if n >= nodes: raise ValueError(f'n must be less than the number of nodes, {nodes}, got {n}')
-    return hinge_coefficients(activation, mean, sd, n) + smooth_coefficients(activation, mean, sd, nodes)[:n + 1]
+    if n >= nodes:
+        raise ValueError(f'n must be less than the number of nodes, {nodes}, got {n}')
+    return (
+        hinge_coefficients(activation, mean, sd, n)
+        + smooth_coefficients(activation, mean, sd, nodes)[: n + 1]
+    )
 
 # %% ../nbs/04_gaussian.ipynb #83fbde72
 def hinge_covariance(
-    p: Tensor,     # (m,) mean of the first variable
-    q: Tensor,     # (m,) mean of the second
-    sd: Tensor,    # (m,) deviation of both, > 0
-) -> Tensor:       # (m,)
+    p: Tensor,  # (m,) mean of the first variable
+    q: Tensor,  # (m,) mean of the second
+    sd: Tensor,  # (m,) deviation of both, > 0
+) -> Tensor:  # (m,)
     "Covariance of relu(p + sd x) and relu(q + sd x) for the same standard Gaussian x."
     low, high = torch.minimum(p, q), torch.maximum(p, q)
     density, below = standard_normal(low / sd)
@@ -178,26 +211,40 @@ def hinge_covariance(
 
 # %% ../nbs/04_gaussian.ipynb #b435ded8
 def variance(
-    activation: Activation,   # any
-    mean: Tensor,             # (m,) mean of each pre-activation
-    sd: Tensor,               # (m,) its deviation, > 0
-    nodes: int = NODES,       # of the quadrature for what is smooth
-) -> Tensor:                  # (m,)
+    activation: Activation,  # any
+    mean: Tensor,  # (m,) mean of each pre-activation
+    sd: Tensor,  # (m,) its deviation, > 0
+    nodes: int = NODES,  # of the quadrature for what is smooth
+) -> Tensor:  # (m,)
     "Variance of activation(z) for Gaussian z: closed form for straight pieces, quadrature for the rest."
-    h, g = hinge_coefficients(activation, mean, sd, nodes - 1), smooth_coefficients(activation, mean, sd, nodes)
-    kinks = sum((d * e * hinge_covariance(mean - t, mean - u, sd) for t, d in activation.hinges for u, e in activation.hinges), torch.zeros_like(mean))
+    h, g = (
+        hinge_coefficients(activation, mean, sd, nodes - 1),
+        smooth_coefficients(activation, mean, sd, nodes),
+    )
+    kinks = sum(
+        (
+            d * e * hinge_covariance(mean - t, mean - u, sd)
+            for t, d in activation.hinges
+            for u, e in activation.hinges
+        ),
+        torch.zeros_like(mean),
+    )
     return (kinks + (g * (2 * h + g))[1:].sum(0)).clamp(min=0)
 
 # %% ../nbs/04_gaussian.ipynb #afd95212
 def moments(
-    mean: Tensor,                    # (m,) mean of each pre-activation
-    sd: Tensor,                      # (m,) its deviation, > 0
-    rho: Tensor,                     # (m, m) correlations
-    activation: Activation = relu,   # the same for all
-    n: int = 30,                     # terms of Mehler's series
-) -> tuple[Tensor, Tensor]:          # (m,) means and (m, m) covariances behind the activation
+    mean: Tensor,  # (m,) mean of each pre-activation
+    sd: Tensor,  # (m,) its deviation, > 0
+    rho: Tensor,  # (m, m) correlations
+    activation: Activation = relu,  # the same for all
+    n: int = 30,  # terms of Mehler's series
+) -> tuple[Tensor, Tensor]:  # (m,) means and (m, m) covariances behind the activation
     "Mean and covariance of activation(z) for jointly Gaussian z (Mehler's series; the diagonal without it)."
-    c, power, cov = coefficients(activation, mean, sd, n), torch.ones_like(rho), torch.zeros_like(rho)
+    c, power, cov = (
+        coefficients(activation, mean, sd, n),
+        torch.ones_like(rho),
+        torch.zeros_like(rho),
+    )
     for row in c[1:]:
         power = power * rho
         cov += power * torch.outer(row, row)
@@ -205,27 +252,27 @@ def moments(
 
 # %% ../nbs/04_gaussian.ipynb #d12e3c48
 def correlations(
-    U: Tensor,    # (m, d) folded filters
-) -> Tensor:      # (m, m)
+    U: Tensor,  # (m, d) folded filters
+) -> Tensor:  # (m, m)
     "Correlations of the pre-activations if the input is white; zero for filters that are zero."
     unit = U / U.norm(dim=1, keepdim=True).clamp(min=torch.finfo(U.dtype).tiny)
     return (unit @ unit.T).clamp(-1, 1)
 
 # %% ../nbs/04_gaussian.ipynb #515845ba
 def deviations(
-    beta: Tensor,    # (m,) offset of the batch norm
-    gamma: Tensor,   # (m,) its scale, of either sign
-) -> Tensor:         # (m,)
+    beta: Tensor,  # (m,) offset of the batch norm
+    gamma: Tensor,  # (m,) its scale, of either sign
+) -> Tensor:  # (m,)
     "Deviations of the pre-activations, |gamma|; a dead channel gets the smallest one that arithmetic still sees beside its mean."
     return gamma.abs().clamp(min=torch.finfo(beta.dtype).eps * (1 + beta.abs()))
 
 # %% ../nbs/04_gaussian.ipynb #52f442e4
 def gaussian_delivery(
-    U: Tensor,                      # (m, d) folded filters, a * W
-    beta: Tensor,                   # (m,) mean of each pre-activation: offset of the batch norm
-    gamma: Tensor,                  # (m,) scale of the batch norm, of either sign
-    keep: Sequence[int] | Tensor,   # indices of the t kept channels
-    ridge: float = .01,             # fraction of the mean variance of the kept channels, > 0
+    U: Tensor,  # (m, d) folded filters, a * W
+    beta: Tensor,  # (m,) mean of each pre-activation: offset of the batch norm
+    gamma: Tensor,  # (m,) scale of the batch norm, of either sign
+    keep: Sequence[int] | Tensor,  # indices of the t kept channels
+    ridge: float = 0.01,  # fraction of the mean variance of the kept channels, > 0
     activation: Activation = relu,  # behind the batch norm
 ) -> Delivery:
     "Regression of removed channels on kept ones behind the activation, for Gaussian pre-activations and white input. ValueError for ridge <= 0."
@@ -236,19 +283,23 @@ def gaussian_delivery(
     return Delivery(S, m[R] - S @ m[K])
 
 # %% ../nbs/04_gaussian.ipynb #3cb39224
-absolute = Activation('abs', torch.abs, ((0., 2.),))
+absolute = Activation('abs', torch.abs, ((0.0, 2.0),))
+
 
 def predicted_activation_error(
-    U: Tensor,                      # (m, d) folded filters, a * W
-    beta: Tensor,                   # (m,) mean of each pre-activation: offset of the batch norm
-    gamma: Tensor,                  # (m,) scale of the batch norm, of either sign
-    S: Tensor,                      # (m - t, t) coefficients of any method
-    keep: Sequence[int] | Tensor,   # indices of the t kept channels
-    rho: Tensor | None = None,      # (m, m) correlations of the pre-activations where they are known; else those for white input
-) -> tuple[Tensor, Tensor]:         # (m - t,) mean and (m - t,) mean square of C_j
+    U: Tensor,  # (m, d) folded filters, a * W
+    beta: Tensor,  # (m,) mean of each pre-activation: offset of the batch norm
+    gamma: Tensor,  # (m,) scale of the batch norm, of either sign
+    S: Tensor,  # (m - t, t) coefficients of any method
+    keep: Sequence[int] | Tensor,  # indices of the t kept channels
+    rho: Tensor
+    | None = None,  # (m, m) correlations of the pre-activations where they are known; else those for white input
+) -> tuple[Tensor, Tensor]:  # (m - t,) mean and (m - t,) mean square of C_j
     "Mean and mean square of the activation error of Theorem 1 (arXiv 2502.08474) for Gaussian pre-activations."
     K, R = split(keep, len(U))
-    mean, C = moments(beta, deviations(beta, gamma), correlations(U) if rho is None else rho, absolute)
+    mean, C = moments(
+        beta, deviations(beta, gamma), correlations(U) if rho is None else rho, absolute
+    )
     first = mean[R] - S @ mean[K]
     spread = C.diagonal()[R] - 2 * (S * C[R][:, K]).sum(1) + (S @ C[K][:, K] * S).sum(1)
     return first, first**2 + spread.clamp(min=0)

@@ -26,25 +26,41 @@ from .errors import bn_affine
 from .gaussian import Activation, relu
 from .probe import as_called, call, conv_groups
 from .solve import products
-from .trace import FIXED, LAYERS, NORMS, PLAIN, Node, Recorder, Traced, is_depthwise, record, tensors_within, varying
+from lbyl_nb.trace import (
+    FIXED,
+    LAYERS,
+    NORMS,
+    PLAIN,
+    Node,
+    Recorder,
+    Traced,
+    is_depthwise,
+    record,
+    tensors_within,
+    varying,
+)
 
 # %% ../nbs/10_graph.ipynb #80bbc3c2
 @dataclass(frozen=True)
 class Consumer:
     "A layer that reads the channels of a group."
-    name: str                     # name of the layer in the model
-    columns: Tensor               # (m, span): its input columns that belong to each of the m channels
-    norm: str | None = None       # batch norm directly behind the layer, if any
-    known: bool = True            # does it read the group's activation of them, times `scale`, and nothing else?
-    scale: Tensor | None = None   # (m,) what the channels are multiplied by on the way; None: by one
+
+    name: str  # name of the layer in the model
+    columns: Tensor  # (m, span): its input columns that belong to each of the m channels
+    norm: str | None = None  # batch norm directly behind the layer, if any
+    known: bool = (
+        True  # does it read the group's activation of them, times `scale`, and nothing else?
+    )
+    scale: Tensor | None = None  # (m,) what the channels are multiplied by on the way; None: by one
 
 # %% ../nbs/10_graph.ipynb #a25b6622
 @dataclass(frozen=True)
 class Family:
     "Groups whose channels are chosen together."
-    name: str             # of its first group
-    members: tuple        # pairs (name of a group, number of the unit of each of its channels (m,))
-    units: int            # how many choices there are
+
+    name: str  # of its first group
+    members: tuple  # pairs (name of a group, number of the unit of each of its channels (m,))
+    units: int  # how many choices there are
     balances: tuple = ()  # tuples of pieces, each the number of channels (units,) that go from it with a unit: all must lose equally many
 
     @cached_property
@@ -68,19 +84,26 @@ class Family:
 @dataclass(frozen=True)
 class Group:
     "Channels that some layers write and others read; `reason` says why they may not be removed, where they may not."
-    name: str                             # the first producer; with places behind it if they are some of its channels only
-    channels: int                         # number m of channels
-    norm: str | None = None               # last batch norm of the first branch
-    activation: Activation | None = None  # the function that consumers see, None for none or one that has no name
+
+    name: str  # the first producer; with places behind it if they are some of its channels only
+    channels: int  # number m of channels
+    norm: str | None = None  # last batch norm of the first branch
+    activation: Activation | None = (
+        None  # the function that consumers see, None for none or one that has no name
+    )
     consumers: tuple[Consumer, ...] = ()  # who reads the channels
-    producers: tuple[str, ...] = ()       # all layers that write to the same channels
-    branches: tuple = ()                  # for each summand, pairs (layer, batch norm or None): the producer, then depthwise convolutions
-    scales: tuple = ()                    # for each summand, what it is multiplied by (m,), or None
-    cut: tuple = ()                       # pairs (module, its channels (m, span)): producers, and modules that treat channels one by one
-    parameters: tuple = ()                # triples (module, attribute, places (m, span)): other parameters that are cut with them
-    reason: str = ''                      # why the group is left alone; empty where it can be pruned
-    roots: Tensor | None = field(default=None, repr=False, compare=False)     # (m,) classes of their labels
-    family: Family | None = field(default=None, repr=False, compare=False)    # with whom they are chosen
+    producers: tuple[str, ...] = ()  # all layers that write to the same channels
+    branches: tuple = ()  # for each summand, pairs (layer, batch norm or None): the producer, then depthwise convolutions
+    scales: tuple = ()  # for each summand, what it is multiplied by (m,), or None
+    cut: tuple = ()  # pairs (module, its channels (m, span)): producers, and modules that treat channels one by one
+    parameters: tuple = ()  # triples (module, attribute, places (m, span)): other parameters that are cut with them
+    reason: str = ''  # why the group is left alone; empty where it can be pruned
+    roots: Tensor | None = field(
+        default=None, repr=False, compare=False
+    )  # (m,) classes of their labels
+    family: Family | None = field(
+        default=None, repr=False, compare=False
+    )  # with whom they are chosen
 
     @property
     def unit(self) -> Tensor:
@@ -88,7 +111,8 @@ class Group:
         return dict(self.family.members)[self.name] if self.family else torch.arange(self.channels)
 
     @property
-    def units(self) -> int: return len(self.unit.unique())    # how many choices there are
+    def units(self) -> int:
+        return len(self.unit.unique())  # how many choices there are
 
 # %% ../nbs/10_graph.ipynb #52340e7d
 def width(layer):
@@ -116,11 +140,16 @@ def _small_inputs(layer):
 def is_plain(layer: nn.Module) -> bool:
     "Does a layer use its weight as PyTorch's own layer of its kind does, but for padding its input?"
     kind = next((k for k in PLAIN if isinstance(layer, k)), None)
-    if kind in (None, type(layer)): return kind is not None
+    if kind in (None, type(layer)):
+        return kind is not None
     names = {k for k, _ in (*layer.named_parameters(), *layer.named_buffers())}
-    if names - {'weight', 'bias'}: return False
-    try: return all(_does_as(_with_bias(layer), kind, x) for x in _small_inputs(layer))
-    except Exception: return False
+    if names - {'weight', 'bias'}:
+        return False
+    try:
+        return all(_does_as(_with_bias(layer), kind, x) for x in _small_inputs(layer))
+    except Exception:
+        return False
+
 
 def _with_bias(layer):
     "A copy that has a bias, which is where constants will go."
@@ -128,6 +157,7 @@ def _with_bias(layer):
     bias = new.weight.new_ones(width(layer)) if layer.bias is None else layer.bias
     new._parameters = layer._parameters | dict(bias=nn.Parameter(bias))
     return new
+
 
 def _does_as(layer, kind, x) -> bool:
     "Does a layer do what PyTorch's own does?"
@@ -143,70 +173,99 @@ def _does_as(layer, kind, x) -> bool:
 def refusal(net: Traced, name: str) -> str:
     "Why a layer cannot take part in a group; empty where it can."
     layer, calls = net.model.get_submodule(name), net.calls.get(name, 0)
-    if name in net.tied: return f'{name} shares a parameter with {net.tied[name]}'
-    if calls > 1: return f'{name} is called {calls} times in one forward pass'
-    if name in net.seen.trouble: return net.seen.trouble[name]
-    if parametrize.is_parametrized(layer): return f'{name} is parametrized'
-    if not is_plain(layer): return f'{name} is a {type(layer).__name__}, which is not handled'
-    if conv_groups(layer) == 1: return ''
-    if isinstance(layer, nn.modules.conv._ConvTransposeNd): return f'{name} is a transposed convolution in groups'
-    if not is_depthwise(layer) and layer.groups in (layer.in_channels, layer.out_channels): return f'{name} is a grouped convolution that leaves no choice: its groups have a single channel'
+    if name in net.tied:
+        return f'{name} shares a parameter with {net.tied[name]}'
+    if calls > 1:
+        return f'{name} is called {calls} times in one forward pass'
+    if name in net.seen.trouble:
+        return net.seen.trouble[name]
+    if parametrize.is_parametrized(layer):
+        return f'{name} is parametrized'
+    if not is_plain(layer):
+        return f'{name} is a {type(layer).__name__}, which is not handled'
+    if conv_groups(layer) == 1:
+        return ''
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        return f'{name} is a transposed convolution in groups'
+    if not is_depthwise(layer) and layer.groups in (layer.in_channels, layer.out_channels):
+        return f'{name} is a grouped convolution that leaves no choice: its groups have a single channel'
     return ''
 
 # %% ../nbs/10_graph.ipynb #65bc943d
 def in_weight(layer, columns):
     "Where input columns stand in the weight: all of them, or those of the first group, whose places serve the others too."
-    return columns.flatten() if conv_groups(layer) == 1 else columns[columns < by_output(layer).shape[1]]
+    return (
+        columns.flatten()
+        if conv_groups(layer) == 1
+        else columns[columns < by_output(layer).shape[1]]
+    )
 
 # %% ../nbs/10_graph.ipynb #37e930da
 NO_READER = "its output does not reach the network's"
 STREAM = 'its channels go through an addition (residual stream)'
 NO_CHOICE = 'its channels must all stay or go together, which leaves no choice'
 
+
 class Table:
     "For every class of labels: who writes, reads and holds it (`members`), its unit, and why it is refused, if it is."
+
     def __init__(self, net: Traced, streams: bool):
         self.net, self.reasons, self.members, seen = net, {}, defaultdict(dict), net.seen
         self.depthwise = {k for k in seen.out if is_depthwise(net.model.get_submodule(k))}
         for name in seen.out:
-            if why := refusal(net, name): self.refuse(torch.cat([seen.out[name], seen.read[name]]), why)
-        for c, why in zip(self.roots(seen.pins), seen.pins.values()): self.reasons.setdefault(c, why)
-        if not streams: self.refuse(torch.tensor(sorted(seen.added), dtype=torch.long), STREAM)
-        for name, labels in seen.out.items(): self.enter(('out', name), labels)
+            if why := refusal(net, name):
+                self.refuse(torch.cat([seen.out[name], seen.read[name]]), why)
+        for c, why in zip(self.roots(seen.pins), seen.pins.values()):
+            self.reasons.setdefault(c, why)
+        if not streams:
+            self.refuse(torch.tensor(sorted(seen.added), dtype=torch.long), STREAM)
+        for name, labels in seen.out.items():
+            self.enter(('out', name), labels)
         for name, labels in seen.read.items():
-            if name not in self.depthwise: self.enter(('in', name), labels, new=False)
+            if name not in self.depthwise:
+                self.enter(('in', name), labels, new=False)
         for (name, a), labels in seen.param.items():
-            if not isinstance(net.model.get_submodule(name), LAYERS): self.enter(('held', name, a), labels, new=False)
+            if not isinstance(net.model.get_submodule(name), LAYERS):
+                self.enter(('held', name, a), labels, new=False)
         for c, m in self.members.items():
-            if not any(k[0] == 'in' for k in m): self.reasons.setdefault(c, NO_READER)
-        while _stuck(self): pass
+            if not any(k[0] == 'in' for k in m):
+                self.reasons.setdefault(c, NO_READER)
+        while _stuck(self):
+            pass
 
     def roots(self, labels) -> list:
         "Classes of many labels."
         return self.net.seen.same.roots(torch.tensor(list(labels), dtype=torch.long)).tolist()
 
     def refuse(self, labels: Tensor, why: str):
-        for c in set(self.net.seen.same.roots(labels).tolist()) - {0}: self.reasons.setdefault(c, why)
+        for c in set(self.net.seen.same.roots(labels).tolist()) - {0}:
+            self.reasons.setdefault(c, why)
 
     def enter(self, key: tuple, labels: Tensor, new: bool = True):
         "Places of labels in one tensor, by class."
         for place, c in enumerate(self.net.seen.same.roots(labels).flatten().tolist()):
-            if c > FIXED and (new or c in self.members): self.members[c].setdefault(key, []).append(place)
+            if c > FIXED and (new or c in self.members):
+                self.members[c].setdefault(key, []).append(place)
 
     def units(self) -> dict:
         "{class: unit}. Classes that are tied to a refused one are refused."
         together, labels = self.net.seen.together, torch.arange(2, self.net.seen.same.size)
         together.join(labels, self.net.seen.same.roots(labels))
-        unit = lambda classes: together.roots(torch.tensor(list(classes), dtype=torch.long)).tolist()
+        unit = lambda classes: together.roots(
+            torch.tensor(list(classes), dtype=torch.long)
+        ).tolist()
         bad = {}
-        for u, why in zip(unit(self.reasons), self.reasons.values()): bad.setdefault(u, why)
+        for u, why in zip(unit(self.reasons), self.reasons.values()):
+            bad.setdefault(u, why)
         units = dict(zip(self.members, unit(self.members)))
         for c, u in units.items():
-            if u in bad: self.reasons.setdefault(c, bad[u])
+            if u in bad:
+                self.reasons.setdefault(c, bad[u])
         return units
 
 # %% ../nbs/10_graph.ipynb #7c1e52d9
 STUCK = 'it must lose as many channels as another piece of the same split, which can lose none'
+
 
 def _stuck(table: Table) -> bool:
     "Refuse pieces that must lose as many channels as one that can lose none. Were there any?"
@@ -215,8 +274,10 @@ def _stuck(table: Table) -> bool:
         classes = [table.net.seen.same.roots(p).tolist() for p in pieces]
         able = lambda c: c in table.members and c not in table.reasons
         free = [set(filter(able, cs)) for cs in classes]
-        if all(free): continue
-        for c in set().union(*free): table.reasons[c] = STUCK
+        if all(free):
+            continue
+        for c in set().union(*free):
+            table.reasons[c] = STUCK
     return len(table.reasons) > before
 
 # %% ../nbs/10_graph.ipynb #2d67e836
@@ -225,27 +286,39 @@ def norm_behind(node: Node) -> Node | None:
     at = node.outputs[0] if len(node.outputs) == 1 else None
     return at if at and at.kind == 'batch_norm' and at.layer else None
 
+
 def behind(f, known: bool, scales: tuple, n: Node) -> tuple:
     "Activation, whether that is all, and scales behind it: what is known behind one more operation."
     if n.activation:
-        known = known and (f is None or f == n.activation == relu) and (not scales or n.activation == relu and all(map(_positive, scales)))
+        known = (
+            known
+            and (f is None or f == n.activation == relu)
+            and (not scales or n.activation == relu and all(map(_positive, scales)))
+        )
         return n.activation, known, scales
-    if n.scale is not None: return f, known, (*scales, n.scale)
+    if n.scale is not None:
+        return f, known, (*scales, n.scale)
     return f, known and (n.same or n.kind in ('cat', 'stack')), scales
 
-def _positive(scale) -> bool: return (scale if isinstance(scale, float) else scale[1].min().item()) > 0
+
+def _positive(scale) -> bool:
+    return (scale if isinstance(scale, float) else scale[1].min().item()) > 0
 
 # %% ../nbs/10_graph.ipynb #9ffb961a
 def straight(
-    node: Node,    # of a producer, or where channels have met
-) -> tuple:        # its branch, pairs of nodes [layer, batch norm or None]; the activation or None; scales; the last node of the path
+    node: Node,  # of a producer, or where channels have met
+) -> tuple:  # its branch, pairs of nodes [layer, batch norm or None]; the activation or None; scales; the last node of the path
     "Along the single path behind a node, up to where paths meet or part, or a layer reads."
     branch, f, known, scales, at = [[node, None]], None, True, (), node
     while len(at.outputs) == 1 and len(at.outputs[0].inputs) == 1 and at.outputs[0].kind != 'layer':
         at, before = at.outputs[0], branch[-1][0]
-        if at is norm_behind(before): branch[-1][1] = at
-        elif at.kind == 'depthwise': branch.append([at, None]); f, scales = None, ()
-        else: f, known, scales = behind(f, known, scales, at)
+        if at is norm_behind(before):
+            branch[-1][1] = at
+        elif at.kind == 'depthwise':
+            branch.append([at, None])
+            f, scales = None, ()
+        else:
+            f, known, scales = behind(f, known, scales, at)
     return branch, f if known else None, scales, at
 
 # %% ../nbs/10_graph.ipynb #aa2a8029
@@ -254,24 +327,35 @@ def _branches(net, writers, at, roots):
     out, factors, met, f = [], [], set(), None
     for k in writers:
         branch, g, scales, last = straight(net.node(k))
-        junction = next((n for n in last.outputs if len(n.inputs) > 1), last.outputs[0] if last.outputs else None)
-        if junction and junction.kind == 'mul' and junction in met: continue
+        junction = next(
+            (n for n in last.outputs if len(n.inputs) > 1),
+            last.outputs[0] if last.outputs else None,
+        )
+        if junction and junction.kind == 'mul' and junction in met:
+            continue
         met.add(junction)
         added = junction is not None and junction.kind in ('add', 'sub')
-        if not out: f = straight(junction)[1] if added else g
-        if added and junction.second[0] is last: scales = (*scales, float(junction.second[1]))
+        if not out:
+            f = straight(junction)[1] if added else g
+        if added and junction.second[0] is last:
+            scales = (*scales, float(junction.second[1]))
         pairs = tuple((n.layer, norm and norm.layer) for n, norm in branch)
         out += [pairs] * at[k].shape[1]
         factors += [_factor(net, scales, roots) if added else None] * at[k].shape[1]
     return tuple(out), tuple(factors), f
 
+
 def _factor(net, scales, roots):
     "(m,) the product of scales, None for one."
     total = torch.ones(len(roots), dtype=torch.float64)
     for s in scales:
-        if isinstance(s, float): total = total * s; continue
+        if isinstance(s, float):
+            total = total * s
+            continue
         value = dict(zip(net.seen.same.roots(s[0]).tolist(), s[1].tolist()))
-        total = total * torch.tensor([value.get(c, math.nan) for c in roots.tolist()], dtype=torch.float64)
+        total = total * torch.tensor(
+            [value.get(c, math.nan) for c in roots.tolist()], dtype=torch.float64
+        )
     return None if (total == 1).all() else total
 
 # %% ../nbs/10_graph.ipynb #8af6cf74
@@ -281,91 +365,152 @@ def seen_by(start: Node, reader: Node) -> list:
     while todo:
         at, *state = todo.pop()
         for n in at.outputs:
-            if n is reader: out.append(tuple(state))
-            if n.kind == 'layer': continue
+            if n is reader:
+                out.append(tuple(state))
+            if n.kind == 'layer':
+                continue
             alone = (len(n.inputs) == 1 or n.kind in ('cat', 'stack')) and n.kind != 'depthwise'
             new = behind(*state, n) if alone else (None, False, ())
             key = n, str(new[0]), new[1], len(new[2])
-            if key not in done: done.add(key); todo.append((n, *new))
+            if key not in done:
+                done.add(key)
+                todo.append((n, *new))
     return out
+
 
 def _consumer(net, name, columns, branches, f, roots):
     "One reader of a group."
     norm = norm_behind(net.node(name))
     found = Consumer(name, columns, norm and norm.layer)
-    if len({b[0] for b in branches}) > 1: return found
-    end = next(n for n in net.seen.nodes if n.layer == (branches[0][-1][1] or branches[0][-1][0]) and n.kind in ('layer', 'depthwise', 'batch_norm'))
+    if len({b[0] for b in branches}) > 1:
+        return found
+    end = next(
+        n
+        for n in net.seen.nodes
+        if n.layer == (branches[0][-1][1] or branches[0][-1][0])
+        and n.kind in ('layer', 'depthwise', 'batch_norm')
+    )
     ways = seen_by(end, net.node(name))
-    if len(ways) != 1 or not ways[0][1] or ways[0][0] != f: return replace(found, known=False)
+    if len(ways) != 1 or not ways[0][1] or ways[0][0] != f:
+        return replace(found, known=False)
     return replace(found, scale=_factor(net, ways[0][2], roots))
 
 # %% ../nbs/10_graph.ipynb #9fe4bc90
 def _name(layer: str, places: list, m: int) -> str:
     "Name of some channels of a layer with m of them."
-    if places == list(range(m)): return layer
+    if places == list(range(m)):
+        return layer
     step = places[1] - places[0] if len(places) > 1 else 1
-    if places == list(range(places[0], places[-1] + 1, step)): return f'{layer}[{places[0]}:{places[-1] + 1}{f":{step}" if step > 1 else ""}]'
+    if places == list(range(places[0], places[-1] + 1, step)):
+        return f'{layer}[{places[0]}:{places[-1] + 1}{f":{step}" if step > 1 else ""}]'
     return f'{layer}[{", ".join(map(str, places))}]'
+
 
 def _group(net, members, roots, why, order):
     "The group of some classes that have the same members."
-    model, sort = net.model, lambda kind: sorted({k for m in members for k in m if k[0] == kind}, key=lambda k: order[k[1]])
+    model, sort = (
+        net.model,
+        lambda kind: sorted(
+            {k for m in members for k in m if k[0] == kind}, key=lambda k: order[k[1]]
+        ),
+    )
     writers = [k[1] for k in sort('out') if not is_depthwise(model.get_submodule(k[1]))]
     places = sorted(p for m in members for p in m['out', writers[0]])
-    name, roots = _name(writers[0], places, width(model.get_submodule(writers[0]))), torch.tensor(roots)
-    if why: return Group(name, len(members), producers=tuple(writers), reason=why, roots=roots)
+    name, roots = (
+        _name(writers[0], places, width(model.get_submodule(writers[0]))),
+        torch.tensor(roots),
+    )
+    if why:
+        return Group(name, len(members), producers=tuple(writers), reason=why, roots=roots)
     columns = lambda k: torch.tensor([m[k] for m in members])
     cut, parameters = {k[1]: columns(k) for k in sort('out')}, []
     for k in sort('held'):
         one_by_one = isinstance(model.get_submodule(k[1]), (*NORMS, nn.PReLU))
-        if one_by_one: cut.setdefault(k[1], columns(k))
-        else: parameters.append((*k[1:], columns(k)))
+        if one_by_one:
+            cut.setdefault(k[1], columns(k))
+        else:
+            parameters.append((*k[1:], columns(k)))
     branches, scales, f = _branches(net, writers, cut, roots)
     consumers = tuple(_consumer(net, k[1], columns(k), branches, f, roots) for k in sort('in'))
-    return Group(name, len(members), branches[0][-1][1], f, consumers, tuple(writers), branches, scales, tuple(cut.items()), tuple(parameters), '', roots)
+    return Group(
+        name,
+        len(members),
+        branches[0][-1][1],
+        f,
+        consumers,
+        tuple(writers),
+        branches,
+        scales,
+        tuple(cut.items()),
+        tuple(parameters),
+        '',
+        roots,
+    )
 
 # %% ../nbs/10_graph.ipynb #1dde9593
 def find_groups(
-    net: Traced,             # from `trace`
-    streams: bool = False,   # residual streams too
-) -> list[Group]:            # in the order of the forward pass
+    net: Traced,  # from `trace`
+    streams: bool = False,  # residual streams too
+) -> list[Group]:  # in the order of the forward pass
     "All groups of channels of a network; those that must be left alone carry the reason."
     table, order = Table(net, streams), {}
-    for n in net.seen.nodes: order.setdefault(n.layer, len(order))
-    for k, _ in net.seen.param: order.setdefault(k, len(order))
+    for n in net.seen.nodes:
+        order.setdefault(n.layer, len(order))
+    for k, _ in net.seen.param:
+        order.setdefault(k, len(order))
     groups = _groups(net, table, order)
     while odd := [(g, c.name) for g in groups for c in g.consumers if _other_order(net, g, c)]:
-        for g, name in odd: table.refuse(g.roots, f'{name} is a grouped convolution that has its channels in another order')
-        while _stuck(table): pass
+        for g, name in odd:
+            table.refuse(
+                g.roots, f'{name} is a grouped convolution that has its channels in another order'
+            )
+        while _stuck(table):
+            pass
         groups = _groups(net, table, order)
     groups = _with_families(net, table, groups) + _not_recorded(net)
     calls = {k: i for i, k in enumerate(net.calls)}
     return sorted(groups, key=lambda g: calls.get(g.producers[0], len(calls)))
 
+
 def _groups(net, table, order):
     "Classes with the same members, as groups."
     kinds = {}
     for name in net.seen.out:
-        if name in table.depthwise: continue
+        if name in table.depthwise:
+            continue
         for c in dict.fromkeys(net.seen.same.roots(net.seen.out[name]).tolist()):
-            if c not in table.members: continue
+            if c not in table.members:
+                continue
             why, m = table.reasons.get(c, ''), table.members[c]
             writers = tuple(k for k in m if k[0] == 'out' and k[1] not in table.depthwise)
             kind = (why, writers) if why else ('', *sorted((k, len(v)) for k, v in m.items()))
             kinds.setdefault(kind, {})[c] = m
     return [_group(net, list(g.values()), list(g), kind[0], order) for kind, g in kinds.items()]
 
+
 def _other_order(net, g, consumer):
     "Does a grouped convolution read something else than these channels, all of them, in their order?"
     layer = net.model.get_submodule(consumer.name)
-    return conv_groups(layer) > 1 and not (layer.in_channels == g.channels and torch.equal(consumer.columns, torch.arange(g.channels)[:, None]))
+    return conv_groups(layer) > 1 and not (
+        layer.in_channels == g.channels
+        and torch.equal(consumer.columns, torch.arange(g.channels)[:, None])
+    )
+
 
 def _not_recorded(net):
     "Layers that were called, but what they did is not what such layers do."
+
     def group(name):
         layer = net.model.get_submodule(name)
         why = refusal(net, name) or f'{name} is a {type(layer).__name__}, which is not handled'
-        return Group(name, width(layer), producers=(name,), reason=why, roots=torch.zeros(0, dtype=torch.long))
+        return Group(
+            name,
+            width(layer),
+            producers=(name,),
+            reason=why,
+            roots=torch.zeros(0, dtype=torch.long),
+        )
+
     return [group(name) for name in net.calls if name not in net.seen.out]
 
 # %% ../nbs/10_graph.ipynb #5425b65f
@@ -373,10 +518,15 @@ def _with_families(net, table, groups):
     "The groups, each with its family."
     free, roots = [g for g in groups if not g.reason], net.seen.same.roots
     owner = {c: i for i, g in enumerate(free) for c in g.roots.tolist()}
-    balances = [[[c for c in roots(p).tolist() if c in owner] for p in pieces] for pieces in net.seen.balances]
+    balances = [
+        [[c for c in roots(p).tolist() if c in owner] for p in pieces]
+        for pieces in net.seen.balances
+    ]
     ties = defaultdict(set)
-    for c, i in owner.items(): ties[table.unit[c]].add(i)
-    for n, pieces in enumerate(balances): ties['balance', n] = {owner[c] for p in pieces for c in p}
+    for c, i in owner.items():
+        ties[table.unit[c]].add(i)
+    for n, pieces in enumerate(balances):
+        ties['balance', n] = {owner[c] for p in pieces for c in p}
     part = list(range(len(free)))
     for ids in {frozenset(ids) for ids in ties.values() if len(ids) > 1}:
         joined = {part[i] for i in ids}
@@ -384,39 +534,63 @@ def _with_families(net, table, groups):
     family = {}
     for p in set(part):
         members = [g for g, q in zip(free, part) if q == p]
-        made = _family(table, members, [b for b in balances if any(part[owner[c]] == p for piece in b for c in piece)])
+        made = _family(
+            table,
+            members,
+            [b for b in balances if any(part[owner[c]] == p for piece in b for c in piece)],
+        )
         family |= {g.name: made for g in members}
     alone = {g.name for g in free if family[g.name].units == 1 < g.channels}
-    return [g if g.reason else replace(g, reason=NO_CHOICE) if g.name in alone else replace(g, family=family[g.name]) for g in groups]
+    return [
+        g
+        if g.reason
+        else replace(g, reason=NO_CHOICE)
+        if g.name in alone
+        else replace(g, family=family[g.name])
+        for g in groups
+    ]
+
 
 def _family(table, members, balances):
     "Groups that are tied to each other, and the balances among them."
     number = {}
-    units = [torch.tensor([number.setdefault(table.unit[c], len(number)) for c in g.roots.tolist()]) for g in members]
-    weigh = lambda piece: torch.bincount(torch.tensor([number[table.unit[c]] for c in piece], dtype=torch.long), minlength=len(number))
+    units = [
+        torch.tensor([number.setdefault(table.unit[c], len(number)) for c in g.roots.tolist()])
+        for g in members
+    ]
+    weigh = lambda piece: torch.bincount(
+        torch.tensor([number[table.unit[c]] for c in piece], dtype=torch.long),
+        minlength=len(number),
+    )
     weights = {tuple(tuple(w.tolist()) for w in map(weigh, pieces)) for pieces in balances}
     own = tuple(tuple(map(torch.tensor, w)) for w in sorted(weights) if len(set(w)) > 1)
-    return Family(members[0].name, tuple((g.name, u) for g, u in zip(members, units)), len(number), own)
+    return Family(
+        members[0].name, tuple((g.name, u) for g, u in zip(members, units)), len(number), own
+    )
 
 # %% ../nbs/10_graph.ipynb #303ad670
 @dataclass(frozen=True)
 class Reader:
     "A layer that can be rewritten, with what stands directly behind it."
-    name: str                 # name of the layer in the model
-    norm: str | None = None   # batch norm that alone reads its output
-    added: bool = False       # is its output, behind the norm, a summand?
+
+    name: str  # name of the layer in the model
+    norm: str | None = None  # batch norm that alone reads its output
+    added: bool = False  # is its output, behind the norm, a summand?
 
 # %% ../nbs/10_graph.ipynb #033cadd6
 def find_readers(
-    net: Traced,      # from `trace`
-) -> list[Reader]:    # in the order of the forward pass
+    net: Traced,  # from `trace`
+) -> list[Reader]:  # in the order of the forward pass
     "Every plain convolution and linear layer that is called once."
     found = []
     for name in net.seen.out:
-        if refusal(net, name): continue
+        if refusal(net, name):
+            continue
         last = norm = norm_behind(net.node(name))
-        if norm is None: last = net.node(name)
-        while len(last.outputs) == 1 and last.outputs[0].kind in ('view', '_unsafe_view'): last = last.outputs[0]    # of a linear layer on several dimensions
+        if norm is None:
+            last = net.node(name)
+        while len(last.outputs) == 1 and last.outputs[0].kind in ('view', '_unsafe_view'):
+            last = last.outputs[0]  # of a linear layer on several dimensions
         added = len(last.outputs) == 1 and last.outputs[0].terms > 1
         found.append(Reader(name, norm and norm.layer, added))
     return found
@@ -427,73 +601,101 @@ def lost(groups: list, removed: dict) -> Tensor:
     parts = [g.roots[list(removed[g.name])] for g in groups if len(removed.get(g.name, ()))]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
 
+
 def _stays(net, labels, gone):
     "Which places of a tensor of labels stay."
     return ~torch.isin(net.seen.same.roots(labels), gone)
 
+
 def _along(keep: Tensor) -> list:
     "For each dimension, the places at which anything is marked."
     return [keep[..., None].movedim(d, 0).flatten(1).any(1) for d in range(keep.ndim)]
+
 
 @torch.no_grad()
 def _shrink(t: Tensor, keeps: list):
     "Leave the places of a tensor that are marked along each dimension (None: all), in place and in its memory format."
     new = t.data
     for d, keep in enumerate(keeps):
-        if keep is not None and not keep.all(): new = new.index_select(d, keep.nonzero().flatten().to(new.device))
-    last = t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+        if keep is not None and not keep.all():
+            new = new.index_select(d, keep.nonzero().flatten().to(new.device))
+    last = (
+        t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+    )
     t.data = new.contiguous(memory_format=torch.channels_last) if last else new
 
 # %% ../nbs/10_graph.ipynb #fcb326d0
 def _cut_layer(name, layer, out, inn):
     "Leave the output and input channels of a layer that are marked."
     n = conv_groups(layer)
-    if is_depthwise(layer): layer.groups, columns, inn = int(out.sum()), None, out
-    else: columns = inn.view(n, -1)[0]
-    if columns is not None and not (inn.view(n, -1) == columns).all(): raise ValueError(f'{name}: its groups would read different numbers of channels')
-    _shrink(layer.weight, [columns, out] if isinstance(layer, nn.modules.conv._ConvTransposeNd) else [out, columns])
-    if layer.bias is not None: _shrink(layer.bias, [out])
-    names = ('in_features', 'out_features') if isinstance(layer, nn.Linear) else ('in_channels', 'out_channels')
-    for k, keep in zip(names, (inn, out)): setattr(layer, k, int(keep.sum()))
+    if is_depthwise(layer):
+        layer.groups, columns, inn = int(out.sum()), None, out
+    else:
+        columns = inn.view(n, -1)[0]
+    if columns is not None and not (inn.view(n, -1) == columns).all():
+        raise ValueError(f'{name}: its groups would read different numbers of channels')
+    _shrink(
+        layer.weight,
+        [columns, out] if isinstance(layer, nn.modules.conv._ConvTransposeNd) else [out, columns],
+    )
+    if layer.bias is not None:
+        _shrink(layer.bias, [out])
+    names = (
+        ('in_features', 'out_features')
+        if isinstance(layer, nn.Linear)
+        else ('in_channels', 'out_channels')
+    )
+    for k, keep in zip(names, (inn, out)):
+        setattr(layer, k, int(keep.sum()))
+
 
 def _cut_held(name, module, attribute, keep):
     "Leave the places of a parameter or buffer that are marked."
     along = _along(keep)
-    if math.prod(int(k.sum()) for k in along) != int(keep.sum()): raise ValueError(f'{name}.{attribute}: what would be removed is no whole rows or columns')
+    if math.prod(int(k.sum()) for k in along) != int(keep.sum()):
+        raise ValueError(f'{name}.{attribute}: what would be removed is no whole rows or columns')
     _shrink(getattr(module, attribute), along)
     for k in ('num_features', 'num_channels', 'num_parameters'):
-        if getattr(module, k, None) == len(keep): setattr(module, k, int(keep.sum()))
+        if getattr(module, k, None) == len(keep):
+            setattr(module, k, int(keep.sum()))
 
 # %% ../nbs/10_graph.ipynb #300b729c
 def remove_channels(
-    net: Traced,               # from `trace`; its model is cut in place
-    groups: list,              # of it
+    net: Traced,  # from `trace`; its model is cut in place
+    groups: list,  # of it
     removed: dict[str, list],  # {group: indices of the channels to remove}
 ) -> nn.Module:
     "Remove channels with everything tied to them; returns the smaller model."
     gone = lost(groups, removed)
     for name in net.seen.out:
         out, inn = _stays(net, net.seen.out[name], gone), _stays(net, net.seen.read[name], gone)
-        if not (out.all() and inn.all()): _cut_layer(name, net.model.get_submodule(name), out, inn)
+        if not (out.all() and inn.all()):
+            _cut_layer(name, net.model.get_submodule(name), out, inn)
     for (name, attribute), labels in net.seen.param.items():
         module, keep = net.model.get_submodule(name), _stays(net, labels, gone)
-        if not isinstance(module, LAYERS) and not keep.all(): _cut_held(name, module, attribute, keep)
+        if not isinstance(module, LAYERS) and not keep.all():
+            _cut_held(name, module, attribute, keep)
     for n in net.seen.nodes:
-        if not n.kind.endswith('_norm') or n.labels[0] is None: continue
-        for k in ('num_features', 'num_channels'):    # of norms without parameters, too
-            if hasattr(net.model.get_submodule(n.module), k): setattr(net.model.get_submodule(n.module), k, int(_stays(net, n.labels[0], gone).sum()))
+        if not n.kind.endswith('_norm') or n.labels[0] is None:
+            continue
+        for k in ('num_features', 'num_channels'):  # of norms without parameters, too
+            if hasattr(net.model.get_submodule(n.module), k):
+                setattr(
+                    net.model.get_submodule(n.module), k, int(_stays(net, n.labels[0], gone).sum())
+                )
     return net.model
 
 # %% ../nbs/10_graph.ipynb #d1a96552
 @torch.no_grad()
 def silence(
-    model: nn.Module,          # changed in place
-    groups: list,              # of the model
+    model: nn.Module,  # changed in place
+    groups: list,  # of the model
     removed: dict[str, list],  # {producer: indices of the channels to remove}
 ):
     "Give weight zero to removed channels wherever they are read."
     for g in groups:
-        if not removed.get(g.name): continue
+        if not removed.get(g.name):
+            continue
         for c in g.consumers:
             layer = model.get_submodule(c.name)
             by_output(layer)[:, in_weight(layer, c.columns[removed[g.name]])] = 0
@@ -501,75 +703,105 @@ def silence(
 # %% ../nbs/10_graph.ipynb #8c1bed34
 @contextmanager
 def deaf_norms(
-    model: nn.Module,          # not cut
-    groups: list,              # of it
+    model: nn.Module,  # not cut
+    groups: list,  # of it
     removed: dict[str, list],  # {group: indices of the channels to remove}
 ):
     "Inside the block, group norms take their statistics of the channels that stay, and put out zero for the others."
     gone, hooks = defaultdict(list), []
     for g in groups:
         for name, places in g.cut:
-            if isinstance(model.get_submodule(name), nn.GroupNorm): gone[name] += places[removed.get(g.name, [])].flatten().tolist()
+            if isinstance(model.get_submodule(name), nn.GroupNorm):
+                gone[name] += places[removed.get(g.name, [])].flatten().tolist()
+
     def hook(m, inputs, out):
         keep = torch.ones(m.num_channels, dtype=torch.bool, device=out.device)
         keep[gone[names[m]]] = False
         new, some = torch.zeros_like(out), lambda p: p if p is None else p[keep]
-        new[:, keep] = F.group_norm(inputs[0][:, keep], m.num_groups, some(m.weight), some(m.bias), m.eps)
+        new[:, keep] = F.group_norm(
+            inputs[0][:, keep], m.num_groups, some(m.weight), some(m.bias), m.eps
+        )
         return new
+
     names = {model.get_submodule(k): k for k, places in gone.items() if places}
     try:
-        for m in names: hooks.append(m.register_forward_hook(hook, prepend=True))
+        for m in names:
+            hooks.append(m.register_forward_hook(hook, prepend=True))
         yield
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
 
 # %% ../nbs/10_graph.ipynb #ac58caa6
 class Still(TorchDispatchMode):
     "No random numbers: dropout keeps everything, noise is a constant."
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if torch.Tag.nondeterministic_seeded not in func.tags: return out
-        if func.overloadpacket.__name__ == 'native_dropout': return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
-        for t in tensors_within(out): t.fill_(.5 if t.is_floating_point() else 0)
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return out
+        if func.overloadpacket.__name__ == 'native_dropout':
+            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
+        for t in tensors_within(out):
+            t.fill_(0.5 if t.is_floating_point() else 0)
         return out
 
 # %% ../nbs/10_graph.ipynb #5c8f1322
 @torch.no_grad()
 def layer_outputs(
-    model: nn.Module,   # in evaluation mode
-    args,               # arguments of its forward
-) -> dict:              # {layer name: output}, in the order of the calls; under '' all tensors that the network puts out
+    model: nn.Module,  # in evaluation mode
+    args,  # arguments of its forward
+) -> dict:  # {layer name: output}, in the order of the calls; under '' all tensors that the network puts out
     "What every convolution and linear layer puts out, channels last, and what the network does."
     out, hooks = {}, []
-    def keep(name, dim): return lambda m, i, o: out.update({name: o.movedim(dim, -1)})
+
+    def keep(name, dim):
+        return lambda m, i, o: out.update({name: o.movedim(dim, -1)})
+
     for name, m in model.named_modules():
-        if isinstance(m, LAYERS): hooks.append(m.register_forward_hook(keep(name, -1 if isinstance(m, nn.Linear) else 1 - m.weight.ndim)))
+        if isinstance(m, LAYERS):
+            hooks.append(
+                m.register_forward_hook(
+                    keep(name, -1 if isinstance(m, nn.Linear) else 1 - m.weight.ndim)
+                )
+            )
     try:
-        with Still(): y = call(model, args)
+        with Still():
+            y = call(model, args)
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
     return out | {'': tensors_within(y)}
+
 
 def agree(a: Tensor, b: Tensor) -> bool:
     "Are two tensors the same up to rounding?"
-    if a.shape != b.shape: return False
-    if not a.numel() or torch.equal(a, b): return True
-    if not a.is_floating_point() or not torch.equal(a.isfinite(), b.isfinite()): return False
-    a, b = a[a.isfinite()], b[b.isfinite()]    # noise may be too much for a network, with or without a cut
+    if a.shape != b.shape:
+        return False
+    if not a.numel() or torch.equal(a, b):
+        return True
+    if not a.is_floating_point() or not torch.equal(a.isfinite(), b.isfinite()):
+        return False
+    a, b = (
+        a[a.isfinite()],
+        b[b.isfinite()],
+    )  # noise may be too much for a network, with or without a cut
     return a.numel() > 0 and bool((a - b).abs().max() <= 1e-3 * a.abs().max() + 1e-6)
 
 # %% ../nbs/10_graph.ipynb #c8a1e248
 def differing(
-    net: Traced,    # of the network before it was cut
-    silent: dict,   # `layer_outputs` of the silenced network
-    cut: dict,      # and of the cut one, on the same inputs
-    gone: Tensor,   # classes of the channels that were removed
+    net: Traced,  # of the network before it was cut
+    silent: dict,  # `layer_outputs` of the silenced network
+    cut: dict,  # and of the cut one, on the same inputs
+    gone: Tensor,  # classes of the channels that were removed
 ) -> str | None:
     "The first layer that puts out something else in the cut network; '' for the network itself, None if all agree."
     for name, y in cut.items():
-        if not name: continue
+        if not name:
+            continue
         stays = _stays(net, net.seen.out[name], gone) if name in net.seen.out else slice(None)
-        if name not in silent or not agree(silent[name][..., stays], y): return name
+        if name not in silent or not agree(silent[name][..., stays], y):
+            return name
     same = len(silent['']) == len(cut['']) and all(map(agree, silent[''], cut['']))
     return None if same else ''
 
@@ -578,52 +810,81 @@ def _expected(net, gone):
     "Labels that the cut network should have, by layer and by parameter."
     given = {k: v[_stays(net, v, gone)] for k, v in net.seen.out.items()}
     for k, v in net.seen.param.items():
-        for d, stays in enumerate(_along(_stays(net, v, gone))): v = v.index_select(d, stays.nonzero().flatten())
+        for d, stays in enumerate(_along(_stays(net, v, gone))):
+            v = v.index_select(d, stays.nonzero().flatten())
         given[k] = v
     return given
+
 
 def _first_fault(net, again, gone):
     "The first operation whose labels are not those of the dense network without the removed ones; the one where the other pass ended."
     seen, size = net.seen, net.seen.same.size
-    made = torch.cat([seen.same.roots(v).flatten() for v in (*seen.out.values(), *seen.param.values())]).unique()
-    def plain(v):    # what neither a layer nor a parameter made has labels of its own in each pass
+    made = torch.cat(
+        [seen.same.roots(v).flatten() for v in (*seen.out.values(), *seen.param.values())]
+    ).unique()
+
+    def plain(v):  # what neither a layer nor a parameter made has labels of its own in each pass
         v = v.flatten()
         roots = seen.same.roots(v.where(v < size, 0))
         return roots.where(torch.isin(roots, made), (v > 0).long())
+
     def same(v, w):
-        if v is None or w is None: return v is w
+        if v is None or w is None:
+            return v is w
         v = plain(v)
         return torch.equal(v[~torch.isin(v, gone)], plain(w))
+
     for a, b in zip(seen.nodes, again.nodes):
-        if a.kind != b.kind or not all(map(same, (*a.labels, a.read), (*b.labels, b.read))): return a
+        if a.kind != b.kind or not all(map(same, (*a.labels, a.read), (*b.labels, b.read))):
+            return a
     return seen.nodes[len(again.nodes)] if len(again.nodes) < len(seen.nodes) else None
 
 # %% ../nbs/10_graph.ipynb #a1943968
 def _once_more(net, args, gone):
     "The first operation of the cut network that is not as it should be, or None; and the error."
     again, error = Recorder(net.model, _expected(net, gone)), ''
-    for c in (again.same, again.together): c.new(net.seen.same.size)
-    try: record(again, args)
-    except Exception as e: error = f'{type(e).__name__}: {e}'
+    for c in (again.same, again.together):
+        c.new(net.seen.same.size)
+    try:
+        record(again, args)
+    except Exception as e:
+        error = f'{type(e).__name__}: {e}'
     return _first_fault(net, again, gone), error
 
 # %% ../nbs/10_graph.ipynb #a2186732
 def culprits(
-    net: Traced,       # of the dense network; its model is cut
-    args,              # arguments of its forward
-    groups: list,      # of the network
-    gone: Tensor,      # classes of the channels that were removed
-) -> dict:             # {group: why it should not have been cut}
+    net: Traced,  # of the dense network; its model is cut
+    args,  # arguments of its forward
+    groups: list,  # of the network
+    gone: Tensor,  # classes of the channels that were removed
+) -> dict:  # {group: why it should not have been cut}
     "Groups whose channels are not where they should be in the cut network; empty if nothing shows."
     at, error = _once_more(net, args, gone)
-    if at is None: return {}
-    alike = [n for n in net.seen.nodes if n is at or at.where and n.where == at.where and n.kind == at.kind and n.kind not in ('layer', 'depthwise')]
-    found = [v for n in alike for v in (*n.labels, n.read, *(w for k in n.inputs for w in k.labels))]
+    if at is None:
+        return {}
+    alike = [
+        n
+        for n in net.seen.nodes
+        if n is at
+        or at.where
+        and n.where == at.where
+        and n.kind == at.kind
+        and n.kind not in ('layer', 'depthwise')
+    ]
+    found = [
+        v for n in alike for v in (*n.labels, n.read, *(w for k in n.inputs for w in k.labels))
+    ]
     labels = [v.flatten() for v in found if v is not None]
     blamed = net.seen.same.roots(torch.cat(labels)) if labels else gone[:0]
     what = at.layer or (f'{at.module}, ' if at.module else '') + at.kind.strip('_')
-    why = f'the network does not run without its channels ({error})' if error else f'without its channels {what} finds others in their places'
-    return {g.name: why for g in groups if torch.isin(g.roots, blamed[torch.isin(blamed, gone)]).any()}
+    why = (
+        f'the network does not run without its channels ({error})'
+        if error
+        else f'without its channels {what} finds others in their places'
+    )
+    return {
+        g.name: why for g in groups if torch.isin(g.roots, blamed[torch.isin(blamed, gone)]).any()
+    }
 
 # %% ../nbs/10_graph.ipynb #9291b8a2
 def _sizes(net, name, gone):
@@ -632,14 +893,16 @@ def _sizes(net, name, gone):
     inside = [n for n in net.seen.nodes if name in (n.module, n.module.rpartition('.')[0])]
     for v in [v for n in inside for k in (n, *n.inputs) for v in k.labels if v is not None]:
         stays = _along(_stays(net, v, gone))
-        for d in varying(v): found[v.shape[d]].add(int(stays[d].sum()))
+        for d in varying(v):
+            found[v.shape[d]].add(int(stays[d].sum()))
     return found
 
 # %% ../nbs/10_graph.ipynb #bb8353d9
 def _changes(net, name, gone):
     "What may be tried in a module: new values of attributes, for one number alone, then for all."
     module = net.model.get_submodule(name)
-    if isinstance(module, (*LAYERS, *NORMS)): return []
+    if isinstance(module, (*LAYERS, *NORMS)):
+        return []
     sizes = _sizes(net, name, gone)
     single = [{old: new} for old, left in sizes.items() for new in sorted(left - {old})]
     changes = []
@@ -673,21 +936,23 @@ def _one_further(net, args, gone, far):
         before = {k: held[k] for k in change}
         held.update(change)
         new = _reached(net, args, gone)
-        if new > far: return new
+        if new > far:
+            return new
         held.update(before)
     return None
 
 # %% ../nbs/10_graph.ipynb #5cb3e5c2
 def follow_sizes(
-    net: Traced,     # of the dense network; its model is cut, and attributes of its modules are set
-    args,            # arguments of its forward
-    gone: Tensor,    # classes of the channels that were removed
-) -> bool:           # was anything set?
+    net: Traced,  # of the dense network; its model is cut, and attributes of its modules are set
+    args,  # arguments of its forward
+    gone: Tensor,  # classes of the channels that were removed
+) -> bool:  # was anything set?
     "Set numbers of channels that modules keep to what is left, where the network needs it."
     start = far = _reached(net, args, gone)
     while far < len(net.seen.nodes):
         new = _one_further(net, args, gone, far)
-        if new is None: break
+        if new is None:
+            break
         far = new
     return far > start
 
@@ -695,67 +960,100 @@ def follow_sizes(
 @dataclass(frozen=True)
 class Filters:
     "The weights of one layer as rows, not copied. Rows of different blocks read different inputs."
-    rows: Tensor                   # (m, d), in the precision of the model
-    scale: Tensor                  # (m,) factor of each row, in the precision to compute in
-    block: Tensor | None = None    # (m,) number of the block that each row reads; None: all read the same
+
+    rows: Tensor  # (m, d), in the precision of the model
+    scale: Tensor  # (m,) factor of each row, in the precision to compute in
+    block: Tensor | None = (
+        None  # (m,) number of the block that each row reads; None: all read the same
+    )
     blocks: int = 1
 
     def total(self, f):
         "The sum of a function of a few columns, (m, few), over all columns; its results are added up in place."
-        return reduce(Tensor.add_, (f(part.to(self.scale.dtype)) for part in self.rows.split(2048, 1)))
+        return reduce(
+            Tensor.add_, (f(part.to(self.scale.dtype)) for part in self.rows.split(2048, 1))
+        )
 
     @property
-    def width(self): return self.rows.shape[1] * self.blocks
+    def width(self):
+        return self.rows.shape[1] * self.blocks
+
     @property
-    def sums(self): return self.scale * self.total(lambda part: part.sum(1))
+    def sums(self):
+        return self.scale * self.total(lambda part: part.sum(1))
+
     @property
-    def squares(self): return self.scale.square() * self.total(lambda part: part.square().sum(1))
+    def squares(self):
+        return self.scale.square() * self.total(lambda part: part.square().sum(1))
+
     @property
     def gram(self):
         G = self.total(products).mul_(self.scale[:, None]).mul_(self.scale)
         return G if self.block is None else G.masked_fill_(self.block[:, None] != self.block, 0)
+
     @property
     def written(self):
         "(m, width): all columns, zero where a row reads nothing."
         rows = self.scale[:, None] * self.rows.to(self.scale.dtype)
-        if self.block is None: return rows
+        if self.block is None:
+            return rows
         out = rows.new_zeros(len(rows), self.blocks, rows.shape[1])
         out[torch.arange(len(rows), device=rows.device), self.block] = rows
         return out.flatten(1)
 
     def of(self, at):
         "Some of the rows."
-        return replace(self, rows=self.rows[at], scale=self.scale[at], block=None if self.block is None else self.block[at])
+        return replace(
+            self,
+            rows=self.rows[at],
+            scale=self.scale[at],
+            block=None if self.block is None else self.block[at],
+        )
 
 # %% ../nbs/10_graph.ipynb #d29c27af
 @dataclass(frozen=True)
 class Channels:
     "The channels of one group as tensors: what criteria and restorers see."
-    name: str                 # the producer, for messages
-    branches: tuple           # of tuples of `Filters`, one for each stage
-    a: Tensor                 # (m,) scale of the batch norm, gamma/sigma; ones without batch norm
-    b: Tensor                 # (m,) offset: z = a * (W x) + b
-    gamma: Tensor | None      # (m,) batch-norm scale as trained; None without batch norm
-    beta: Tensor | None       # (m,) batch-norm offset as trained, the mean of z; None without batch norm
-    activation: Activation | None   # what the consumers read is activation(z); None: z itself
 
-    def __len__(self): return len(self.a)
-    def _over(self, f): return sum(math.prod(map(f, branch)) for branch in self.branches)
+    name: str  # the producer, for messages
+    branches: tuple  # of tuples of `Filters`, one for each stage
+    a: Tensor  # (m,) scale of the batch norm, gamma/sigma; ones without batch norm
+    b: Tensor  # (m,) offset: z = a * (W x) + b
+    gamma: Tensor | None  # (m,) batch-norm scale as trained; None without batch norm
+    beta: Tensor | None  # (m,) batch-norm offset as trained, the mean of z; None without batch norm
+    activation: Activation | None  # what the consumers read is activation(z); None: z itself
+
+    def __len__(self):
+        return len(self.a)
+
+    def _over(self, f):
+        return sum(math.prod(map(f, branch)) for branch in self.branches)
+
     @property
-    def width(self): return self._over(lambda f: f.width)
+    def width(self):
+        return self._over(lambda f: f.width)
+
     @property
-    def sums(self): return self._over(lambda f: f.sums)          # (m,) of each filter
+    def sums(self):
+        return self._over(lambda f: f.sums)  # (m,) of each filter
+
     @property
-    def squares(self): return self._over(lambda f: f.squares)    # (m,) squared norms of the filters
+    def squares(self):
+        return self._over(lambda f: f.squares)  # (m,) squared norms of the filters
+
     @cached_property
     def gram(self):
         "(m, m) products of the filters."
         return self._over(lambda f: f.gram)
+
     @property
     def W(self):
         "(m, width) filters as rows, written out."
         joined = lambda w, v: torch.einsum('mk,md->mkd', v, w).flatten(1)
-        return torch.cat([reduce(joined, (f.written for f in branch)) for branch in self.branches], 1)
+        return torch.cat(
+            [reduce(joined, (f.written for f in branch)) for branch in self.branches], 1
+        )
+
     @property
     def rows(self):
         "(m, width) filters; (m, width + 1) with the bias as last entry where there is no batch norm."
@@ -764,21 +1062,45 @@ class Channels:
     def block(self, i: int, n: int):
         "The channels of block i of n."
         at = slice(i * len(self) // n, (i + 1) * len(self) // n)
-        parts = {k: None if getattr(self, k) is None else getattr(self, k)[at] for k in ('a', 'b', 'gamma', 'beta')}
-        return replace(self, branches=tuple(tuple(f.of(at) for f in branch) for branch in self.branches), **parts)
+        parts = {
+            k: None if getattr(self, k) is None else getattr(self, k)[at]
+            for k in ('a', 'b', 'gamma', 'beta')
+        }
+        return replace(
+            self,
+            branches=tuple(tuple(f.of(at) for f in branch) for branch in self.branches),
+            **parts,
+        )
 
 # %% ../nbs/10_graph.ipynb #9bc19d0a
 def _stage(model, name, norm, dtype):
     "One layer and the batch norm behind it: filters, a, b, gamma, beta."
     layer = model.get_submodule(name)
     W = by_output(layer).detach().flatten(1)
-    n, bias = conv_groups(layer), W.new_zeros(len(W), dtype=dtype) if layer.bias is None else layer.bias.detach().to(dtype)
-    W = Filters(W, torch.ones_like(bias), *(() if n == 1 or is_depthwise(layer) else (torch.arange(len(W), device=W.device) // (len(W) // n), n)))
-    if norm is None: return W, torch.ones_like(bias), bias, None, None
+    n, bias = (
+        conv_groups(layer),
+        W.new_zeros(len(W), dtype=dtype) if layer.bias is None else layer.bias.detach().to(dtype),
+    )
+    W = Filters(
+        W,
+        torch.ones_like(bias),
+        *(
+            ()
+            if n == 1 or is_depthwise(layer)
+            else (torch.arange(len(W), device=W.device) // (len(W) // n), n)
+        ),
+    )
+    if norm is None:
+        return W, torch.ones_like(bias), bias, None, None
     bn = model.get_submodule(norm)
-    if bn.running_var is None: raise ValueError(f'{norm}: this batch norm keeps no running statistics')
+    if bn.running_var is None:
+        raise ValueError(f'{norm}: this batch norm keeps no running statistics')
     mean, var = bn.running_mean.to(dtype), bn.running_var.to(dtype)
-    gamma, beta = (torch.ones_like(mean), torch.zeros_like(mean)) if bn.weight is None else (bn.weight.detach().to(dtype), bn.bias.detach().to(dtype))
+    gamma, beta = (
+        (torch.ones_like(mean), torch.zeros_like(mean))
+        if bn.weight is None
+        else (bn.weight.detach().to(dtype), bn.bias.detach().to(dtype))
+    )
     return W, *bn_affine(gamma, beta, mean, var, bn.eps, bias), gamma, beta
 
 # %% ../nbs/10_graph.ipynb #e23444de
@@ -793,47 +1115,78 @@ def _fold(model, branch, dtype, places):
     for name, norm in branch:
         W, *after = _stage(model, name, norm, dtype)
         at = places[name].to(W.rows.device)
-        if not torch.equal(at, torch.arange(len(W.rows), device=at.device)): W, *after = (v if v is None else v.of(at) if isinstance(v, Filters) else v[at] for v in (W, *after))
+        if not torch.equal(at, torch.arange(len(W.rows), device=at.device)):
+            W, *after = (
+                v if v is None else v.of(at) if isinstance(v, Filters) else v[at]
+                for v in (W, *after)
+            )
         stages, rest = (*(_scaled(stages, rest[0]) if stages else ()), W), after
     return stages, *rest
+
 
 def _times(folded, scale):
     "A branch that is multiplied by a factor for each channel."
     stages, a, b, gamma, beta = folded
-    if scale is None: return folded
+    if scale is None:
+        return folded
     s = scale.to(a)
-    return stages, a * s, b * s, gamma if gamma is None else gamma * s, beta if beta is None else beta * s
+    return (
+        stages,
+        a * s,
+        b * s,
+        gamma if gamma is None else gamma * s,
+        beta if beta is None else beta * s,
+    )
 
 # %% ../nbs/10_graph.ipynb #91f1bd31
 def channels(
-    model: nn.Module,        # the dense network
-    group: Group,            # one of its groups
-    dtype=torch.float64,     # precision of all that follows
+    model: nn.Module,  # the dense network
+    group: Group,  # one of its groups
+    dtype=torch.float64,  # precision of all that follows
 ) -> Channels:
     "Filters and batch norm of a group. Raises ValueError where the batch norm keeps no running statistics."
     branches, count, folded = group.branches or (((group.name, group.norm),),), defaultdict(int), []
     for branch, scale in zip(branches, group.scales or [None] * len(branches)):
         first = branch[0][0]
-        places = {k: v[:, min(count[first], v.shape[1] - 1)] for k, v in group.cut} or {first: torch.arange(group.channels)}
-        count[first] += 1    # a layer that writes a channel several times has a branch for each
+        places = {k: v[:, min(count[first], v.shape[1] - 1)] for k, v in group.cut} or {
+            first: torch.arange(group.channels)
+        }
+        count[first] += 1  # a layer that writes a channel several times has a branch for each
         folded.append(_times(_fold(model, branch, dtype, places), scale))
-    if len(folded) == 1: return Channels(group.name, (folded[0][0],), *folded[0][1:], group.activation)
+    if len(folded) == 1:
+        return Channels(group.name, (folded[0][0],), *folded[0][1:], group.activation)
     stages, scales, bs, gammas, betas = zip(*folded)
-    gamma, beta = (None, None) if any(g is None for g in gammas) else (sum(g.square() for g in gammas).sqrt(), sum(betas))
-    return Channels(group.name, tuple(map(_scaled, stages, scales)), torch.ones_like(bs[0]), sum(bs), gamma, beta, group.activation)
+    gamma, beta = (
+        (None, None)
+        if any(g is None for g in gammas)
+        else (sum(g.square() for g in gammas).sqrt(), sum(betas))
+    )
+    return Channels(
+        group.name,
+        tuple(map(_scaled, stages, scales)),
+        torch.ones_like(bs[0]),
+        sum(bs),
+        gamma,
+        beta,
+        group.activation,
+    )
 
 # %% ../nbs/10_graph.ipynb #ffad7301
 @torch.no_grad()
 def add_constant(
-    model: nn.Module,   # changed in place
-    name: str,          # of the layer
-    norm: str | None,   # batch norm directly behind it
-    constant: Tensor,   # (o,) what to add to the layer's output
+    model: nn.Module,  # changed in place
+    name: str,  # of the layer
+    norm: str | None,  # batch norm directly behind it
+    constant: Tensor,  # (o,) what to add to the layer's output
 ):
     "Add a constant to a layer's output, wherever it has room for one."
     layer, bn = model.get_submodule(name), model.get_submodule(norm) if norm else None
-    if not constant.any(): return
+    if not constant.any():
+        return
     constant = constant.to(layer.weight)
-    if layer.bias is not None: layer.bias += constant
-    elif bn is not None and bn.running_mean is not None: bn.running_mean -= constant
-    else: layer.bias = nn.Parameter(constant)
+    if layer.bias is not None:
+        layer.bias += constant
+    elif bn is not None and bn.running_mean is not None:
+        bn.running_mean -= constant
+    else:
+        layer.bias = nn.Parameter(constant)

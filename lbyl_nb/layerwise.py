@@ -26,57 +26,87 @@ from tqdm.auto import tqdm
 
 from .delivery import Delivery, removed
 from .graph import Reader, add_constant, by_output, channels, find_readers, in_weight
-from .probe import (
-    Fit, Moments, Probes, as_called, call, channel_dim, check_called, check_halves, conv_groups, in_turn, look,
-    map_tensors, moments, noise, norm_scale, regress, row_moments, selected, stacked,
-    target_moments, tensors, total)
+from lbyl_nb.probe import (
+    Fit,
+    Moments,
+    Probes,
+    as_called,
+    call,
+    channel_dim,
+    check_called,
+    check_halves,
+    conv_groups,
+    in_turn,
+    look,
+    map_tensors,
+    moments,
+    noise,
+    norm_scale,
+    regress,
+    row_moments,
+    selected,
+    stacked,
+    target_moments,
+    tensors,
+    total,
+)
 from .recover import absorb, in_blocks, lbyl
 from .solve import check_ridge
 from .trace import is_depthwise
 
 # %% ../nbs/14_layerwise.ipynb #e34678d4
-MOST = 8192    # unknowns for one output; beyond, the Gram matrix is too large: channels instead
+MOST = 8192  # unknowns for one output; beyond, the Gram matrix is too large: channels instead
+
 
 def taps_fit(layer, columns):
     "Can all taps of these columns be free: do we know the layer's patches, and are they few enough?"
-    if not isinstance(layer, (nn.Conv2d, nn.Linear)): return False
+    if not isinstance(layer, (nn.Conv2d, nn.Linear)):
+        return False
     return columns.numel() // conv_groups(layer) * layer.weight[0, 0].numel() <= MOST
 
 # %% ../nbs/14_layerwise.ipynb #d4f1e782
 @dataclass(frozen=True)
 class Site:
     "A layer to be rewritten, and the channels it will read."
-    reader: Reader        # the layer, what stands behind it
-    columns: Tensor       # (m, span): its input columns, for each channel
-    keep: list            # channels it will read, of m
-    free: bool = True     # is every tap free, or shall one delivery matrix serve all?
+
+    reader: Reader  # the layer, what stands behind it
+    columns: Tensor  # (m, span): its input columns, for each channel
+    keep: list  # channels it will read, of m
+    free: bool = True  # is every tap free, or shall one delivery matrix serve all?
 
     @property
-    def read(self): return self.columns[self.keep].flatten()
+    def read(self):
+        return self.columns[self.keep].flatten()
 
 # %% ../nbs/14_layerwise.ipynb #6aa820a5
 def site(
-    model: nn.Module,           # in which the layer is found
-    reader: Reader,             # the layer
-    tied: list,                 # pairs of a `Consumer` and the kept channels of its pruned group, all with this layer's name
-    taps: bool = True,          # shall taps be free?
+    model: nn.Module,  # in which the layer is found
+    reader: Reader,  # the layer
+    tied: list,  # pairs of a `Consumer` and the kept channels of its pruned group, all with this layer's name
+    taps: bool = True,  # shall taps be free?
 ) -> Site:
     "The site of a layer; it reads all columns that belong to no pruned group. Taps are not free where there would be more than `MOST` of them."
     layer = model.get_submodule(reader.name)
     every = torch.arange(by_output(layer).shape[1] * conv_groups(layer))
-    lost = torch.cat([every[:0], *(c.columns[removed(keep, len(c.columns))].flatten() for c, keep in tied)])
-    rest = every[~torch.isin(every, torch.cat([every[:0], *(c.columns.flatten() for c, _ in tied)]))]
+    lost = torch.cat(
+        [every[:0], *(c.columns[removed(keep, len(c.columns))].flatten() for c, keep in tied)]
+    )
+    rest = every[
+        ~torch.isin(every, torch.cat([every[:0], *(c.columns.flatten() for c, _ in tied)]))
+    ]
     parts = [c.columns for c, _ in tied] + ([rest[:, None]] if len(rest) else [])
-    columns = torch.cat(parts) if len({p.shape[1] for p in parts}) == 1 else every[:, None]    # channels of unequal spans: each column by itself
+    columns = (
+        torch.cat(parts) if len({p.shape[1] for p in parts}) == 1 else every[:, None]
+    )  # channels of unequal spans: each column by itself
     keep = (~torch.isin(columns[:, 0], lost)).nonzero().flatten().tolist()
     return Site(reader, columns, keep, taps and taps_fit(layer, columns[keep]))
 
 # %% ../nbs/14_layerwise.ipynb #94f9b6b9
 def channel_rows(
-    layer: nn.Module, # the consumer
-    x: Tensor,        # what it reads, (n, channels, h, w) or, if it is linear, (..., channels)
+    layer: nn.Module,  # the consumer
+    x: Tensor,  # what it reads, (n, channels, h, w) or, if it is linear, (..., channels)
     columns: Tensor,  # (m, span): input columns of each channel
-) -> Tensor:          # (positions, m)
+) -> Tensor:  # (positions, m)
     "Channels as columns: one row for each sample and position."
     x = x.movedim(channel_dim(layer), -1)
     return x[..., columns.to(x.device)].movedim(-2, -1).reshape(-1, len(columns))
@@ -89,24 +119,30 @@ def rows_in_blocks(layer, x, y, name):
 
 # %% ../nbs/14_layerwise.ipynb #5de822dd
 def site_moments(
-    s: Site,           # which channels to read
+    s: Site,  # which channels to read
     layer: nn.Module,  # the layer
-    read: Tensor,      # what it will read: its input at `s.read`
-    dense: Tensor,     # its whole input in the dense network
-    y: Tensor,         # what it shall give
+    read: Tensor,  # what it will read: its input at `s.read`
+    dense: Tensor,  # its whole input in the dense network
+    y: Tensor,  # what it shall give
 ) -> Moments:
     "Moments of kept patches and output; where taps are not free, of kept channels and removed ones."
-    if s.free: return moments(layer, read, y, s.reader.name)
+    if s.free:
+        return moments(layer, read, y, s.reader.name)
     kept, out = torch.arange(len(s.read)).view(len(s.keep), -1), removed(s.keep, len(s.columns))
-    return rows_in_blocks(layer, channel_rows(layer, read, kept), channel_rows(layer, dense, s.columns[out]), s.reader.name)
+    return rows_in_blocks(
+        layer,
+        channel_rows(layer, read, kept),
+        channel_rows(layer, dense, s.columns[out]),
+        s.reader.name,
+    )
 
 # %% ../nbs/14_layerwise.ipynb #3eabe3ae
 def site_fit(
-    s: Site,                # which channels to read
-    layer: nn.Module,       # with its dense weights
-    halves: list,           # two `site_moments`
-    ridge: float | None,    # None: chosen on held-out probes
-) -> Fit:                   # V: (o, columns x taps), c: (o,)
+    s: Site,  # which channels to read
+    layer: nn.Module,  # with its dense weights
+    halves: list,  # two `site_moments`
+    ridge: float | None,  # None: chosen on held-out probes
+) -> Fit:  # V: (o, columns x taps), c: (o,)
     "New taps and bias of a layer."
     W, n = by_output(layer).detach(), conv_groups(layer)
     if not sum(M.n for M in halves):
@@ -114,12 +150,20 @@ def site_fit(
     if s.free:
         prior = W[:, in_weight(layer, s.read).to(W.device)].flatten(1)
         fit = regress(halves, prior if n == 1 else prior.view(n, len(W) // n, -1), ridge)
-        return replace(fit, V=fit.V.flatten(0, -2).to(layer.weight), c=fit.c.flatten())    # in its final precision: the taps of all layers are held at once
+        return replace(
+            fit, V=fit.V.flatten(0, -2).to(layer.weight), c=fit.c.flatten()
+        )  # in its final precision: the taps of all layers are held at once
     m, at = len(s.columns) // n, in_weight(layer, s.columns).to(W.device)
     keep = [k for k in s.keep if k < m]
     S = regress(halves, W.new_zeros(n, m - len(keep), len(keep), dtype=torch.float64), ridge)
-    some = lambda part: part[:, at].double().unflatten(1, (m, -1))    # (a few outputs, m, span, taps): a large layer is not copied in double precision
-    made = [Delivery(*v).absorb(some(part), keep) for *v, w in zip(S.V, S.c, W.chunk(n)) for part in w.split(512)]
+    some = lambda part: (
+        part[:, at].double().unflatten(1, (m, -1))
+    )  # (a few outputs, m, span, taps): a large layer is not copied in double precision
+    made = [
+        Delivery(*v).absorb(some(part), keep)
+        for *v, w in zip(S.V, S.c, W.chunk(n))
+        for part in w.split(512)
+    ]
     V, c = (torch.cat(v) for v in zip(*((V.flatten(1).to(layer.weight), c) for V, c in made)))
     return replace(S, V=V, c=c + (0 if layer.bias is None else layer.bias.detach().double()))
 
@@ -129,9 +173,16 @@ def rewrite(model: nn.Module, s: Site, fit: Fit):
     "Put new taps and bias into a layer, in place; columns that it no longer reads become zero."
     layer = model.get_submodule(s.reader.name)
     weight = torch.zeros_like(layer.weight)
-    by_output(layer, weight)[:, in_weight(layer, s.read)] = fit.V.view(len(fit.V), -1, *weight.shape[2:]).to(weight)
+    by_output(layer, weight)[:, in_weight(layer, s.read)] = fit.V.view(
+        len(fit.V), -1, *weight.shape[2:]
+    ).to(weight)
     layer.weight.copy_(weight)
-    add_constant(model, s.reader.name, s.reader.norm, fit.c - (0 if layer.bias is None else layer.bias.double()))
+    add_constant(
+        model,
+        s.reader.name,
+        s.reader.norm,
+        fit.c - (0 if layer.bias is None else layer.bias.double()),
+    )
 
 # %% ../nbs/14_layerwise.ipynb #f2e8687c
 def find_sites(net, groups, chosen, taps=True, every=False) -> dict[str, Site]:
@@ -139,7 +190,8 @@ def find_sites(net, groups, chosen, taps=True, every=False) -> dict[str, Site]:
     first of them that mix channels. In forward order."""
     pruned, found = {}, {}
     for g in groups:
-        for c in g.consumers: pruned.setdefault(c.name, []).append((c, chosen[g.name]))
+        for c in g.consumers:
+            pruned.setdefault(c.name, []).append((c, chosen[g.name]))
     for r in find_readers(net):
         mixes = not is_depthwise(net.model.get_submodule(r.name))
         if r.name in pruned or (every and found and mixes):
@@ -149,15 +201,19 @@ def find_sites(net, groups, chosen, taps=True, every=False) -> dict[str, Site]:
 # %% ../nbs/14_layerwise.ipynb #db08a19a
 def look_at_sites(probes: Probes, sites: dict, batch: int = 64) -> dict:
     "`site_moments` of each site in the dense network, two halves."
+
     def measure(layer, x, y, name):
         return site_moments(sites[name], layer, selected(layer, x, sites[name].read), x, y)
+
     return look(probes, sites, measure, batch)
+
 
 @dataclass(frozen=True)
 class Probe:
     "The restorer that `probe` makes."
-    source: Callable     # of probes
-    taps: bool           # is every tap of the consumer free?
+
+    source: Callable  # of probes
+    taps: bool  # is every tap of the consumer free?
     ridge: float | None  # None: chosen on held-out probes
 
     def rewrite(self, net, groups, chosen):
@@ -174,25 +230,38 @@ class Probe:
 
 # %% ../nbs/14_layerwise.ipynb #ff798a55
 def probe(
-    source: Callable = noise(),    # of probes: `noise`, `calibration`, `distilled`
+    source: Callable = noise(),  # of probes: `noise`, `calibration`, `distilled`
     *,
-    taps: bool = True,             # reproduce the consumer's output with every tap free; False: channels, by a delivery matrix
-    ridge: float | None = None,    # fraction of the mean variance of what is read; None: chosen on held-out probes, layer by layer
+    taps: bool = True,  # reproduce the consumer's output with every tap free; False: channels, by a delivery matrix
+    ridge: float
+    | None = None,  # fraction of the mean variance of what is read; None: chosen on held-out probes, layer by layer
 ) -> Probe:
     "A restorer: regression behind the activation on what consumers read when probes pass the dense network. ValueError for ridge <= 0."
-    if ridge is not None: check_ridge(ridge)
+    if ridge is not None:
+        check_ridge(ridge)
     return Probe(source, taps, ridge)
 
 # %% ../nbs/14_layerwise.ipynb #7cb67822
 ADDITIONS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__}
-SUBTRACTIONS = {torch.sub, torch.subtract, Tensor.sub, Tensor.sub_, Tensor.subtract,
-                Tensor.subtract_, Tensor.__sub__, Tensor.__isub__}
+SUBTRACTIONS = {
+    torch.sub,
+    torch.subtract,
+    Tensor.sub,
+    Tensor.sub_,
+    Tensor.subtract,
+    Tensor.subtract_,
+    Tensor.__sub__,
+    Tensor.__isub__,
+}
 REVERSED = {torch.rsub, Tensor.__rsub__}
+
 
 def factors(f, alpha) -> tuple:
     "What an addition or a subtraction multiplies its summands by; nothing for other functions."
-    if f in ADDITIONS: return 1, alpha
-    if f in SUBTRACTIONS: return 1, -alpha
+    if f in ADDITIONS:
+        return 1, alpha
+    if f in SUBTRACTIONS:
+        return 1, -alpha
     return (-alpha, 1) if f in REVERSED else ()
 
 # %% ../nbs/14_layerwise.ipynb #20668db4
@@ -207,7 +276,8 @@ def summands(f, args, kwargs) -> list:
 def apply_fit(layer: nn.Module, V: Tensor, c: Tensor, read: Tensor) -> Tensor:
     "Output of a layer with new taps V (o, columns x taps) and constants c (o,) for what it reads."
     V, c = V.to(read).view(len(V), -1, *layer.weight.shape[2:]), c.to(read)
-    if isinstance(layer, nn.Linear): return F.linear(read, V, c)
+    if isinstance(layer, nn.Linear):
+        return F.linear(read, V, c)
     if isinstance(layer, nn.modules.conv._ConvTransposeNd):
         transposed = getattr(F, f'conv_transpose{V.ndim - 2}d')
         how = layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation
@@ -223,10 +293,12 @@ def walk(model: nn.Module, args, hooks: dict):
         for name, hook in hooks.items():
             module = model.get_submodule(name)
             handles.append(module.register_forward_hook(hook, prepend=True))
-        with torch.random.fork_rng(gpus):    # the next pass starts from the same state
-            call(model, map_tensors(args, torch.clone))    # a network may work in place on them
+        with torch.random.fork_rng(gpus):  # the next pass starts from the same state
+            call(model, map_tensors(args, torch.clone))  # a network may work in place on them
     finally:
-        for h in handles: h.remove()
+        for h in handles:
+            h.remove()
+
 
 def carries(v: Tensor, n: int) -> bool:
     "Does a tensor hold one entry for each of n samples?"
@@ -240,17 +312,21 @@ def layer_hook(road, s: Site):
 # %% ../nbs/14_layerwise.ipynb #8c43b22f
 def norm_hook(road, name: str):
     "A forward hook that marks what a batch norm hands to an addition."
+
     def hook(norm, inputs, out):
-        if name in road.waiting: road.pending[id(out)] = out, road.waiting.pop(name)
+        if name in road.waiting:
+            road.pending[id(out)] = out, road.waiting.pop(name)
+
     return hook
 
 # %% ../nbs/14_layerwise.ipynb #efbcb090
 class Pass(TorchFunctionMode):
     "A forward pass that stops at layers (`meet`) and at the additions behind them (`join`)."
+
     def __init__(self, model: nn.Module, sites: dict):
         super().__init__()
         self.model, self.sites = model, sites
-        self.waiting, self.pending = {}, {}    # summands: by name of the batch norm, by identity
+        self.waiting, self.pending = {}, {}  # summands: by name of the batch norm, by identity
 
     def is_summand(self, s):
         norm = s.reader.norm and self.model.get_submodule(s.reader.norm)
@@ -258,30 +334,37 @@ class Pass(TorchFunctionMode):
 
     def expect(self, s, out, what):
         "Keep something until the addition that takes what a layer gives."
-        if s.reader.norm: self.waiting[s.reader.norm] = what
-        else: self.pending[id(out)] = out, what
+        if s.reader.norm:
+            self.waiting[s.reader.norm] = what
+        else:
+            self.pending[id(out)] = out, what
 
     def forward(self, args):
         norms = {s.reader.norm for s in self.sites.values() if s.reader.norm and self.is_summand(s)}
         hooks = {k: layer_hook(self, s) for k, s in self.sites.items()}
-        with self: walk(self.model, args, hooks | {k: norm_hook(self, k) for k in norms})
+        with self:
+            walk(self.model, args, hooks | {k: norm_hook(self, k) for k in norms})
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
         for a, other, factor in summands(f, args, kwargs or {}) if self.pending else ():
-            if id(a) not in self.pending or not isinstance(other, Tensor): continue
-            if a.shape == other.shape: self.join(*self.pending.pop(id(a)), other, factor)
+            if id(a) not in self.pending or not isinstance(other, Tensor):
+                continue
+            if a.shape == other.shape:
+                self.join(*self.pending.pop(id(a)), other, factor)
         return f(*args, **(kwargs or {}))
 
 # %% ../nbs/14_layerwise.ipynb #095e2dc2
 @dataclass
 class Pending:
     "A rewritten layer on its way to an addition."
+
     site: Site
-    layer: nn.Module    # as it is called
-    halves: list    # its moments
-    read: Tensor    # what it reads in the restored network
-    y: Tensor       # what the dense layer gives
-    fit: Fit        # its new weights, until the shortcut is known
+    layer: nn.Module  # as it is called
+    halves: list  # its moments
+    read: Tensor  # what it reads in the restored network
+    y: Tensor  # what the dense layer gives
+    fit: Fit  # its new weights, until the shortcut is known
+
 
 def settle(pair, p: Pending, out: Tensor, lack: Tensor):
     "Solve again with what the shortcut lacks, and put the restored summand right, in place."
@@ -298,6 +381,7 @@ def settle(pair, p: Pending, out: Tensor, lack: Tensor):
 # %% ../nbs/14_layerwise.ipynb #05fb340d
 class Restoring(Pass):
     "A pass on which layers of `target` are rewritten; `missed` holds what each fit misses."
+
     def __init__(self, probes: Probes, target: nn.Module, sites: dict, ridge: float | None):
         super().__init__(probes.model, sites)
         self.probes, self.target, self.ridge = probes, target, ridge
@@ -308,12 +392,15 @@ class Restoring(Pass):
         halves = self.halves(s, lambda *v: site_moments(s, layer, *v), read, dense, y)
         fit = site_fit(s, layer, halves, self.ridge)
         self.own(out).copy_(apply_fit(layer, fit.V, fit.c, read))
-        if self.is_summand(s): self.expect(s, out, Pending(s, layer, halves, read, y, fit))
-        else: self.take(s, fit)
+        if self.is_summand(s):
+            self.expect(s, out, Pending(s, layer, halves, read, y, fit))
+        else:
+            self.take(s, fit)
 
     def join(self, out, p, shortcut, factor):
         dense, restored = self.both(p.site, shortcut)
-        if dense is None or dense.shape != restored.shape: return self.take(p.site, p.fit)
+        if dense is None or dense.shape != restored.shape:
+            return self.take(p.site, p.fit)
         settle(self, p, out, factor * (dense - restored))
 
     def take(self, s, fit):
@@ -324,8 +411,10 @@ class Restoring(Pass):
     def finish(self):
         "Summands whose addition was not seen keep the weights that they have."
         left = [*self.waiting.values(), *(p for _, p in self.pending.values())]
-        for p in left: self.take(p.site, p.fit)
-        self.waiting.clear(); self.pending.clear()
+        for p in left:
+            self.take(p.site, p.fit)
+        self.waiting.clear()
+        self.pending.clear()
 
     def again(self, s, layer, x):
         "What a layer that is rewritten already gives."
@@ -335,11 +424,12 @@ class Restoring(Pass):
 
 # %% ../nbs/14_layerwise.ipynb #12b237a7
 def missing(
-    lack: Tensor,              # what the shortcut lacks, in the unit of the summand
-    norm: nn.Module | None,    # batch norm between the layer and the addition
-) -> Tensor:                   # for the layer's output, in front of the batch norm
+    lack: Tensor,  # what the shortcut lacks, in the unit of the summand
+    norm: nn.Module | None,  # batch norm between the layer and the addition
+) -> Tensor:  # for the layer's output, in front of the batch norm
     "What a layer has to make up for, nothing where its batch norm has a tiny scale."
-    if norm is None: return lack
+    if norm is None:
+        return lack
     scale = norm_scale(norm)
     back = torch.where(scale.abs() > 1e-3 * scale.abs().max(), 1 / scale, 0)
     return lack * back.view(-1, *[1] * (lack.ndim - 2))
@@ -347,25 +437,30 @@ def missing(
 # %% ../nbs/14_layerwise.ipynb #8fabef5e
 def fingerprint(t: Tensor, n: int) -> Tensor:
     "(n,) one number for each of n samples; NaN where a tensor is not so many of equal size."
-    if not n or t.numel() % n: return t.new_full((n,), torch.nan)
+    if not n or t.numel() % n:
+        return t.new_full((n,), torch.nan)
     rows = t.reshape(n, -1)
     return rows @ torch.arange(rows.shape[1], dtype=torch.float64, device=t.device).cos().to(rows)
 
 # %% ../nbs/14_layerwise.ipynb #b407f5e2
 class SideBySide(Restoring):
     "Dense and restored network as two halves of one batch."
+
     def run(self) -> dict:
         n, self.prints, self.tables = len(self.probes), {}, set()
         double = lambda v: torch.cat([v, v]) if carries(v, n) else v
-        try: self.forward(map_tensors(self.probes.args, double))
-        finally: self.bar.close()
+        try:
+            self.forward(map_tensors(self.probes.args, double))
+        finally:
+            self.bar.close()
         self.finish()
         check_called(self.sites, self.missed)
         return self.missed
 
     def meet(self, s, layer, x, out):
         name, n = s.reader.name, len(self.probes)
-        if len(out) == 1: return self.table(s, layer, x, out)
+        if len(out) == 1:
+            return self.table(s, layer, x, out)
         if len(out) % (2 * n):
             shape = tuple(out.shape)
             raise ValueError(f'{name}: gives {shape} for {2 * n} samples, not the samples first')
@@ -384,16 +479,25 @@ class SideBySide(Restoring):
     def attempt(self) -> str:
         "Why this cannot be done, with the target as it was; empty where it is done."
         means = running_means(self.target)
-        try: self.run(); why = unlike(self)
-        except Exception as e: why = str(e) if isinstance(e, ValueError) else repr(e)
+        try:
+            self.run()
+            why = unlike(self)
+        except Exception as e:
+            why = str(e) if isinstance(e, ValueError) else repr(e)
         if why:
             put_back(self.target, self.model, self.sites, means)
-            self.waiting.clear(); self.pending.clear()
+            self.waiting.clear()
+            self.pending.clear()
         return why
 
-    def own(self, out): return out.chunk(2)[1]
-    def both(self, s, shortcut): return shortcut.chunk(2)
-    def halves(self, s, f, *v): return in_turn(f, *v)
+    def own(self, out):
+        return out.chunk(2)[1]
+
+    def both(self, s, shortcut):
+        return shortcut.chunk(2)
+
+    def halves(self, s, f, *v):
+        return in_turn(f, *v)
 
 # %% ../nbs/14_layerwise.ipynb #481ea795
 def agree(a: Tensor, b: Tensor) -> bool:
@@ -406,16 +510,23 @@ def unlike(pair: SideBySide) -> str:
     "The first layer that is not what it was side by side, and what that means; empty without one."
     n, seen = len(pair.probes), {}
     some = map_tensors(pair.probes.args, lambda v: v[::2] if carries(v, n) else v)
+
     def see(s, t):
         count = len(pair.prints[s.reader.name][0])
         seen[s.reader.name] = fingerprint(t, (count + 1) // 2)
-    def dense(s): return lambda layer, inputs, out: see(s, out)
+
+    def dense(s):
+        return lambda layer, inputs, out: see(s, out)
+
     def restored(s):
         def hook(layer, inputs, out):
             layer, x = as_called(layer, inputs[0])
             see(s, selected(layer, x, s.read))
-            if s.reader.name not in pair.tables: out.copy_(pair.again(s, layer, x))
+            if s.reader.name not in pair.tables:
+                out.copy_(pair.again(s, layer, x))
+
         return hook
+
     for half, hook in enumerate((dense, restored)):
         seen.clear()
         walk(pair.model, some, {k: hook(pair.sites[k]) for k in pair.prints})
@@ -437,22 +548,29 @@ def put_back(target: nn.Module, dense: nn.Module, sites: dict, means: dict):
     for name in sites:
         layer, was = target.get_submodule(name), dense.get_submodule(name)
         layer.weight.copy_(was.weight)
-        if was.bias is None: layer.bias = None
-        else: layer.bias.copy_(was.bias)
-    for name, mean in means.items(): target.get_submodule(name).running_mean.copy_(mean)
+        if was.bias is None:
+            layer.bias = None
+        else:
+            layer.bias.copy_(was.bias)
+    for name, mean in means.items():
+        target.get_submodule(name).running_mean.copy_(mean)
 
 # %% ../nbs/14_layerwise.ipynb #0655ec36
-RECORD = 2**28    # bytes of the dense network's record that are held at once
+RECORD = 2**28  # bytes of the dense network's record that are held at once
+
 
 @dataclass
 class Seen:
     "What the dense network does at a layer."
-    x: Tensor | None                 # what the layer reads, where its taps are not free
-    y: Tensor                        # what it gives
-    shortcut: Tensor | None = None   # what that is added to
+
+    x: Tensor | None  # what the layer reads, where its taps are not free
+    y: Tensor  # what it gives
+    shortcut: Tensor | None = None  # what that is added to
+
 
 class Recording(Pass):
     "A pass of the dense network that keeps what it meets, layer by layer until the record is full."
+
     def __init__(self, model, sites):
         super().__init__(model, sites)
         self.seen, self.size = {}, 0
@@ -462,12 +580,15 @@ class Recording(Pass):
         return v.clone()
 
     def meet(self, s, layer, x, out):
-        if self.size > RECORD: return
+        if self.size > RECORD:
+            return
         seen = Seen(None if s.free else self.keep(x), self.keep(out))
         self.seen[s.reader.name] = seen
-        if self.is_summand(s): self.expect(s, out, seen)
+        if self.is_summand(s):
+            self.expect(s, out, seen)
 
-    def join(self, out, seen, shortcut, factor): seen.shortcut = self.keep(shortcut)
+    def join(self, out, seen, shortcut, factor):
+        seen.shortcut = self.keep(shortcut)
 
 # %% ../nbs/14_layerwise.ipynb #ec4aafb3
 def row_prints(layer, t: Tensor) -> tuple:
@@ -475,6 +596,7 @@ def row_prints(layer, t: Tensor) -> tuple:
     last = channel_dim(layer) == -1
     rows = t.reshape(-1, t.shape[-1]) if last else t
     return tuple(t.shape[:-1] if last else t.shape[:1]), fingerprint(rows, len(rows))
+
 
 def samples_first(layer, a: int, n: int, t: Tensor) -> Tensor:
     "What a layer reads or gives, of rows (a, n, b), as (n, a, b, ...)."
@@ -486,26 +608,34 @@ def rows_before(here: tuple, turned: tuple, n: int) -> int | None:
     """Rows (a, n, b) that follow n samples when these are turned round: a; None where they do not.
     Given are `row_prints` of the probes and of the probes turned round."""
     (leading, f), (other, g) = here, turned
-    if leading != other or not len(f) or len(f) % n: return None
+    if leading != other or not len(f) or len(f) % n:
+        return None
+
     def gap(a):
         "How much of what varies among samples does not follow."
         here, there = (v.view(a, n, -1) for v in (f, g))
         here, there = (v - v.mean(1, keepdim=True) for v in (here, there))
         return ((here.flip(1) - there).square().sum() / here.square().sum().clamp(min=1e-30)).item()
+
     sized = [math.prod(leading[:i]) for i, d in enumerate(leading) if d == n]
     best = min((*sized, 1, len(f) // n), key=gap)
-    return best if gap(best) <= .5 else None
+    return best if gap(best) <= 0.5 else None
 
 # %% ../nbs/14_layerwise.ipynb #a0738a57
 def find_samples(probes: Probes, sites: dict) -> dict:
     "`rows_before` of what each layer gives in the dense network."
     n = len(probes)
+
     def prints(args):
         seen = {}
-        def hook(name): return lambda layer, i, out: seen.update({name: row_prints(layer, out)})
+
+        def hook(name):
+            return lambda layer, i, out: seen.update({name: row_prints(layer, out)})
+
         walk(probes.model, args, {k: hook(k) for k in sites})
         check_called(sites, seen)
         return seen
+
     turned = map_tensors(probes.args, lambda v: v.flip(0) if carries(v, n) else v)
     here, there = prints(probes.args), prints(turned)
     return {k: rows_before(here[k], there[k], n) for k in sites}
@@ -513,33 +643,38 @@ def find_samples(probes: Probes, sites: dict) -> dict:
 # %% ../nbs/14_layerwise.ipynb #28bc2d2f
 class OneByOne(Restoring):
     "Dense and restored network one after the other."
+
     def run(self) -> dict:
         self.place = find_samples(self.probes, self.sites)
         try:
             self.by_dense({k: s for k, s in self.sites.items() if self.place[k] is None})
             while todo := {k: s for k, s in self.sites.items() if k not in self.missed}:
                 self.portion(todo)
-        finally: self.bar.close()
+        finally:
+            self.bar.close()
         return self.missed
 
     def portion(self, todo):
         dense = Recording(self.model, todo)
         dense.forward(self.probes.args)
         self.record = dense.seen
-        if not self.record: check_called(todo, self.record)
+        if not self.record:
+            check_called(todo, self.record)
         self.forward(self.probes.args)
         self.finish()
         self.by_dense({k: todo[k] for k in self.record if k not in self.missed})
 
     def meet(self, s, layer, x, out):
         name = s.reader.name
-        if name in self.missed: out.copy_(self.again(s, layer, x))
+        if name in self.missed:
+            out.copy_(self.again(s, layer, x))
         elif name in self.record and self.record[name].y.shape == out.shape:
             seen, read = self.record[name], selected(layer, x, s.read)
             self.solve(s, layer, read, read if s.free else seen.x, seen.y, out)
 
     def by_dense(self, sites):
-        if not sites: return
+        if not sites:
+            return
         for name, halves in look_at_sites(self.probes, sites, len(self.probes)).items():
             layer = self.model.get_submodule(name)
             self.take(sites[name], site_fit(sites[name], layer, halves, self.ridge))
@@ -549,45 +684,53 @@ class OneByOne(Restoring):
         ordered = [samples_first(layer, place, len(self.probes), t) for t in v]
         return in_turn(lambda *part: f(*(t.flatten(0, 2) for t in part)), *ordered)
 
-    def own(self, out): return out
-    def both(self, s, shortcut): return self.record[s.reader.name].shortcut, shortcut
+    def own(self, out):
+        return out
+
+    def both(self, s, shortcut):
+        return self.record[s.reader.name].shortcut, shortcut
 
 # %% ../nbs/14_layerwise.ipynb #d85057d2
 @dataclass(frozen=True)
 class Layerwise:
     "The restorer that `layerwise` makes."
-    source: Callable     # of probes
-    refit: bool          # rewrite every layer, or consumers of pruned groups alone?
+
+    source: Callable  # of probes
+    refit: bool  # rewrite every layer, or consumers of pruned groups alone?
     ridge: float | None  # None: chosen on held-out probes
 
     def rewrite(self, net, groups, chosen):
         "Put all layers right, in place; returns what fraction of the variance each fit misses."
         probes = self.source(net.model, net.args)
         check_halves(probes, self.ridge)
-        if probes.model is net.model: probes = replace(probes, model=copy.deepcopy(net.model))
+        if probes.model is net.model:
+            probes = replace(probes, model=copy.deepcopy(net.model))
         sites = find_sites(net, groups, chosen, every=self.refit)
         pair = SideBySide(probes, net.model, sites, self.ridge)
         why = pair.attempt()
-        if not why: return pair.missed
+        if not why:
+            return pair.missed
         missed = OneByOne(probes, net.model, sites, self.ridge).run()
         warnings.warn(f'{why}; dense and restored network were run one after the other')
         return missed
 
 # %% ../nbs/14_layerwise.ipynb #b8fbadf5
 def layerwise(
-    source: Callable = noise(),    # of probes: `noise`, `calibration`, `distilled`
+    source: Callable = noise(),  # of probes: `noise`, `calibration`, `distilled`
     *,
-    refit: bool = True,            # rewrite every layer for its changed input, or consumers alone?
-    ridge: float | None = None,    # fraction of the mean variance; None: chosen by held-out probes
+    refit: bool = True,  # rewrite every layer for its changed input, or consumers alone?
+    ridge: float | None = None,  # fraction of the mean variance; None: chosen by held-out probes
 ) -> Layerwise:
     """A restorer: dense and restored network side by side on probes, each layer rewritten for what
     it will really read. ValueError for ridge <= 0. It warns, naming a layer, where samples are not
     in the first dimension or depend on each other: then one network is run after the other."""
-    if ridge is not None: check_ridge(ridge)
+    if ridge is not None:
+        check_ridge(ridge)
     return Layerwise(source, refit, ridge)
 
 # %% ../nbs/14_layerwise.ipynb #08d1735d
-GRID = [(l1, l2) for l1 in (0., .01, 1.) for l2 in (1e-3, 1e-2, 1e-1, 1., 10.)]
+GRID = [(l1, l2) for l1 in (0.0, 0.01, 1.0) for l2 in (1e-3, 1e-2, 1e-1, 1.0, 10.0)]
+
 
 def missed_channels(S: Tensor, M: Tensor, keep: list, weight: Tensor) -> float:
     "Mean square of what a consumer misses: M (m, m) second moments of its channels, weight (m - t, m - t) products of its taps for removed ones."
@@ -598,9 +741,9 @@ def missed_channels(S: Tensor, M: Tensor, keep: list, weight: Tensor) -> float:
 
 # %% ../nbs/14_layerwise.ipynb #d6d44377
 def tap_products(
-    layer: nn.Module,   # the consumer
-    columns: Tensor,    # (m, span): input columns of channels
-) -> Tensor:            # (m, m); zero for channels that different groups of a grouped convolution read
+    layer: nn.Module,  # the consumer
+    columns: Tensor,  # (m, span): input columns of channels
+) -> Tensor:  # (m, m); zero for channels that different groups of a grouped convolution read
     "Products of a layer's taps for each pair of channels, summed over its outputs."
     W, n = by_output(layer).detach().double(), conv_groups(layer)
     at = in_weight(layer, columns).to(W.device).view(len(columns) // n, -1)
@@ -611,49 +754,73 @@ def tap_products(
 @dataclass(frozen=True)
 class Several:
     "What is measured at one layer for several groups; sums are taken one by one."
+
     parts: list
 
-    def __add__(self, other): return Several([a + b for a, b in zip(self.parts, other.parts)])
+    def __add__(self, other):
+        return Several([a + b for a, b in zip(self.parts, other.parts)])
 
 # %% ../nbs/14_layerwise.ipynb #baede8c2
 def look_at_consumers(
-    probes: Probes,     # what to look with
-    groups: list,       # whose consumers are of interest
+    probes: Probes,  # what to look with
+    groups: list,  # whose consumers are of interest
     measure: Callable,  # (consumer, layer, x, y) -> Moments
-) -> dict:              # {(group, consumer): two halves}
+) -> dict:  # {(group, consumer): two halves}
     "Moments of each consumer of each group, in one pass."
     read = {}
     for g in groups:
-        for c in g.consumers: read.setdefault(c.name, []).append((g.name, c))
+        for c in g.consumers:
+            read.setdefault(c.name, []).append((g.name, c))
     every = lambda layer, x, y, name: Several([measure(c, layer, x, y) for _, c in read[name]])
     seen = look(probes, read, every)
-    return {(g, name): [half.parts[i] for half in seen[name]]
-            for name, tied in read.items() for i, (g, _) in enumerate(tied)}
+    return {
+        (g, name): [half.parts[i] for half in seen[name]]
+        for name, tied in read.items()
+        for i, (g, _) in enumerate(tied)
+    }
 
 # %% ../nbs/14_layerwise.ipynb #85a48601
 @dataclass(frozen=True)
 class ProbedLbyl:
     "The restorer that `probed_lbyl` makes."
-    source: Callable    # of probes
+
+    source: Callable  # of probes
 
     def rewrite(self, net, groups, chosen):
         "Put all consumers right, in place, by LBYL with the weights that miss least on the probes; returns nothing to report."
         probes, original = self.source(net.model, net.args), copy.deepcopy(net.model)
-        seen = look_at_consumers(probes, groups, lambda c, layer, x, y: row_moments(channel_rows(layer, x, c.columns), name=c.name))
+        seen = look_at_consumers(
+            probes,
+            groups,
+            lambda c, layer, x, y: row_moments(channel_rows(layer, x, c.columns), name=c.name),
+        )
         for g in groups:
             ch, keep = channels(original, g), chosen[g.name]
             size = ch.squares.mean()
-            pairs = [(l1 * size / ch.b.square().mean().clamp(min=1e-12), l2 * size) for l1, l2 in GRID]
+            pairs = [
+                (l1 * size / ch.b.square().mean().clamp(min=1e-12), l2 * size) for l1, l2 in GRID
+            ]
             for c in g.consumers:
                 layer, M = original.get_submodule(c.name), total(seen[g.name, c.name])
-                made = [in_blocks(lbyl(float(l1), float(l2)), ch, keep, conv_groups(layer)) for l1, l2 in pairs]
-                best = min(made, key=lambda d: missed_channels(d.S, M.G / M.n, keep, tap_products(layer, c.columns[removed(keep, g.channels)])))
+                made = [
+                    in_blocks(lbyl(float(l1), float(l2)), ch, keep, conv_groups(layer))
+                    for l1, l2 in pairs
+                ]
+                best = min(
+                    made,
+                    key=lambda d: missed_channels(
+                        d.S,
+                        M.G / M.n,
+                        keep,
+                        tap_products(layer, c.columns[removed(keep, g.channels)]),
+                    ),
+                )
                 absorb(net.model, c, best, keep)
         return {}
 
 # %% ../nbs/14_layerwise.ipynb #871606d6
 def probed_lbyl(
-    source: Callable = noise(),   # of probes
+    source: Callable = noise(),  # of probes
 ) -> ProbedLbyl:
     "A restorer: LBYL (arXiv 2502.08474) with lambda1 and lambda2 chosen layer by layer on probes, without data."
     return ProbedLbyl(source)

@@ -18,6 +18,7 @@ def _similarity(W, keep, out):
     unit = W / n.clamp_min(torch.finfo(W.dtype).tiny)[:, None]
     return unit[out] @ unit[keep].T, n[out][:, None] / n[keep].clamp_min(torch.finfo(W.dtype).tiny)
 
+
 def _scaled(d):
     "Every row shifted and scaled to [0, 1]; rows of one value become zero."
     low, high = d.amin(1, keepdim=True), d.amax(1, keepdim=True)
@@ -25,13 +26,13 @@ def _scaled(d):
 
 # %% ../nbs/12_merging.ipynb #984ec707
 def merging_delivery(
-    W: Tensor,                 # (m, d) filters as rows; `[w, bias]` for layers without batch norm
-    a: Tensor,                 # (m,) scale of the batch norm; ones without
-    b: Tensor,                 # (m,) offset of the batch norm; zeros where `W` holds the bias
-    keep: list,                # (t,) kept channels
-    cos_weight: float = .85,   # lambda: weight of the cosine distance against the bias distance, in [0, 1]
-    threshold: float = .1,     # no delivery under this cosine similarity
-) -> Tensor:                   # S (m - t, t), at most one entry in a row
+    W: Tensor,  # (m, d) filters as rows; `[w, bias]` for layers without batch norm
+    a: Tensor,  # (m,) scale of the batch norm; ones without
+    b: Tensor,  # (m,) offset of the batch norm; zeros where `W` holds the bias
+    keep: list,  # (t,) kept channels
+    cos_weight: float = 0.85,  # lambda: weight of the cosine distance against the bias distance, in [0, 1]
+    threshold: float = 0.1,  # no delivery under this cosine similarity
+) -> Tensor:  # S (m - t, t), at most one entry in a row
     "Delivery matrix of neuron merging (Kim et al., NeurIPS 2020). Channels with scale zero give and receive nothing."
     keep, out = torch.as_tensor(keep, device=W.device), removed(keep, len(W)).to(W.device)
     cos, ratio = _similarity(W, keep, out)

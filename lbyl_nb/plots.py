@@ -15,64 +15,87 @@ import seaborn as sns
 from matplotlib.axes import Axes
 
 # %% ../nbs/33_plots.ipynb #822d42e4
-COLOURS = {"pruned": "#c44e52", "neuron merging": "#dd8452", "LBYL": "#4c72b0"}
-OTHERS = ("#55a868", "#8172b3", "#937860", "#8c8c8c", "#64b5cd", "#ccb974")
+COLOURS = {'pruned': '#c44e52', 'neuron merging': '#dd8452', 'LBYL': '#4c72b0'}
+OTHERS = ('#55a868', '#8172b3', '#937860', '#8c8c8c', '#64b5cd', '#ccb974')
 
 # %% ../nbs/33_plots.ipynb #118633e2
 def colours(
-    methods, # their names, in order of appearance
-) -> dict: # name -> colour
+    methods,  # their names, in order of appearance
+) -> dict:  # name -> colour
     "The colour of each method, the same in all figures for those in `COLOURS`"
     others = cycle(OTHERS)
     return {m: COLOURS.get(m) or next(others) for m in dict.fromkeys(methods)}
 
 # %% ../nbs/33_plots.ipynb #c8ab19fc
 def need_columns(
-    rows: pd.DataFrame, # what is to be drawn
-    *names: str, # columns it must have
+    rows: pd.DataFrame,  # what is to be drawn
+    *names: str,  # columns it must have
 ):
     "`ValueError` naming the columns that are missing, or saying that there are no rows"
     missing = [n for n in names if n not in rows.columns]
-    if missing: raise ValueError(f"rows: no column {', '.join(missing)} among {', '.join(map(str, rows.columns))}")
-    if not len(rows): raise ValueError("rows: nothing to draw")
+    if missing:
+        raise ValueError(
+            f'rows: no column {", ".join(missing)} among {", ".join(map(str, rows.columns))}'
+        )
+    if not len(rows):
+        raise ValueError('rows: nothing to draw')
 
 # %% ../nbs/33_plots.ipynb #e904c779
 def plot_accuracy(
-    rows: pd.DataFrame, # one row a trial
+    rows: pd.DataFrame,  # one row a trial
     *,
-    x: str = "ratio", # column of the ratio of removed channels, 0…1
-    y: str = "accuracy", # column of the accuracy in percent
-    by: str = "method", # column that makes the lines
-    unpruned: float | None = None, # accuracy of the dense network in percent
-    ax: Axes | None = None, # where to draw; a new figure if None
+    x: str = 'ratio',  # column of the ratio of removed channels, 0…1
+    y: str = 'accuracy',  # column of the accuracy in percent
+    by: str = 'method',  # column that makes the lines
+    unpruned: float | None = None,  # accuracy of the dense network in percent
+    ax: Axes | None = None,  # where to draw; a new figure if None
 ) -> Axes:
     "Accuracy against ratio, one line a method, with a band of ± one deviation over seeds"
     need_columns(rows, x, y, by)
     ax = ax or plt.subplots()[1]
-    if unpruned is not None: ax.axhline(unpruned, color="0.4", ls="--", lw=1.2, label=f"unpruned ({unpruned:.2f})")
+    if unpruned is not None:
+        ax.axhline(unpruned, color='0.4', ls='--', lw=1.2, label=f'unpruned ({unpruned:.2f})')
     palette = colours(rows[by])
-    sns.lineplot(rows, x=x, y=y, hue=by, hue_order=palette, palette=palette, marker="o", errorbar="sd", ax=ax)
-    ax.set(xlabel="ratio of removed channels", ylabel="accuracy (%)", xticks=sorted(rows[x].unique()))
+    sns.lineplot(
+        rows, x=x, y=y, hue=by, hue_order=palette, palette=palette, marker='o', errorbar='sd', ax=ax
+    )
+    ax.set(
+        xlabel='ratio of removed channels', ylabel='accuracy (%)', xticks=sorted(rows[x].unique())
+    )
     ax.legend(title=None)
     return ax
 
 # %% ../nbs/33_plots.ipynb #de74c5cb
 def plot_errors(
-    rows: pd.DataFrame, # columns layer, method, error, value; layers in the order in which they are to be drawn
-    error: str, # which error: one of the values of the column `error`
+    rows: pd.DataFrame,  # columns layer, method, error, value; layers in the order in which they are to be drawn
+    error: str,  # which error: one of the values of the column `error`
     *,
-    log: bool = False, # logarithmic axis
-    ax: Axes | None = None, # where to draw; a new figure if None
+    log: bool = False,  # logarithmic axis
+    ax: Axes | None = None,  # where to draw; a new figure if None
 ) -> Axes:
     "One error component as bars, layer by layer, one colour a method; `ValueError` if the table has no such error"
-    need_columns(rows, "layer", "method", "error", "value")
+    need_columns(rows, 'layer', 'method', 'error', 'value')
     part = rows[rows.error == error]
-    if not len(part): raise ValueError(f"error: no {error!r} in the table, which has {', '.join(map(str, rows.error.unique()))}")
+    if not len(part):
+        raise ValueError(
+            f'error: no {error!r} in the table, which has {", ".join(map(str, rows.error.unique()))}'
+        )
     ax = ax or plt.subplots()[1]
     palette = colours(part.method)
-    sns.barplot(part, x="layer", y="value", hue="method", hue_order=palette, palette=palette, saturation=1, errorbar="sd", ax=ax)
-    if log: ax.set_yscale("log")
-    ax.set(xlabel="", ylabel=error)
-    ax.tick_params(axis="x", rotation=90)
+    sns.barplot(
+        part,
+        x='layer',
+        y='value',
+        hue='method',
+        hue_order=palette,
+        palette=palette,
+        saturation=1,
+        errorbar='sd',
+        ax=ax,
+    )
+    if log:
+        ax.set_yscale('log')
+    ax.set(xlabel='', ylabel=error)
+    ax.tick_params(axis='x', rotation=90)
     ax.legend(title=None)
     return ax

@@ -31,22 +31,29 @@ from .solve import check_ridge, ridge_solution
 # %% ../nbs/05_probe.ipynb #0adadbec
 def tensors(args) -> list:
     "The tensors among arguments, at any depth of lists, tuples and dicts."
-    if isinstance(args, Tensor): return [args]
-    if isinstance(args, MutableMapping): args = args.values()
-    elif not isinstance(args, (list, tuple)): return []
+    if isinstance(args, Tensor):
+        return [args]
+    if isinstance(args, MutableMapping):
+        args = args.values()
+    elif not isinstance(args, (list, tuple)):
+        return []
     return [t for v in args for t in tensors(v)]
 
 # %% ../nbs/05_probe.ipynb #4b0c1d02
 def map_tensors(args, f):
     "Arguments with a function applied to every tensor, at any depth of lists, tuples and dicts."
-    if isinstance(args, Tensor): return f(args)
-    if not tensors(args): return args
+    if isinstance(args, Tensor):
+        return f(args)
+    if not tensors(args):
+        return args
     if isinstance(args, MutableMapping):
         made = copy.copy(args)
-        for k, v in args.items(): made[k] = map_tensors(v, f)
+        for k, v in args.items():
+            made[k] = map_tensors(v, f)
         return made
     made = [map_tensors(v, f) for v in args]
-    if isinstance(args, list): return made
+    if isinstance(args, list):
+        return made
     return type(args)(*made) if hasattr(args, '_fields') else tuple(made)
 
 # %% ../nbs/05_probe.ipynb #7cb7791b
@@ -56,6 +63,7 @@ def batch_of(args) -> Tensor | None:
     found = [v for v in given if isinstance(v, Tensor) and v.ndim]
     rank = lambda v: (v.numel() > 1, v.ndim, v.is_floating_point(), len(v))
     return max(found, key=rank, default=None)
+
 
 def batch_size(args) -> int:
     "Number of samples among arguments; 0 if none is a tensor of samples."
@@ -69,6 +77,7 @@ def samples(args) -> list:
     shares = lambda v: v.ndim and len(v) == len(main) and v.numel() > 1
     return [v for v in tensors(args) if v is main or main is not None and shares(v)]
 
+
 def map_samples(args, f):
     "Arguments with a function applied to every tensor of samples."
     among = {id(v) for v in samples(args)}
@@ -76,12 +85,14 @@ def map_samples(args, f):
 
 # %% ../nbs/05_probe.ipynb #25c8c684
 def as_args(
-    inputs,                         # a tensor, a list of positional or a dict of keyword arguments
-    name: str = 'example_inputs',   # what the caller calls them, for the error
+    inputs,  # a tensor, a list of positional or a dict of keyword arguments
+    name: str = 'example_inputs',  # what the caller calls them, for the error
 ) -> tuple | dict:
     "Inputs as arguments of a model's forward, in plain tensors. ValueError for none or nested."
-    if isinstance(inputs, Mapping): args = dict(inputs)
-    else: args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    if isinstance(inputs, Mapping):
+        args = dict(inputs)
+    else:
+        args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     if any(v.is_nested for v in tensors(args)):
         raise ValueError(f'{name}: nested tensors are not handled; pad them to equal length')
     args, main = map_tensors(args, plain), batch_of(args)
@@ -92,7 +103,8 @@ def as_args(
 # %% ../nbs/05_probe.ipynb #4b0c1d01
 def plain(v: Tensor) -> Tensor:
     "A tensor as one of PyTorch's own class, outside of inference mode; a copy only if need be."
-    if v.is_inference(): v = v.clone()
+    if v.is_inference():
+        v = v.clone()
     return v if type(v) is Tensor else v.detach().as_subclass(Tensor)
 
 # %% ../nbs/05_probe.ipynb #440e1c1c
@@ -105,19 +117,27 @@ def call(model, args):
 # %% ../nbs/05_probe.ipynb #8baa8de1
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
+
 def statistics_of(model):
     "Batch norms with running statistics."
     return [m for m in model.modules() if isinstance(m, BATCH_NORM) and m.track_running_stats]
 
+
 def norm_scale(norm):
     "(m,) what a batch norm in evaluation mode multiplies by, gamma/sigma."
-    return (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight.detach())
+    return (norm.running_var + norm.eps).rsqrt() * (
+        1 if norm.weight is None else norm.weight.detach()
+    )
 
 # %% ../nbs/05_probe.ipynb #9a649b5c
 def merged(
-    N, mean, squares,   # values seen so far, their mean, sum of their squared deviations from it
-    n, new, var,        # values of another batch, their mean and (unbiased) variance
-) -> tuple:             # N, mean and squares of both
+    N,
+    mean,
+    squares,  # values seen so far, their mean, sum of their squared deviations from it
+    n,
+    new,
+    var,  # values of another batch, their mean and (unbiased) variance
+) -> tuple:  # N, mean and squares of both
     "Statistics of two batches as one."
     d = new - mean
     return N + n, mean + d * (n / (N + n)), squares + var * (n - 1) + d**2 * (N * n / (N + n))
@@ -126,35 +146,45 @@ def merged(
 def settle(norm, ref, N, mean, squares):
     "End the measurement of a batch norm: it holds what was seen, or the statistics it had."
     norm.momentum = ref.momentum
-    if not N: norm.load_state_dict(ref.state_dict()); return
+    if not N:
+        norm.load_state_dict(ref.state_dict())
+        return
     norm.running_mean.copy_(mean)
     norm.running_var.copy_(squares / (N - 1))
 
 # %% ../nbs/05_probe.ipynb #4eaa1154
 @torch.no_grad()
 def pin(
-    model: nn.Module,   # any network; not changed
-    batches,            # arguments of its forward, one after another
-) -> nn.Module:         # a copy in evaluation mode
+    model: nn.Module,  # any network; not changed
+    batches,  # arguments of its forward, one after another
+) -> nn.Module:  # a copy in evaluation mode
     "A copy whose batch norms hold the statistics of all these batches; if not called, their own."
     net = copy.deepcopy(model).eval()
     norms = statistics_of(net)
-    seen = {m: (0, 0., 0.) for m in norms}
+    seen = {m: (0, 0.0, 0.0) for m in norms}
+
     def measure(m, inputs, out):
         n = out.numel() // len(m.running_mean)
         seen[m] = merged(*seen[m], n, m.running_mean.double(), m.running_var.double())
+
     hooks = [m.register_forward_hook(measure, prepend=True) for m in norms]
-    for m in norms: m.reset_running_stats(); m.momentum = 1.; m.train()
-    for args in batches: call(net, args)
-    for h in hooks: h.remove()
-    for m, ref in zip(norms, statistics_of(model)): settle(m, ref, *seen[m])
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = 1.0
+        m.train()
+    for args in batches:
+        call(net, args)
+    for h in hooks:
+        h.remove()
+    for m, ref in zip(norms, statistics_of(model)):
+        settle(m, ref, *seen[m])
     return net.eval()
 
 # %% ../nbs/05_probe.ipynb #c97504a1
 def spans(
-    n: int,         # samples
-    size: int,      # of a batch, an even number
-) -> list[tuple]:   # first sample of each batch, and the one behind its last
+    n: int,  # samples
+    size: int,  # of a batch, an even number
+) -> list[tuple]:  # first sample of each batch, and the one behind its last
     "As few batches as possible, nearly equal; all begin at even samples, as `in_turn` halves each."
     count = math.ceil(n / size)
     ends = [2 * round(n * i / count / 2) for i in range(count)] + [n]
@@ -164,15 +194,19 @@ def spans(
 @dataclass(frozen=True)
 class Probes:
     "Inputs, and the network as it shall be looked at. ValueError where none of them holds samples."
-    model: nn.Module    # in evaluation mode
+
+    model: nn.Module  # in evaluation mode
     args: tuple | dict  # arguments of its forward, among them tensors of n samples
 
     def __post_init__(self):
         if not batch_size(self.args):
-            raise ValueError('probes: none of the arguments is a tensor of samples; of a network '
-                             'that takes a list of images, restore a part: `restore_inside`')
+            raise ValueError(
+                'probes: none of the arguments is a tensor of samples; of a network '
+                'that takes a list of images, restore a part: `restore_inside`'
+            )
 
-    def __len__(self): return batch_size(self.args)
+    def __len__(self):
+        return batch_size(self.args)
 
     def batches(self, size=64):
         "The arguments, about so many samples at a time; what holds no samples, every time."
@@ -181,19 +215,37 @@ class Probes:
 
 # %% ../nbs/05_probe.ipynb #bc995462
 def coloured(
-    shape: tuple,               # (n, channels, height, width)
-    power: float,               # amplitude falls as frequency to this power
-    generator: torch.Generator, # on the CPU
-) -> Tensor:                    # mean zero, deviation one in every image
+    shape: tuple,  # (n, channels, height, width)
+    power: float,  # amplitude falls as frequency to this power
+    generator: torch.Generator,  # on the CPU
+) -> Tensor:  # mean zero, deviation one in every image
     "Noise with a falling spectrum."
     white = torch.fft.rfft2(torch.randn(shape, generator=generator))
-    f = torch.hypot(torch.fft.fftfreq(shape[-2])[:, None], torch.fft.rfftfreq(shape[-1])).clamp(min=.5 / max(shape[-2:]))
+    f = torch.hypot(torch.fft.fftfreq(shape[-2])[:, None], torch.fft.rfftfreq(shape[-1])).clamp(
+        min=0.5 / max(shape[-2:])
+    )
     x = torch.fft.irfft2(white * f**-power, s=shape[-2:])
-    return (x - x.mean((1, 2, 3), keepdim=True)) / x.std((1, 2, 3), keepdim=True, correction=0).clamp(min=1e-6)
+    return (x - x.mean((1, 2, 3), keepdim=True)) / x.std(
+        (1, 2, 3), keepdim=True, correction=0
+    ).clamp(min=1e-6)
 
 # %% ../nbs/05_probe.ipynb #fd439a5c
-COPIES = {'to', 'long', 'int', 'type', 'clone', 'contiguous', 'reshape', 'flatten', 'flip',
-          'repeat', 'cat', 'clamp', '__getitem__'}    # functions that hand on integers as they are
+COPIES = {
+    'to',
+    'long',
+    'int',
+    'type',
+    'clone',
+    'contiguous',
+    'reshape',
+    'flatten',
+    'flip',
+    'repeat',
+    'cat',
+    'clamp',
+    '__getitem__',
+}  # functions that hand on integers as they are
+
 
 def is_index(v) -> bool:
     "Can a tensor be an index?"
@@ -212,14 +264,16 @@ def looked_up(f, args, kwargs):
 # %% ../nbs/05_probe.ipynb #7d0a51be
 class Lookups(TorchFunctionMode):
     "Inside the block, `found` collects which of some tensors are looked up in which tables."
+
     def __init__(self, args):
         super().__init__()
         self.found, self.origins, self.alive = {}, {}, []
-        for v in filter(is_index, tensors(args)): self.mark(v, {id(v)})
+        for v in filter(is_index, tensors(args)):
+            self.mark(v, {id(v)})
 
     def mark(self, v, origins):
         self.origins[v.untyped_storage().data_ptr()] = origins
-        self.alive.append(v)    # or its address could become another's
+        self.alive.append(v)  # or its address could become another's
 
     def behind(self, *args):
         found = [v.untyped_storage().data_ptr() for v in tensors(args) if is_index(v)]
@@ -228,18 +282,22 @@ class Lookups(TorchFunctionMode):
     def __torch_function__(self, f, types, args=(), kwargs=None):
         out, table = f(*args, **(kwargs or {})), looked_up(f, args, kwargs or {})
         if table:
-            for k in self.behind(table[0]): self.found.setdefault(k, []).append(table[1:])
+            for k in self.behind(table[0]):
+                self.found.setdefault(k, []).append(table[1:])
         if getattr(f, '__name__', '') in COPIES:
             origins = self.behind(*args[:1])
-            if origins and is_index(out): self.mark(out, origins)
+            if origins and is_index(out):
+                self.mark(out, origins)
         return out
 
 # %% ../nbs/05_probe.ipynb #6fda0910
 @torch.no_grad()
 def lookups(model, args) -> dict:
     "{id of an integer tensor: [(rows, padding row or None) of every table it is looked up in]}."
-    if not any(map(is_index, tensors(args))): return {}
-    with Lookups(args) as seen: call(copy.deepcopy(model).eval(), args)
+    if not any(map(is_index, tensors(args))):
+        return {}
+    with Lookups(args) as seen:
+        call(copy.deepcopy(model).eval(), args)
     counting = {id(v) for v in tensors(args) if counts_up(v)}
     only = seen.found.keys() <= counting
     return {k: v for k, v in seen.found.items() if only or k not in counting}
@@ -249,9 +307,11 @@ def is_mask(v) -> bool:
     "Does an integer or boolean tensor hold nothing but zeros and ones?"
     return v.dtype == torch.bool or bool(((v == 0) | (v == 1)).all())
 
+
 def counts_up(v) -> bool:
     "Is every row of integers 0, 1, 2 and so on, from anywhere?"
-    if not is_index(v) or v.ndim < 2 or v.shape[-1] < 2: return False
+    if not is_index(v) or v.ndim < 2 or v.shape[-1] < 2:
+        return False
     return bool((v.long().diff(dim=-1) == 1).all())
 
 # %% ../nbs/05_probe.ipynb #4b0c1d10
@@ -264,32 +324,38 @@ def random_rows(tables, shape, generator):
 
 # %% ../nbs/05_probe.ipynb #c7107281
 def random_like(
-    v: Tensor,                  # one sample or more, for shape, dtype and device
-    n: int,                     # how many samples
-    power: float,               # of the spectrum, for images
-    generator: torch.Generator, # on the CPU
-    tables=(),                  # (integers) where they are looked up, as in `lookups`
-) -> Tensor:                    # (n, *v.shape[1:])
+    v: Tensor,  # one sample or more, for shape, dtype and device
+    n: int,  # how many samples
+    power: float,  # of the spectrum, for images
+    generator: torch.Generator,  # on the CPU
+    tables=(),  # (integers) where they are looked up, as in `lookups`
+) -> Tensor:  # (n, *v.shape[1:])
     "Noise in place of an example input; masks and positions are repeated, other integers drawn."
     shape = (n, *v.shape[1:])
-    if v.is_complex(): x = torch.randn(shape, generator=generator, dtype=v.dtype)
-    elif not v.is_floating_point(): x = random_integers(v, shape, generator, tables)
-    elif v.ndim == 4 and min(shape[-2:]) > 1: x = coloured(shape, power, generator)
-    else: x = torch.randn(shape, generator=generator)
+    if v.is_complex():
+        x = torch.randn(shape, generator=generator, dtype=v.dtype)
+    elif not v.is_floating_point():
+        x = random_integers(v, shape, generator, tables)
+    elif v.ndim == 4 and min(shape[-2:]) > 1:
+        x = coloured(shape, power, generator)
+    else:
+        x = torch.randn(shape, generator=generator)
     return x.to(v)
 
 # %% ../nbs/05_probe.ipynb #4b0c1d07
 def random_integers(v, shape, generator, tables):
     "Rows of tables, the example's own samples in turn, or integers from its range."
-    if tables: return random_rows(tables, shape, generator)
-    if is_mask(v) or counts_up(v): return v[torch.arange(shape[0], device=v.device) % len(v)]
+    if tables:
+        return random_rows(tables, shape, generator)
+    if is_mask(v) or counts_up(v):
+        return v[torch.arange(shape[0], device=v.device) % len(v)]
     return torch.randint(int(v.min()), int(v.max()) + 1, shape, generator=generator)
 
 # %% ../nbs/05_probe.ipynb #3e60d1c4
 def random_args(
-    model,   # the network, which says where integers are looked up
-    args,    # example inputs as arguments
-    draw,    # (tensor, tables) -> samples in its place
+    model,  # the network, which says where integers are looked up
+    args,  # example inputs as arguments
+    draw,  # (tensor, tables) -> samples in its place
 ):
     "Arguments with other samples in place of the example's."
     tables = lookups(model, args)
@@ -298,73 +364,85 @@ def random_args(
 # %% ../nbs/05_probe.ipynb #4b0c1d11
 def check_varied(args):
     "ValueError naming the argument if all samples are the same."
-    if not all((v == v[:1]).all() for v in samples(args)): return
+    if not all((v == v[:1]).all() for v in samples(args)):
+        return
     main = batch_of(args)
     named = args.items() if isinstance(args, Mapping) else enumerate(args)
     place = next(k for k, v in named if v is main)
-    raise ValueError(f'example_inputs[{place!r}]: all {len(main)} probes made after it are the '
-                     'same, as no embedding of the network reads it and its values show no range')
+    raise ValueError(
+        f'example_inputs[{place!r}]: all {len(main)} probes made after it are the '
+        'same, as no embedding of the network reads it and its values show no range'
+    )
 
 # %% ../nbs/05_probe.ipynb #77588b61
 def noise(
-    n: int = 128,          # how many probes
-    seed: int = 0,         # another seed, another noise
-    power: float = 1.5,    # spectrum of image noise; 0 is white
-) -> Callable:             # (model, args) -> Probes
+    n: int = 128,  # how many probes
+    seed: int = 0,  # another seed, another noise
+    power: float = 1.5,  # spectrum of image noise; 0 is white
+) -> Callable:  # (model, args) -> Probes
     "A source of pinned noise: needs no data at all. ValueError for n < 2."
-    if n < 2: raise ValueError(f'n: statistics need at least 2 probes, got {n}')
+    if n < 2:
+        raise ValueError(f'n: statistics need at least 2 probes, got {n}')
+
     def source(model, args):
         gen = torch.Generator().manual_seed(seed)
         draw = lambda v, tables: random_like(v, n, power, gen, tables)
         probes = Probes(model, random_args(model, args, draw))
         check_varied(probes.args)
-        try: return replace(probes, model=pin(model, probes.batches()))
+        try:
+            return replace(probes, model=pin(model, probes.batches()))
         except Exception as e:
             why = f'{type(e).__name__}: {e}'
-            raise ValueError(f'example_inputs: the model cannot be run on {n} samples of their '
-                             f'kind, the first dimension being the batch: {why}') from e
+            raise ValueError(
+                f'example_inputs: the model cannot be run on {n} samples of their '
+                f'kind, the first dimension being the batch: {why}'
+            ) from e
+
     return source
 
 # %% ../nbs/05_probe.ipynb #dcf56e4f
 def calibration(
-    images,                  # n inputs as the model takes them (normalised): tensor, tuple or dict
-    reflect: bool = False,   # each image also mirrored left to right: for networks that do not care
-) -> Callable:               # (model, args) -> Probes
+    images,  # n inputs as the model takes them (normalised): tensor, tuple or dict
+    reflect: bool = False,  # each image also mirrored left to right: for networks that do not care
+) -> Callable:  # (model, args) -> Probes
     "A source of given inputs: unlabelled images, or probes made before. ValueError for none."
+
     def source(model, args):
         device = next((v.device for v in tensors(args)), torch.device('cpu'))
         real = next((v.dtype for v in tensors(args) if v.is_floating_point()), None)
         fit = lambda v: v.to(device, real if v.is_floating_point() and real else v.dtype)
         given = map_tensors(as_args(images, 'images'), fit)
-        if reflect: given = map_samples(given, mirrored)
+        if reflect:
+            given = map_samples(given, mirrored)
         return Probes(copy.deepcopy(model).eval(), given)
+
     return source
 
 # %% ../nbs/05_probe.ipynb #4b0c1d06
 def mirrored(v: Tensor) -> Tensor:
     "Samples, then their mirror images; without that of the last one if their number is odd."
-    even = v[:len(v) // 2 * 2]
-    return torch.cat([even, even.flip(-1) if v.ndim > 1 else even, v[len(even):]])
+    even = v[: len(v) // 2 * 2]
+    return torch.cat([even, even.flip(-1) if v.ndim > 1 else even, v[len(even) :]])
 
 # %% ../nbs/05_probe.ipynb #ab3986c7
 def shifted_products(
-    x: Tensor,     # (n, m, h, w)
-    k: int,        # size of the kernel
-) -> dict:         # {(dy, dx): (m, m)}, sum over samples and positions v of x[c, v] x[c', v + (dy, dx)]
+    x: Tensor,  # (n, m, h, w)
+    k: int,  # size of the kernel
+) -> dict:  # {(dy, dx): (m, m)}, sum over samples and positions v of x[c, v] x[c', v + (dy, dx)]
     "Products of all channels at all offsets that two taps of a kernel can have, one of each pair of opposite ones."
     n, m, h, w = x.shape
     row = w + k - 1
     flat = F.pad(x, (0, k - 1, 0, k - 1)).transpose(0, 1).reshape(m, -1)
     offset = {(dy, dx): dy * row + dx for dy in range(k) for dx in range(1 - k, k) if dy or dx >= 0}
-    return {d: flat[:, :flat.shape[1] - o] @ flat[:, o:].T for d, o in offset.items()}
+    return {d: flat[:, : flat.shape[1] - o] @ flat[:, o:].T for d, o in offset.items()}
 
 # %% ../nbs/05_probe.ipynb #8f334fe1
 def unfolded_gram(
-    x: Tensor,          # (n, m, h, w)
-    k: int,             # size of the kernel
-    pad: tuple = 0,     # as in `F.pad`: left, right, top, bottom; or one number
-    **kwargs,           # stride, dilation
-) -> Tensor:            # (m k k, m k k)
+    x: Tensor,  # (n, m, h, w)
+    k: int,  # size of the kernel
+    pad: tuple = 0,  # as in `F.pad`: left, right, top, bottom; or one number
+    **kwargs,  # stride, dilation
+) -> Tensor:  # (m k k, m k k)
     "Gram matrix of patches, by writing them out."
     p = F.unfold(F.pad(x, (pad,) * 4 if isinstance(pad, int) else pad), k, **kwargs)
     p = p.transpose(0, 1).flatten(1)
@@ -372,22 +450,26 @@ def unfolded_gram(
 
 # %% ../nbs/05_probe.ipynb #19b7a230
 def frame_gram(
-    x: Tensor,    # (n, m, h, w)
-    k: int,       # size of the kernel
-    pad: int,     # zero padding of the convolution
-) -> Tensor:      # (m k k, m k k)
+    x: Tensor,  # (n, m, h, w)
+    k: int,  # size of the kernel
+    pad: int,  # zero padding of the convolution
+) -> Tensor:  # (m k k, m k k)
     "Gram matrix of the patches that touch the image at positions where the convolution does not look."
-    f, g = k - 1 - pad, k - 1                                                     # width of the frame, zeros around it
-    strips = [(x[:, :, :f], (g, g, g, 0)), (x[:, :, -f:], (g, g, 0, g)),          # top and bottom, corners included
-              (x[..., :f], (g, 0, pad, pad)), (x[..., -f:], (0, g, pad, pad))]    # left and right
+    f, g = k - 1 - pad, k - 1  # width of the frame, zeros around it
+    strips = [
+        (x[:, :, :f], (g, g, g, 0)),
+        (x[:, :, -f:], (g, g, 0, g)),  # top and bottom, corners included
+        (x[..., :f], (g, 0, pad, pad)),
+        (x[..., -f:], (0, g, pad, pad)),
+    ]  # left and right
     return sum(unfolded_gram(s, k, p) for s, p in strips)
 
 # %% ../nbs/05_probe.ipynb #28196721
 def stationary_gram(
-    x: Tensor,    # (n, m, h, w), height and width at least the kernel's
-    k: int,       # size of the kernel
-    pad: int,     # zero padding, less than k
-) -> Tensor:      # (m k k, m k k), channels first, then taps
+    x: Tensor,  # (n, m, h, w), height and width at least the kernel's
+    k: int,  # size of the kernel
+    pad: int,  # zero padding, less than k
+) -> Tensor:  # (m k k, m k k), channels first, then taps
     "Gram matrix of the patches of a convolution with stride one, from the products at each offset."
     F_, m = shifted_products(x, k), x.shape[1]
     G = x.new_empty(m, k, k, m, k, k)
@@ -404,6 +486,7 @@ def channel_dim(layer) -> int:
     "Where the input of a layer has its channels: last for a linear layer, second for a convolution."
     return -1 if isinstance(layer, nn.Linear) else 1
 
+
 def selected(layer, x, columns):
     "The input of a layer with these columns (channels) alone."
     return x.index_select(channel_dim(layer), columns.to(x.device))
@@ -411,7 +494,8 @@ def selected(layer, x, columns):
 # %% ../nbs/05_probe.ipynb #42993979
 def padded(layer, x):
     "The input of a layer with the layer's padding put on; a linear layer has none."
-    if isinstance(layer, nn.Linear): return x
+    if isinstance(layer, nn.Linear):
+        return x
     mode = 'constant' if layer.padding_mode == 'zeros' else layer.padding_mode
     return F.pad(x, layer._reversed_padding_repeated_twice, mode)
 
@@ -419,75 +503,115 @@ def padded(layer, x):
 def is_stationary(layer, x):
     "Can the patch Gram be taken from offsets, and is that worth it?"
     k, pad = layer.kernel_size[0], layer.padding
-    same = layer.kernel_size == (k, k) and layer.stride == (1, 1) and layer.dilation == (1, 1) and layer.padding_mode == 'zeros'
-    return same and isinstance(pad, tuple) and pad[0] == pad[1] < k and k > 1 and min(x.shape[-2:]) >= 4 * (k - 1)
+    same = (
+        layer.kernel_size == (k, k)
+        and layer.stride == (1, 1)
+        and layer.dilation == (1, 1)
+        and layer.padding_mode == 'zeros'
+    )
+    return (
+        same
+        and isinstance(pad, tuple)
+        and pad[0] == pad[1] < k
+        and k > 1
+        and min(x.shape[-2:]) >= 4 * (k - 1)
+    )
 
 # %% ../nbs/05_probe.ipynb #98180e32
 def patch_gram(
-    layer: nn.Module,   # convolution without groups, or linear
-    x: Tensor,          # what it reads, or some of its channels: (n, m, h, w) or (..., m)
-) -> Tensor:            # (d, d) with d = m kh kw
+    layer: nn.Module,  # convolution without groups, or linear
+    x: Tensor,  # what it reads, or some of its channels: (n, m, h, w) or (..., m)
+) -> Tensor:  # (d, d) with d = m kh kw
     "Sum of the outer products of the patches that a layer reads."
-    if isinstance(layer, nn.Linear): p = x.reshape(-1, x.shape[-1]); return p.T @ p
-    if is_stationary(layer, x): return stationary_gram(x, layer.kernel_size[0], layer.padding[0])
-    return sum(unfolded_gram(padded(layer, v), layer.kernel_size, stride=layer.stride, dilation=layer.dilation) for v in x.split(16))
+    if isinstance(layer, nn.Linear):
+        p = x.reshape(-1, x.shape[-1])
+        return p.T @ p
+    if is_stationary(layer, x):
+        return stationary_gram(x, layer.kernel_size[0], layer.padding[0])
+    return sum(
+        unfolded_gram(
+            padded(layer, v), layer.kernel_size, stride=layer.stride, dilation=layer.dilation
+        )
+        for v in x.split(16)
+    )
 
 # %% ../nbs/05_probe.ipynb #ce56d04d
 def patch_cross(
-    layer: nn.Module,   # convolution without groups, or linear
-    x: Tensor,          # what it reads, or some of its channels: (n, m, h, w) or (..., m)
-    y: Tensor,          # one value at every output position: (n, o, h', w') or (..., o)
-) -> Tensor:            # (o, d)
+    layer: nn.Module,  # convolution without groups, or linear
+    x: Tensor,  # what it reads, or some of its channels: (n, m, h, w) or (..., m)
+    y: Tensor,  # one value at every output position: (n, o, h', w') or (..., o)
+) -> Tensor:  # (o, d)
     "Sum of the products of an output with the patches: the gradient of the layer's weight."
-    if isinstance(layer, nn.Linear): return y.reshape(-1, y.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+    if isinstance(layer, nn.Linear):
+        return y.reshape(-1, y.shape[-1]).T @ x.reshape(-1, x.shape[-1])
     shape = (y.shape[1], x.shape[1], *layer.kernel_size)
-    return nn.grad.conv2d_weight(padded(layer, x), shape, y, layer.stride, 0, layer.dilation).flatten(1)
+    return nn.grad.conv2d_weight(
+        padded(layer, x), shape, y, layer.stride, 0, layer.dilation
+    ).flatten(1)
 
 # %% ../nbs/05_probe.ipynb #241d1325
 def minus_products(v, a, b):
     "v - a b^T in place, for matrices (o, d) or stacks of them; vectors a (o,) and b (d,) likewise."
-    v.view(-1, *v.shape[-2:]).baddbmm_(a.reshape(-1, v.shape[-2], 1), b.reshape(-1, 1, v.shape[-1]), alpha=-1)
+    v.view(-1, *v.shape[-2:]).baddbmm_(
+        a.reshape(-1, v.shape[-2], 1), b.reshape(-1, 1, v.shape[-1]), alpha=-1
+    )
     return v
+
 
 @dataclass
 class Moments:
     "Sums over samples and positions of what a layer reads (patches p) and of what it shall give (y), in float64."
-    n: float     # number of positions
-    G: Tensor    # (d, d) sum of p p^T; for a grouped convolution (groups, d, d), and so on
-    C: Tensor    # (o, d) sum of y p^T
-    p: Tensor    # (d,) sum of p
-    y: Tensor    # (o,) sum of y
-    yy: Tensor   # (o,) sum of y^2
 
-    def __add__(self, other): return Moments(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+    n: float  # number of positions
+    G: Tensor  # (d, d) sum of p p^T; for a grouped convolution (groups, d, d), and so on
+    C: Tensor  # (o, d) sum of y p^T
+    p: Tensor  # (d,) sum of p
+    y: Tensor  # (o,) sum of y
+    yy: Tensor  # (o,) sum of y^2
+
+    def __add__(self, other):
+        return Moments(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     @property
-    def var(self): return (self.yy / self.n - (self.y / self.n)**2).clamp(min=0)    # (o,) variance of the output
+    def var(self):
+        return (self.yy / self.n - (self.y / self.n) ** 2).clamp(
+            min=0
+        )  # (o,) variance of the output
 
     def centred(self):
         p, y = self.p / self.n, self.y / self.n
-        return Centred(minus_products(self.G / self.n, p, p), minus_products(self.C / self.n, y, p), p, y)
+        return Centred(
+            minus_products(self.G / self.n, p, p), minus_products(self.C / self.n, y, p), p, y
+        )
+
 
 @dataclass
 class Centred:
     "The same as covariances and means."
-    G: Tensor    # (d, d) of the patches
-    C: Tensor    # (o, d) of output and patches
-    p: Tensor    # (d,) mean of the patches
-    y: Tensor    # (o,) mean of the output
+
+    G: Tensor  # (d, d) of the patches
+    C: Tensor  # (o, d) of output and patches
+    p: Tensor  # (d,) mean of the patches
+    y: Tensor  # (o,) mean of the output
 
 # %% ../nbs/05_probe.ipynb #88d19646
 def in_turn(f, *tensors):
     "A function of even samples and of odd samples, as a list of two."
     return [f(*(v[i::2] for v in tensors)) for i in (0, 1)]
 
+
 def total(halves):
     "The sum of a list of `Moments`."
     return sum(halves[1:], halves[0])
 
+
 def stacked(parts):
     "`Moments` of the same positions, stacked along a new first axis."
-    return Moments(parts[0].n, *(torch.stack([getattr(M, f) for M in parts]) for f in ('G', 'C', 'p', 'y', 'yy')))
+    return Moments(
+        parts[0].n,
+        *(torch.stack([getattr(M, f) for M in parts]) for f in ('G', 'C', 'p', 'y', 'yy')),
+    )
+
 
 def conv_groups(layer) -> int:
     "Number of groups of a convolution; 1 for a linear layer."
@@ -498,19 +622,27 @@ def conv_groups(layer) -> int:
 def target_moments(layer, x, y) -> dict:
     "The fields of `Moments` that depend on the output."
     rows, n = y if isinstance(layer, nn.Linear) else y.movedim(1, -1), conv_groups(layer)
-    parts = rows.chunk(8)    # at a time: in float64 all samples take twice the memory
+    parts = rows.chunk(8)  # at a time: in float64 all samples take twice the memory
     sums = lambda f: sum(f(v.double()).flatten(0, -2).sum(0) for v in parts)
-    C = patch_cross(layer, x, y).double() if n == 1 else torch.stack([patch_cross(layer, *v).double() for v in zip(x.chunk(n, 1), y.chunk(n, 1))])
-    return dict(C=C, y=sums(lambda v: v).view(C.shape[:-1]), yy=sums(torch.square).view(C.shape[:-1]))
+    C = (
+        patch_cross(layer, x, y).double()
+        if n == 1
+        else torch.stack(
+            [patch_cross(layer, *v).double() for v in zip(x.chunk(n, 1), y.chunk(n, 1))]
+        )
+    )
+    return dict(
+        C=C, y=sums(lambda v: v).view(C.shape[:-1]), yy=sums(torch.square).view(C.shape[:-1])
+    )
 
 # %% ../nbs/05_probe.ipynb #84c0483c
 @torch.no_grad()
 def moments(
-    layer: nn.Module,   # convolution or linear
-    x: Tensor,          # what it reads, or some of its channels, as many of each group
-    y: Tensor,          # what it shall give
-    name: str = '',     # of the layer, for messages
-) -> Moments:           # of a grouped convolution: stacked
+    layer: nn.Module,  # convolution or linear
+    x: Tensor,  # what it reads, or some of its channels, as many of each group
+    y: Tensor,  # what it shall give
+    name: str = '',  # of the layer, for messages
+) -> Moments:  # of a grouped convolution: stacked
     "Moments of one batch. ValueError naming the layer if there is NaN or infinity in it."
     ones = torch.ones_like(y[..., :1] if isinstance(layer, nn.Linear) else y[:, :1])
     n = conv_groups(layer)
@@ -524,25 +656,27 @@ def moments(
     return m
 
 # %% ../nbs/05_probe.ipynb #4b0c1d13
-ROWS = nn.Linear(1, 1, device='meta')    # any linear layer; it has no values, so none are drawn
+ROWS = nn.Linear(1, 1, device='meta')  # any linear layer; it has no values, so none are drawn
+
 
 def row_moments(x, y=None, name=''):
     "`moments` of rows (positions, m), as a linear layer reads them; without `y` of the rows alone."
     return moments(ROWS, x, x[:, :1] if y is None else y, name)
 
 # %% ../nbs/05_probe.ipynb #2f30fa9d
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.)
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
 
 def prediction_error(
-    V: Tensor,     # (o, d)
-    c: Tensor,     # (o,)
-    M: Moments,    # of probes that V has not seen, or has
-) -> Tensor:       # (o,) mean square of y - V p - c
+    V: Tensor,  # (o, d)
+    c: Tensor,  # (o,)
+    M: Moments,  # of probes that V has not seen, or has
+) -> Tensor:  # (o,) mean square of y - V p - c
     "What is missed on average, from moments alone; nothing of the size of G is made."
     bias = (M.y - (V @ M.p[..., None])[..., 0]) / M.n
     parts = [((v @ M.G - 2 * C) * v).sum(-1) for v, C in zip(V.split(512, -2), M.C.split(512, -2))]
     spread = (M.yy + torch.cat(parts, -1)) / M.n - bias**2
-    return spread.clamp(min=0) + (bias - c)**2
+    return spread.clamp(min=0) + (bias - c) ** 2
 
 # %% ../nbs/05_probe.ipynb #6c784ad6
 def solution(M, prior, ridge):
@@ -552,48 +686,59 @@ def solution(M, prior, ridge):
 
 # %% ../nbs/05_probe.ipynb #4e8bca39
 def held_out_error(
-    halves: list,    # moments of two halves of the probes
-    prior: Tensor,   # (o, d)
-    ridge: float,    # without unit
+    halves: list,  # moments of two halves of the probes
+    prior: Tensor,  # (o, d)
+    ridge: float,  # without unit
 ) -> float:
     "What each half misses when it is predicted from the other, relative to the variance of each output, at most 10 of one."
-    missed = [prediction_error(*solution(M.centred(), prior, ridge), test) / test.var.clamp(min=1e-12) for M, test in (halves, halves[::-1])]
+    missed = [
+        prediction_error(*solution(M.centred(), prior, ridge), test) / test.var.clamp(min=1e-12)
+        for M, test in (halves, halves[::-1])
+    ]
     return sum(m.clamp(max=10).mean().item() for m in missed)
 
 # %% ../nbs/05_probe.ipynb #f70ccf65
 def held_out_ridge(
-    halves: list,    # moments of two halves of the probes
-    prior: Tensor,   # (o, d)
-) -> float:          # one of `RIDGES`
+    halves: list,  # moments of two halves of the probes
+    prior: Tensor,  # (o, d)
+) -> float:  # one of `RIDGES`
     "The ridge that predicts each half best from the other; the smallest one where a half is empty."
-    if not min(M.n for M in halves): return min(RIDGES)
+    if not min(M.n for M in halves):
+        return min(RIDGES)
     rank = cache(lambda k: (held_out_error(halves, prior, RIDGES[k]), RIDGES[k]))
     k = len(RIDGES) // 2
     for step in (-1, 1):
-        while 0 <= k + step < len(RIDGES) and rank(k + step) < rank(k): k += step
+        while 0 <= k + step < len(RIDGES) and rank(k + step) < rank(k):
+            k += step
     return RIDGES[k]
 
 # %% ../nbs/05_probe.ipynb #05457078
 def check_halves(probes: Probes, ridge: float | None):
     "ValueError where a ridge would have to be chosen on a single probe."
-    if ridge is None and len(probes) < 2: raise ValueError('ridge: it is chosen by predicting one half of the probes from the other, which needs two at least; give more probes, or a ridge')
+    if ridge is None and len(probes) < 2:
+        raise ValueError(
+            'ridge: it is chosen by predicting one half of the probes from the other, which needs two at least; give more probes, or a ridge'
+        )
 
 # %% ../nbs/05_probe.ipynb #ce75a6ae
 @dataclass(frozen=True)
 class Fit:
     "New weights of a layer."
-    V: Tensor       # (o, d) taps
-    c: Tensor       # (o,) constants: the layer's bias
-    ridge: float    # the ridge they were made with
-    error: float    # mean square of what is missed, as a fraction of the outputs' variance
+
+    V: Tensor  # (o, d) taps
+    c: Tensor  # (o,) constants: the layer's bias
+    ridge: float  # the ridge they were made with
+    error: float  # mean square of what is missed, as a fraction of the outputs' variance
+
 
 def regress(
-    halves: list,                 # `Moments` of two halves of the probes (or one, with a given ridge)
-    prior: Tensor,                # (o, d) taps that the ridge pulls to
-    ridge: float | None = None,   # None: chosen by `held_out_ridge`
+    halves: list,  # `Moments` of two halves of the probes (or one, with a given ridge)
+    prior: Tensor,  # (o, d) taps that the ridge pulls to
+    ridge: float | None = None,  # None: chosen by `held_out_ridge`
 ) -> Fit:
     "The taps and constants that give a wanted output best. ValueError for a ridge that is not positive."
-    if ridge is None: ridge = held_out_ridge(halves, prior)
+    if ridge is None:
+        ridge = held_out_ridge(halves, prior)
     check_ridge(ridge)
     V, c = solution(total(halves).centred(), prior, ridge)
     M = total(halves)
@@ -603,16 +748,20 @@ def regress(
 CONVOLUTIONS = {F.conv1d: nn.Conv1d, F.conv2d: nn.Conv2d, F.conv3d: nn.Conv3d}
 GIVEN = 'input', 'weight', 'bias', 'stride', 'padding', 'dilation', 'groups'
 
+
 class Caught(TorchFunctionMode):
     "Inside the block, `found` collects the arguments of convolutions with a given weight."
+
     def __init__(self, weight):
         super().__init__()
         self.weight, self.found = weight, []
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
         given = dict(zip(GIVEN, args)) | (kwargs or {}) if f in CONVOLUTIONS else {}
-        if given.get('weight') is self.weight: self.found.append(given)
+        if given.get('weight') is self.weight:
+            self.found.append(given)
         return f(*args, **(kwargs or {}))
+
 
 def is_changed(layer, kind) -> bool:
     "Has a layer a way of its own to compute what one of PyTorch's layers does?"
@@ -623,15 +772,18 @@ def is_changed(layer, kind) -> bool:
 # %% ../nbs/05_probe.ipynb #6c1f0a04
 @torch.no_grad()
 def as_called(
-    layer: nn.Module,   # any module
-    x: Tensor,          # its input
-) -> tuple:             # a layer of PyTorch's own with the same weight, and its input
+    layer: nn.Module,  # any module
+    x: Tensor,  # its input
+) -> tuple:  # a layer of PyTorch's own with the same weight, and its input
     """A convolution that pads its input by itself, as the convolution that it computes; other
     modules, and those that do not use their weight in one convolution, as they are."""
     kind = next((k for k in CONVOLUTIONS.values() if isinstance(layer, k)), None)
-    if kind is None or not is_changed(layer, kind): return layer, x
-    with Caught(layer.weight) as seen: layer.forward(x)
-    if len(seen.found) != 1: return layer, x
+    if kind is None or not is_changed(layer, kind):
+        return layer, x
+    with Caught(layer.weight) as seen:
+        layer.forward(x)
+    if len(seen.found) != 1:
+        return layer, x
     given, (o, m, *size) = seen.found[0], layer.weight.shape
     how = {k: given[k] for k in GIVEN[3:] if k in given}
     plain = kind(m * how.get('groups', 1), o, tuple(size), bias=False, device='meta', **how)
@@ -642,28 +794,39 @@ def as_called(
 def check_called(names, seen):
     "ValueError naming a layer that the probes did not reach."
     for k in names:
-        if k not in seen: raise ValueError(f'{k}: not called when the probes pass the network, though it was on the example inputs')
+        if k not in seen:
+            raise ValueError(
+                f'{k}: not called when the probes pass the network, though it was on the example inputs'
+            )
 
 # %% ../nbs/05_probe.ipynb #2d5333d4
 @torch.no_grad()
 def look(
-    probes: Probes,     # what to look with
-    names,              # layers of interest
-    measure=moments,    # (layer, x, y, name) -> Moments
-    batch: int = 64,    # samples at a time
-) -> dict:              # {name: [Moments of even samples, Moments of odd samples]}
+    probes: Probes,  # what to look with
+    names,  # layers of interest
+    measure=moments,  # (layer, x, y, name) -> Moments
+    batch: int = 64,  # samples at a time
+) -> dict:  # {name: [Moments of even samples, Moments of odd samples]}
     "Moments of what the named layers read and give. ValueError naming the layer where NaN or infinity is met, or that is not called."
     sums, hooks = {}, []
+
     def hook(name):
         def add(layer, inputs, y):
             layer, x = as_called(layer, inputs[0])
             new = in_turn(lambda x, y: measure(layer, x, y, name), x, y)
             sums[name] = [a + b for a, b in zip(sums[name], new)] if name in sums else new
+
         return add
+
     try:
-        for name in names: hooks.append(probes.model.get_submodule(name).register_forward_hook(hook(name), prepend=True))
-        for args in probes.batches(batch): call(probes.model, args)
+        for name in names:
+            hooks.append(
+                probes.model.get_submodule(name).register_forward_hook(hook(name), prepend=True)
+            )
+        for args in probes.batches(batch):
+            call(probes.model, args)
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
     check_called(names, sums)
     return sums

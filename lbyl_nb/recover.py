@@ -28,9 +28,23 @@ from .cost import cost
 from .criteria import keep_best, l2_norm
 from .delivery import Delivery, removed
 from .errors import bn_error, residual_squares
-from .gaussian import gaussian_delivery
 from .files import read_safetensors, write_safetensors
-from .graph import Family, add_constant, by_output, channels, culprits, deaf_norms, differing, find_groups, follow_sizes, layer_outputs, lost, remove_channels, silence
+from .gaussian import gaussian_delivery
+from lbyl_nb.graph import (
+    Family,
+    add_constant,
+    by_output,
+    channels,
+    culprits,
+    deaf_norms,
+    differing,
+    find_groups,
+    follow_sizes,
+    layer_outputs,
+    lost,
+    remove_channels,
+    silence,
+)
 from .merging import merging_delivery
 from .probe import BATCH_NORM, conv_groups, random_args, random_like
 from .solve import check_ridge, gram_delivery
@@ -39,14 +53,17 @@ from .trace import equal_layer, trace
 # %% ../nbs/13_recover.ipynb #2cad5a77
 def prune_only():
     "The restorer that restores nothing: removed channels are lost."
-    def restorer(ch, keep): return Delivery.nothing(len(ch), len(keep), ch.a.dtype, ch.a.device)
+
+    def restorer(ch, keep):
+        return Delivery.nothing(len(ch), len(keep), ch.a.dtype, ch.a.device)
+
     return restorer
 
 # %% ../nbs/13_recover.ipynb #9a9d5f6c
 def constants(
-    ch,      # channels of a group
-    keep,    # kept channels
-) -> Tensor: # (m - t,)
+    ch,  # channels of a group
+    keep,  # kept channels
+) -> Tensor:  # (m - t,)
     "What each removed channel is if it does not depend on the input (gamma = 0), else zero."
     out = removed(keep, len(ch)).to(ch.a.device)
     value = ch.activation(ch.b) if ch.activation else ch.b
@@ -54,30 +71,45 @@ def constants(
 
 # %% ../nbs/13_recover.ipynb #cea2695b
 def merging(
-    cos_weight: float = .85,   # weight of the cosine distance against the bias distance, in [0, 1]
-    threshold: float = .1,     # no delivery under this cosine similarity
+    cos_weight: float = 0.85,  # weight of the cosine distance against the bias distance, in [0, 1]
+    threshold: float = 0.1,  # no delivery under this cosine similarity
 ):
     "Neuron merging (Kim et al., NeurIPS 2020): each removed channel goes to one kept one. ValueError for weights outside [0, 1]."
-    if not 0 <= cos_weight <= 1: raise ValueError(f'cos_weight must be in [0, 1], got {cos_weight}')
+    if not 0 <= cos_weight <= 1:
+        raise ValueError(f'cos_weight must be in [0, 1], got {cos_weight}')
+
     def restorer(ch, keep):
-        b = ch.b if ch.gamma is not None else torch.zeros_like(ch.b)   # without batch norm the rows hold the bias
-        return Delivery(merging_delivery(ch.rows, ch.a, b, keep, cos_weight, threshold), constants(ch, keep))
+        b = (
+            ch.b if ch.gamma is not None else torch.zeros_like(ch.b)
+        )  # without batch norm the rows hold the bias
+        return Delivery(
+            merging_delivery(ch.rows, ch.a, b, keep, cos_weight, threshold), constants(ch, keep)
+        )
+
     return restorer
 
 # %% ../nbs/13_recover.ipynb #c9b14330
 def lbyl(
-    lam1: float = 1e-2,     # weight of the batch-norm error
-    lam2: float = 1e-2,     # weight of the ridge
-    centred: bool = True,   # layers without batch norm: ridge with an intercept over rows [w, bias], by `lam2` alone
+    lam1: float = 1e-2,  # weight of the batch-norm error
+    lam2: float = 1e-2,  # weight of the ridge
+    centred: bool = True,  # layers without batch norm: ridge with an intercept over rows [w, bias], by `lam2` alone
 ):
     "LBYL (arXiv 2502.08474, Theorem 2): each removed channel goes to all kept ones. ValueError for negative weights."
     for name, lam in dict(lam1=lam1, lam2=lam2).items():
-        if not 0 <= lam < math.inf: raise ValueError(f'{name} must be a finite number >= 0, got {lam}')
+        if not 0 <= lam < math.inf:
+            raise ValueError(f'{name} must be a finite number >= 0, got {lam}')
+
     def restorer(ch, keep):
-        if ch.gamma is None and centred: S = gram_delivery(_centred(ch), torch.ones_like(ch.a), torch.zeros_like(ch.b), keep, 0., lam2)
-        else: S = gram_delivery(ch.gram, ch.a, ch.b, keep, lam1, lam2)
+        if ch.gamma is None and centred:
+            S = gram_delivery(
+                _centred(ch), torch.ones_like(ch.a), torch.zeros_like(ch.b), keep, 0.0, lam2
+            )
+        else:
+            S = gram_delivery(ch.gram, ch.a, ch.b, keep, lam1, lam2)
         return Delivery(S, constants(ch, keep))
+
     return restorer
+
 
 def _centred(ch):
     "Products of the rows [w, bias], each less its mean, as in `centred_ridge`."
@@ -86,37 +118,56 @@ def _centred(ch):
 
 # %% ../nbs/13_recover.ipynb #054f6927
 def gaussian(
-    ridge: float = .01,    # fraction of the mean variance of the kept channels
-    fallback=lbyl(),       # restorer for groups without batch norm or without activation
+    ridge: float = 0.01,  # fraction of the mean variance of the kept channels
+    fallback=lbyl(),  # restorer for groups without batch norm or without activation
 ):
     "Regression behind the activation under Gaussian pre-activations, with the mean as a constant. ValueError for ridge <= 0."
     check_ridge(ridge)
+
     def restorer(ch, keep):
-        if ch.gamma is None or ch.activation is None: return fallback(ch, keep)
-        return gaussian_delivery(ch.a[:, None] * ch.W, ch.beta, ch.gamma, keep, ridge, ch.activation)
+        if ch.gamma is None or ch.activation is None:
+            return fallback(ch, keep)
+        return gaussian_delivery(
+            ch.a[:, None] * ch.W, ch.beta, ch.gamma, keep, ridge, ch.activation
+        )
+
     return restorer
 
 # %% ../nbs/13_recover.ipynb #e2f04132
 def _check_kind(model):
     "TypeError or ValueError for what is no plain module, or computes its weights by hooks."
-    if not isinstance(model, nn.Module): raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}')
-    if isinstance(model, torch.jit.ScriptModule): raise ValueError(f'{type(model).__name__}: TorchScript cannot be followed; give the module that it was made from')
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}')
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            f'{type(model).__name__}: TorchScript cannot be followed; give the module that it was made from'
+        )
     for name, m in model.named_modules():
         for k in ('weight', 'bias'):
             if isinstance(vars(m).get(k), Tensor):
-                raise ValueError(f'{name}.{k}: is computed by a hook; make it a parameter again, by remove_weight_norm or remove_spectral_norm of torch.nn.utils, or prune.remove')
+                raise ValueError(
+                    f'{name}.{k}: is computed by a hook; make it a parameter again, by remove_weight_norm or remove_spectral_norm of torch.nn.utils, or prune.remove'
+                )
+
 
 def check_model(model: nn.Module):
     "Raise ValueError, naming the tensor, for NaN or infinity in weights or statistics, negative running variances, tensors without values."
     _check_kind(model)
     for name, v in model.state_dict().items():
-        if name.endswith('_extra_state'): continue
-        if not isinstance(v, torch.Tensor): raise ValueError(f'{name}: packed or quantized weights are not handled')
-        if isinstance(v, nn.parameter.UninitializedTensorMixin): raise ValueError(f'{name}: has no shape yet; call the lazy network once first')
-        if v.is_complex(): raise ValueError(f'{name}: complex weights are not handled')
-        if v.is_quantized: raise ValueError(f'{name}: quantized weights are not handled')
-        if v.is_meta: raise ValueError(f'{name}: is on the meta device and holds no values')
-        if v.is_floating_point() and not torch.isfinite(v).all(): raise ValueError(f'{name}: holds NaN or infinity')
+        if name.endswith('_extra_state'):
+            continue
+        if not isinstance(v, torch.Tensor):
+            raise ValueError(f'{name}: packed or quantized weights are not handled')
+        if isinstance(v, nn.parameter.UninitializedTensorMixin):
+            raise ValueError(f'{name}: has no shape yet; call the lazy network once first')
+        if v.is_complex():
+            raise ValueError(f'{name}: complex weights are not handled')
+        if v.is_quantized:
+            raise ValueError(f'{name}: quantized weights are not handled')
+        if v.is_meta:
+            raise ValueError(f'{name}: is on the meta device and holds no values')
+        if v.is_floating_point() and not torch.isfinite(v).all():
+            raise ValueError(f'{name}: holds NaN or infinity')
     for name, m in model.named_modules():
         if isinstance(m, BATCH_NORM) and m.running_var is not None and (m.running_var < 0).any():
             raise ValueError(f'{name}.running_var: holds negative variances')
@@ -125,17 +176,24 @@ def check_model(model: nn.Module):
 def check_ratio(ratio):
     "ValueError unless every ratio, one or a dict of them, is a number in [0, 1)."
     for r in ratio.values() if isinstance(ratio, dict) else [ratio]:
-        if isinstance(r, bool) or not isinstance(r, (int, float)) or not 0 <= r < 1: raise ValueError(f'ratio must be a number in [0, 1), got {r!r}')
+        if isinstance(r, bool) or not isinstance(r, (int, float)) or not 0 <= r < 1:
+            raise ValueError(f'ratio must be a number in [0, 1), got {r!r}')
+
 
 def _ratios(ratio, groups):
     "Fraction to remove from every family; ValueError for bad names, and for layers that are chosen together and get different ratios."
-    if not isinstance(ratio, dict): return {g.family.name: ratio for g in groups if not g.reason}
+    if not isinstance(ratio, dict):
+        return {g.family.name: ratio for g in groups if not g.reason}
     out, said = {}, {}
     for name, r in ratio.items():
         for g in _groups_of(name, groups, 'ratio'):
             f, other = g.family.name, said.setdefault(g.family.name, name)
-            if out.setdefault(f, r) != r: raise ValueError(f'ratio: the channels of {other} and {name} are chosen together, but their ratios differ')
+            if out.setdefault(f, r) != r:
+                raise ValueError(
+                    f'ratio: the channels of {other} and {name} are chosen together, but their ratios differ'
+                )
     return out
+
 
 def families_of(groups) -> list:
     "The families of groups, each once, if all its members are there."
@@ -143,14 +201,22 @@ def families_of(groups) -> list:
     found = {g.family.name: g.family for g in groups if not g.reason}
     return [f for f in found.values() if all(name in names for name, _ in f.members)]
 
+
 def unit_scores(model, net, groups, criterion, dtype=torch.float64) -> dict:
     "Scores of the units of every family, {family: (units,)}: the mean over channels that stay or go together."
-    if hasattr(criterion, 'scores'): scores = criterion.scores(net, groups)
-    else: scores = {g.name: criterion(channels(model, g, dtype)) for g in groups}
+    if hasattr(criterion, 'scores'):
+        scores = criterion.scores(net, groups)
+    else:
+        scores = {g.name: criterion(channels(model, g, dtype)) for g in groups}
+
     def mean(f):
         s, u = (torch.cat(v) for v in zip(*((scores[name].cpu(), u) for name, u in f.members)))
-        return torch.zeros(f.units, dtype=s.dtype).index_add_(0, u, s) / u.bincount(minlength=f.units)
+        return torch.zeros(f.units, dtype=s.dtype).index_add_(0, u, s) / u.bincount(
+            minlength=f.units
+        )
+
     return {f.name: mean(f) for f in families_of(groups)}
+
 
 def whole_units(kept, g) -> list[int]:
     "Channels of kept units of a group, sorted."
@@ -160,19 +226,25 @@ def whole_units(kept, g) -> list[int]:
 @dataclass(frozen=True)
 class Limits:
     "What a choice must respect. ValueError for numbers out of range."
-    ignore: tuple = ()             # names of layers that keep all channels; * and ? stand for anything
-    round_to: int = 1              # groups keep a multiple of so many channels, all if they have fewer
-    at_least: int | float = 1      # channels that stay in every group; below 1, a fraction of them
+
+    ignore: tuple = ()  # names of layers that keep all channels; * and ? stand for anything
+    round_to: int = 1  # groups keep a multiple of so many channels, all if they have fewer
+    at_least: int | float = 1  # channels that stay in every group; below 1, a fraction of them
 
     def __post_init__(self):
-        if isinstance(self.ignore, str): raise TypeError(f'ignore must be a list of names, got the string {self.ignore!r}')
-        if not (isinstance(self.round_to, int) and self.round_to >= 1): raise ValueError(f'round_to must be a positive integer, got {self.round_to!r}')
-        if not self.at_least > 0 or self.at_least > 1 and self.at_least != int(self.at_least): raise ValueError(f'at_least must be a number of channels, or a fraction in (0, 1), got {self.at_least!r}')
+        if isinstance(self.ignore, str):
+            raise TypeError(f'ignore must be a list of names, got the string {self.ignore!r}')
+        if not (isinstance(self.round_to, int) and self.round_to >= 1):
+            raise ValueError(f'round_to must be a positive integer, got {self.round_to!r}')
+        if not self.at_least > 0 or self.at_least > 1 and self.at_least != int(self.at_least):
+            raise ValueError(
+                f'at_least must be a number of channels, or a fraction in (0, 1), got {self.at_least!r}'
+            )
 
     def units(self, c, wanted: float) -> int:
         "Number of units that a cell keeps if so many are wanted."
         span, all_channels = c.channels // c.units * c.alike, c.channels * c.alike
-        step = math.lcm(self.round_to, span) // span                               # so many units make a multiple
+        step = math.lcm(self.round_to, span) // span  # so many units make a multiple
         least = self.at_least if self.at_least >= 1 else self.at_least * all_channels
         low = math.ceil(max(least, 1) / span / step) * step
         return min(max(round(wanted / step) * step, low), c.units)
@@ -181,7 +253,8 @@ class Limits:
         "Groups that may be pruned and are not ignored; ValueError for a pattern that no layer has."
         names = [p for g in groups for p in (*g.producers, g.name)]
         for p in self.ignore:
-            if not fnmatch.filter(names, p): raise ValueError(f'ignore: the model has no prunable layer {p!r}{_near(p, names)}')
+            if not fnmatch.filter(names, p):
+                raise ValueError(f'ignore: the model has no prunable layer {p!r}{_near(p, names)}')
         kept = lambda g: any(fnmatch.filter((*g.producers, g.name), p) for p in self.ignore)
         return [g for g in groups if not g.reason and not kept(g)]
 
@@ -189,68 +262,117 @@ class Limits:
 @dataclass(frozen=True)
 class Cell:
     "Units of a family that weigh the same everywhere."
+
     family: Family
-    at: torch.Tensor    # (units,) their numbers
+    at: torch.Tensor  # (units,) their numbers
 
     @property
-    def units(self) -> int: return len(self.at)
+    def units(self) -> int:
+        return len(self.at)
+
     @functools.cached_property
-    def rows(self) -> dict: return {name: int((u == self.at[0]).sum()) for name, u in self.family.members}    # channels of each group in one unit
+    def rows(self) -> dict:
+        return {
+            name: int((u == self.at[0]).sum()) for name, u in self.family.members
+        }  # channels of each group in one unit
+
     @property
-    def channels(self) -> int: return self.units * max(self.rows.values())
+    def channels(self) -> int:
+        return self.units * max(self.rows.values())
+
     @functools.cached_property
     def alike(self) -> int:
         "How many cells of the family are like this one, of the same groups, and keep as many units: those of a group norm."
         cells = self.family.cells
         firsts = [(cells == c).nonzero().flatten() for c in range(int(cells.max()) + 1)]
-        return sum(len(at) == self.units and Cell(self.family, at).rows == self.rows for at in firsts) if self.family.balances else 1
+        return (
+            sum(len(at) == self.units and Cell(self.family, at).rows == self.rows for at in firsts)
+            if self.family.balances
+            else 1
+        )
+
     @property
-    def name(self) -> str: return self.family.name if self.units == self.family.units else f'{self.family.name}, units {self.at[0]}...'
+    def name(self) -> str:
+        return (
+            self.family.name
+            if self.units == self.family.units
+            else f'{self.family.name}, units {self.at[0]}...'
+        )
+
 
 def cells_of(family: Family) -> list:
     "The cells of a family."
-    return [Cell(family, (family.cells == c).nonzero().flatten()) for c in range(int(family.cells.max()) + 1)]
+    return [
+        Cell(family, (family.cells == c).nonzero().flatten())
+        for c in range(int(family.cells.max()) + 1)
+    ]
 
 # %% ../nbs/13_recover.ipynb #1cbc085e
 def balance(
     family: Family,
-    kept: list,      # units that each of its cells shall keep
-    least: list,     # and has to keep
-) -> list:           # the nearest numbers with which all pieces lose equally many channels
+    kept: list,  # units that each of its cells shall keep
+    least: list,  # and has to keep
+) -> list:  # the nearest numbers with which all pieces lose equally many channels
     "Numbers of units that are balanced."
     cells, n = cells_of(family), len(kept)
     size = torch.tensor([c.units for c in cells])
-    rows = [[(w[c.at[0]] - pieces[0][c.at[0]]).item() for c in cells] for pieces in family.balances for w in pieces[1:]]
+    rows = [
+        [(w[c.at[0]] - pieces[0][c.at[0]]).item() for c in cells]
+        for pieces in family.balances
+        for w in pieces[1:]
+    ]
     rows = torch.tensor(rows, dtype=torch.float64).view(-1, n)
     even = lambda k: not (rows @ (size - torch.tensor(k)).double()).any()
-    if even(kept): return kept
+    if even(kept):
+        return kept
     eye, zero = torch.eye(n), torch.zeros(n)
-    A = torch.cat([torch.cat([rows, 0 * rows], 1), torch.cat([eye, -eye], 1), torch.cat([eye, eye], 1)])    # unknowns: numbers, and how far each is from what is wanted
+    A = torch.cat(
+        [torch.cat([rows, 0 * rows], 1), torch.cat([eye, -eye], 1), torch.cat([eye, eye], 1)]
+    )  # unknowns: numbers, and how far each is from what is wanted
     k, b = torch.tensor(kept).double(), rows @ size.double()
     low, high = torch.cat([b, zero - math.inf, k]), torch.cat([b, k, zero + math.inf])
-    found = scipy.optimize.milp(torch.cat([zero, zero + 1]), integrality=torch.ones(2 * n), bounds=scipy.optimize.Bounds(torch.cat([torch.tensor(least), zero]), torch.cat([size, zero + math.inf])),
-                                constraints=scipy.optimize.LinearConstraint(A, low, high))
+    found = scipy.optimize.milp(
+        torch.cat([zero, zero + 1]),
+        integrality=torch.ones(2 * n),
+        bounds=scipy.optimize.Bounds(
+            torch.cat([torch.tensor(least), zero]), torch.cat([size, zero + math.inf])
+        ),
+        constraints=scipy.optimize.LinearConstraint(A, low, high),
+    )
     new = [round(v) for v in found.x[:n]] if found.x is not None else size.tolist()
     return new if even(new) else size.tolist()
 
 # %% ../nbs/13_recover.ipynb #917b88db
-def choose_units(scores, family: Family, wanted: list, limits: Limits) -> dict:    # {group: kept channels}
+def choose_units(
+    scores, family: Family, wanted: list, limits: Limits
+) -> dict:  # {group: kept channels}
     "The best units of a family, if so many are wanted of each of its cells."
     cells = cells_of(family)
-    kept = balance(family, [limits.units(c, w) for c, w in zip(cells, wanted)], [limits.units(c, 0) for c in cells])
-    best = [c.at[list(keep_best(scores[c.at], k, family.name))].tolist() for c, k in zip(cells, kept)]
+    kept = balance(
+        family,
+        [limits.units(c, w) for c, w in zip(cells, wanted)],
+        [limits.units(c, 0) for c in cells],
+    )
+    best = [
+        c.at[list(keep_best(scores[c.at], k, family.name))].tolist() for c, k in zip(cells, kept)
+    ]
     return family.rows(sum(best, []))
 
 # %% ../nbs/13_recover.ipynb #7892f995
 def by_ratio(ratio, criterion, dtype=torch.float64, limits=Limits()):
     "The choice of the best channels of every group, at a ratio."
     check_ratio(ratio)
+
     def choose(model, net, groups):
         ratios, plan = _ratios(ratio, groups), {}
         groups = [g for g in limits.prunable(groups) if g.family.name in ratios]
         scores = unit_scores(model, net, groups, criterion, dtype)
-        for f in families_of(groups): plan |= choose_units(scores[f.name], f, [c.units * (1 - ratios[f.name]) for c in cells_of(f)], limits)
+        for f in families_of(groups):
+            plan |= choose_units(
+                scores[f.name], f, [c.units * (1 - ratios[f.name]) for c in cells_of(f)], limits
+            )
         return {g.name: plan[g.name] for g in groups if g.name in plan}
+
     return choose
 
 # %% ../nbs/13_recover.ipynb #4ac682a9
@@ -259,69 +381,108 @@ def _near(name, names):
     near = difflib.get_close_matches(name, names, n=3)
     return f'; did you mean {", ".join(near)}?' if near else ''
 
+
 def _groups_of(name, groups, argument):
     "The group of this name, or the groups that a layer writes to; ValueError naming argument and layer if there is none or one is left alone."
     found = [g for g in groups if g.name == name] or [g for g in groups if name in g.producers]
-    if not found: raise ValueError(f'{argument}: the model has no prunable layer {name!r}{_near(name, [p for g in groups for p in (g.name, *g.producers)])}')
+    if not found:
+        raise ValueError(
+            f'{argument}: the model has no prunable layer {name!r}{_near(name, [p for g in groups for p in (g.name, *g.producers)])}'
+        )
     free = [g for g in found if not g.reason]
-    if not free: raise ValueError(f'{argument}: {name} cannot be pruned: {found[0].reason}')
+    if not free:
+        raise ValueError(f'{argument}: {name} cannot be pruned: {found[0].reason}')
     return free
 
 # %% ../nbs/13_recover.ipynb #890518a0
 def _indices(name, kept, m):
     "One entry of a plan as a sorted list of ints, or an error naming the layer."
     kept = kept.tolist() if hasattr(kept, 'tolist') else list(kept)
-    if not kept: raise ValueError(f'keep: {name} would keep no channel')
-    if any(isinstance(i, bool) or not isinstance(i, int) for i in kept): raise TypeError(f'keep: {name} has indices that are not integers')
-    if bad := [i for i in kept if not 0 <= i < m]: raise ValueError(f'keep: {name} has {m} channels, so there are none at {bad[:5]}')
-    if len(set(kept)) < len(kept): raise ValueError(f'keep: {name} has repeated indices')
+    if not kept:
+        raise ValueError(f'keep: {name} would keep no channel')
+    if any(isinstance(i, bool) or not isinstance(i, int) for i in kept):
+        raise TypeError(f'keep: {name} has indices that are not integers')
+    if bad := [i for i in kept if not 0 <= i < m]:
+        raise ValueError(f'keep: {name} has {m} channels, so there are none at {bad[:5]}')
+    if len(set(kept)) < len(kept):
+        raise ValueError(f'keep: {name} has repeated indices')
     return sorted(kept)
 
 # %% ../nbs/13_recover.ipynb #a585ca1e
 def _split(name, kept, groups):
     "One entry of a plan as pairs (group, its kept channels): the entry may be for a group, or for all channels that a layer writes."
     found = _groups_of(name, groups, 'keep')
-    places = {g.name: torch.arange(g.channels)[:, None] if g.name == name else dict(g.cut)[name] for g in found}
+    places = {
+        g.name: torch.arange(g.channels)[:, None] if g.name == name else dict(g.cut)[name]
+        for g in found
+    }
     whole = [g for g in groups if name in g.producers and g.reason]
     fixed = sum(g.channels for g in whole) if not any(g.name == name for g in found) else 0
     m = sum(p.numel() for p in places.values()) + fixed
     kept = set(_indices(name, kept, m))
     free = {i for p in places.values() for i in p.flatten().tolist()}
-    if lost := sorted(set(range(m)) - free - kept): raise ValueError(f'keep: {name}: channels {lost[:5]} cannot be removed: {whole[0].reason}')
+    if lost := sorted(set(range(m)) - free - kept):
+        raise ValueError(f'keep: {name}: channels {lost[:5]} cannot be removed: {whole[0].reason}')
     for g in found:
         rows = torch.isin(places[g.name], torch.tensor(sorted(kept)))
-        if (rows.any(1) != rows.all(1)).any(): raise ValueError(f'keep: {name}: it writes each channel of {g.name} several times, but the plan keeps some of them only')
+        if (rows.any(1) != rows.all(1)).any():
+            raise ValueError(
+                f'keep: {name}: it writes each channel of {g.name} several times, but the plan keeps some of them only'
+            )
         yield g, rows.all(1).nonzero().flatten().tolist()
+
 
 def check_plan(keep, groups) -> dict[str, list[int]]:
     "A plan with sorted plain indices, an entry for every group that it touches. Raises TypeError or ValueError naming the layer that is unknown, wrong, or tied to others."
-    if not isinstance(keep, dict): raise TypeError(f'keep must be a dict {{layer name: kept indices}}, got {type(keep).__name__}')
+    if not isinstance(keep, dict):
+        raise TypeError(
+            f'keep must be a dict {{layer name: kept indices}}, got {type(keep).__name__}'
+        )
     out, said = {}, {}
     for name, entry in keep.items():
         for g, kept in _split(name, entry, groups):
-            if not kept: raise ValueError(f'keep: {g.name} would keep no channel')
+            if not kept:
+                raise ValueError(f'keep: {g.name} would keep no channel')
             other = said.setdefault(g.name, name)
-            if out.setdefault(g.name, kept) != kept: raise ValueError(f'keep: {other} and {name} share their channels, but the plan keeps different ones')
-    for f in families_of([g for g in groups if not g.reason]): _check_family(out, f, {g.name: g.channels for g in groups})
+            if out.setdefault(g.name, kept) != kept:
+                raise ValueError(
+                    f'keep: {other} and {name} share their channels, but the plan keeps different ones'
+                )
+    for f in families_of([g for g in groups if not g.reason]):
+        _check_family(out, f, {g.name: g.channels for g in groups})
     return out
+
 
 def _check_family(plan, f, size):
     "ValueError where a plan keeps parts of units, or leaves a family unbalanced. Members that it does not name follow those that it does."
     named = [(name, u) for name, u in f.members if name in plan]
     gone = torch.zeros(f.units, dtype=torch.bool)
-    for name, u in named: gone[u[removed(plan[name], size[name])]] = True
+    for name, u in named:
+        gone[u[removed(plan[name], size[name])]] = True
     for name, u in f.members:
         kept = (~gone[u]).nonzero().flatten().tolist()
-        if name in plan and plan[name] != kept: raise ValueError(f'keep: {name}: channels that must be kept or removed together, as those of a grouped convolution, are not all in the plan, or not all out of it')
-        if named and len(kept) < len(u): plan[name] = kept
-        if not kept: raise ValueError(f'keep: {name} would keep no channel')
-    if not f.balanced(gone): raise ValueError(f'keep: {f.name}: its channels are split in pieces, or normalised in groups, which must all lose equally many')
+        if name in plan and plan[name] != kept:
+            raise ValueError(
+                f'keep: {name}: channels that must be kept or removed together, as those of a grouped convolution, are not all in the plan, or not all out of it'
+            )
+        if named and len(kept) < len(u):
+            plan[name] = kept
+        if not kept:
+            raise ValueError(f'keep: {name} would keep no channel')
+    if not f.balanced(gone):
+        raise ValueError(
+            f'keep: {f.name}: its channels are split in pieces, or normalised in groups, which must all lose equally many'
+        )
 
 # %% ../nbs/13_recover.ipynb #2382e183
 def _prunable(model, groups):
     "Raise ValueError, with the reasons, where a network has nothing to prune."
-    if any(not g.reason for g in groups): return
-    why = '; '.join(f'{g.name}: {g.reason}' for g in groups[:5]) or 'it calls no convolution or linear layer'
+    if any(not g.reason for g in groups):
+        return
+    why = (
+        '; '.join(f'{g.name}: {g.reason}' for g in groups[:5])
+        or 'it calls no convolution or linear layer'
+    )
     raise ValueError(f'{type(model).__name__} has nothing to prune ({why})')
 
 # %% ../nbs/13_recover.ipynb #62cae1a3
@@ -330,9 +491,14 @@ def absorb(model, consumer, delivery, keep):
     "Let a consumer read the kept channels in place of all, in place; the columns of removed ones are left for the cut."
     layer = model.get_submodule(consumer.name)
     n, m, offsets = conv_groups(layer), len(consumer.columns) // conv_groups(layer), []
-    cols, keep = consumer.columns[:m].to(layer.weight.device), [k for k in keep if k < m]     # places are the same in every group
-    for W, S, shift in zip(by_output(layer).chunk(n), _diagonal(delivery.S, n), delivery.shift.chunk(n)):
-        for part in W.split(512):    # of the outputs: a large layer is not copied in double precision
+    cols, keep = (
+        consumer.columns[:m].to(layer.weight.device),
+        [k for k in keep if k < m],
+    )  # places are the same in every group
+    for W, S, shift in zip(
+        by_output(layer).chunk(n), _diagonal(delivery.S, n), delivery.shift.chunk(n)
+    ):
+        for part in W.split(512):  # of the outputs: a large layer is not copied in double precision
             V, offset = Delivery(S, shift).absorb(part[:, cols], keep)
             part[:, cols[keep]] = V
             offsets.append(offset)
@@ -342,16 +508,18 @@ def absorb(model, consumer, delivery, keep):
 def _diagonal(S, n):
     "The n blocks on the diagonal of a matrix."
     r, t = S.shape[0] // n, S.shape[1] // n
-    return [S[i * r:(i + 1) * r, i * t:(i + 1) * t] for i in range(n)]
+    return [S[i * r : (i + 1) * r, i * t : (i + 1) * t] for i in range(n)]
+
 
 def in_blocks(
-    restorer,   # a function from `Channels` and kept channels to a `Delivery`
-    ch,         # channels of a group
-    keep,       # kept channels, the same places in every block
-    n: int,     # blocks
+    restorer,  # a function from `Channels` and kept channels to a `Delivery`
+    ch,  # channels of a group
+    keep,  # kept channels, the same places in every block
+    n: int,  # blocks
 ) -> Delivery:  # block-diagonal
     "The delivery of a group to a consumer that reads it in blocks."
-    if n == 1: return restorer(ch, keep)
+    if n == 1:
+        return restorer(ch, keep)
     keep = [k for k in keep if k < len(ch) // n]
     parts = [restorer(ch.block(i, n), keep) for i in range(n)]
     return Delivery(torch.block_diag(*(d.S for d in parts)), torch.cat([d.shift for d in parts]))
@@ -359,12 +527,13 @@ def in_blocks(
 # %% ../nbs/13_recover.ipynb #5ff1ddb8
 def delivered(
     d: Delivery,
-    consumer,        # who reads it
-    keep: list,      # kept channels
+    consumer,  # who reads it
+    keep: list,  # kept channels
 ) -> Delivery:
     "A delivery as one consumer reads it."
     shift = d.shift if consumer.known else torch.zeros_like(d.shift)
-    if consumer.scale is None: return Delivery(d.S, shift)
+    if consumer.scale is None:
+        return Delivery(d.S, shift)
     s = consumer.scale.to(d.S)
     kept, gone = s[keep], s[removed(keep, len(s)).to(s.device)]
     back = torch.where(kept == 0, 0, 1 / kept)
@@ -378,7 +547,8 @@ def _one_by_one(net, groups, chosen, restorer, dtype):
         ch, keep = channels(net.original, g, dtype), chosen[g.name]
         blocks = [conv_groups(net.model.get_submodule(c.name)) for c in g.consumers]
         deliveries = {n: in_blocks(restorer, ch, keep, n) for n in {*blocks}}
-        for c, n in zip(g.consumers, blocks): absorb(net.model, c, delivered(deliveries[n], c, keep), keep)
+        for c, n in zip(g.consumers, blocks):
+            absorb(net.model, c, delivered(deliveries[n], c, keep), keep)
         errors[g.name] = _errors(ch, keep, deliveries[min(blocks)].S)
     return errors
 
@@ -388,25 +558,44 @@ def _errors(ch, keep, S):
     out = removed(keep, len(ch)).to(ch.a.device)
     mean = lambda v: v[ch.a[out] != 0].mean().item()
     re, be = mean(ch.squares[out]), mean(ch.b[out].square())
-    if not S.any(): return dict(re_before=re, re_after=re, be_before=be, be_after=be)
-    return dict(re_before=re, re_after=mean(residual_squares(ch.gram, ch.a, S, keep)), be_before=be, be_after=mean(bn_error(ch.b, S, keep).square()))
+    if not S.any():
+        return dict(re_before=re, re_after=re, be_before=be, be_after=be)
+    return dict(
+        re_before=re,
+        re_after=mean(residual_squares(ch.gram, ch.a, S, keep)),
+        be_before=be,
+        be_after=mean(bn_error(ch.b, S, keep).square()),
+    )
 
 # %% ../nbs/13_recover.ipynb #91c4f1f2
 def _row(g, keep=None, missed=math.nan, **errors):
     "One group as a row of the report."
-    row = dict(layer=g.name, shares_with=', '.join(p for p in g.producers if p != g.name), norm=g.norm or '', activation=str(g.activation or ''),
-               consumers=', '.join(c.name for c in g.consumers), channels=g.channels, kept=g.channels,
-               re_before=math.nan, re_after=math.nan, be_before=math.nan, be_after=math.nan, output_error=missed, left_alone=g.reason)
+    row = dict(
+        layer=g.name,
+        shares_with=', '.join(p for p in g.producers if p != g.name),
+        norm=g.norm or '',
+        activation=str(g.activation or ''),
+        consumers=', '.join(c.name for c in g.consumers),
+        channels=g.channels,
+        kept=g.channels,
+        re_before=math.nan,
+        re_after=math.nan,
+        be_before=math.nan,
+        be_after=math.nan,
+        output_error=missed,
+        left_alone=g.reason,
+    )
     return row | errors | ({} if keep is None else dict(kept=len(keep)))
 
 # %% ../nbs/13_recover.ipynb #35b90abc
 @dataclass(frozen=True)
 class Restoration:
     "A restored network and the account of how it came about."
-    model: nn.Module             # the smaller network
-    plan: dict[str, list[int]]   # {layer: kept channels}
-    report: pd.DataFrame         # one row a group, see `restore`
-    cost: pd.DataFrame           # rows before and after, columns params and macs
+
+    model: nn.Module  # the smaller network
+    plan: dict[str, list[int]]  # {layer: kept channels}
+    report: pd.DataFrame  # one row a group, see `restore`
+    cost: pd.DataFrame  # rows before and after, columns params and macs
 
 # %% ../nbs/13_recover.ipynb #4d1fcb84
 def _dress(small, model):
@@ -414,27 +603,44 @@ def _dress(small, model):
     small = _own_classes(small, model)
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, v in [*small.named_parameters(), *small.named_buffers()]:
-        like = tensors.get(name, tensors[name.rsplit('.', 1)[0] + '.weight'] if name not in tensors else None)
+        like = tensors.get(
+            name, tensors[name.rsplit('.', 1)[0] + '.weight'] if name not in tensors else None
+        )
         new = v.data.to(like.dtype)
-        if new.isfinite().all() < v.data.isfinite().all(): raise ValueError(f'{name}: its restored values are too large for {like.dtype}; restore the network in bfloat16 or float32')
+        if new.isfinite().all() < v.data.isfinite().all():
+            raise ValueError(
+                f'{name}: its restored values are too large for {like.dtype}; restore the network in bfloat16 or float32'
+            )
         v.data = new
         v.requires_grad_(like.requires_grad)
     for (_, m), (_, ref) in zip(small.named_modules(), model.named_modules()):
         m.training = ref.training
         for k, v in vars(ref).items():
-            if isinstance(v, torch.dtype): setattr(m, k, v)
+            if isinstance(v, torch.dtype):
+                setattr(m, k, v)
     return small
+
 
 def _own_classes(small, model):
     "The smaller copy with layers of other libraries in their own classes again."
     for name, ref in model.named_modules():
-        if equal_layer(ref) is None: continue
+        if equal_layer(ref) is None:
+            continue
         new, now = copy.copy(ref), small.get_submodule(name)
-        turn = lambda k, v: v.T.contiguous() if k == 'weight' and type(ref).__name__ == 'Conv1D' else v
-        new._parameters = {k: p if p is None else nn.Parameter(turn(k, getattr(now, k).data)) for k, p in ref._parameters.items()}
-        new._buffers = {k: b if b is None else getattr(now, k).data for k, b in ref._buffers.items()}
-        if hasattr(ref, 'nf'): new.nf, new.nx = now.out_features, now.in_features
-        if not name: return new
+        turn = lambda k, v: (
+            v.T.contiguous() if k == 'weight' and type(ref).__name__ == 'Conv1D' else v
+        )
+        new._parameters = {
+            k: p if p is None else nn.Parameter(turn(k, getattr(now, k).data))
+            for k, p in ref._parameters.items()
+        }
+        new._buffers = {
+            k: b if b is None else getattr(now, k).data for k, b in ref._buffers.items()
+        }
+        if hasattr(ref, 'nf'):
+            new.nf, new.nx = now.out_features, now.in_features
+        if not name:
+            return new
         parent, _, child = name.rpartition('.')
         setattr(small.get_submodule(parent), child, new)
     return small
@@ -443,159 +649,243 @@ def _own_classes(small, model):
 def _cut(net, groups, gone):
     "Cut channels whose consumers are silent already. Returns the smaller model, and groups (with a reason) that should not have been cut."
     gen = torch.Generator().manual_seed(0)
-    noise = random_args(net.model, net.args, lambda v, tables: random_like(v, len(v), 1.5, gen, tables))
-    with deaf_norms(net.model, groups, gone): silent = layer_outputs(net.model, noise)
+    noise = random_args(
+        net.model, net.args, lambda v, tables: random_like(v, len(v), 1.5, gen, tables)
+    )
+    with deaf_norms(net.model, groups, gone):
+        silent = layer_outputs(net.model, noise)
     classes, small = lost(groups, gone), remove_channels(net, groups, gone)
     name, error = _difference(net, silent, noise, classes)
     if (name is not None or error) and follow_sizes(net, noise, classes):
         name, error = _difference(net, silent, noise, classes)
-    if name is None and not error: return small, {}
+    if name is None and not error:
+        return small, {}
     wrong = culprits(net, noise, groups, classes)
-    if wrong or error: return small, wrong or {g.name: error for g in groups if gone.get(g.name)}
-    return small, {g.name: f'{name or "the network"} computes something else without its channels than with them silent' for g in _suspects(groups, name, gone)}
+    if wrong or error:
+        return small, wrong or {g.name: error for g in groups if gone.get(g.name)}
+    return small, {
+        g.name: f'{name or "the network"} computes something else without its channels than with them silent'
+        for g in _suspects(groups, name, gone)
+    }
+
 
 def _difference(net, silent, noise, classes):
     "What `differing` finds in the cut network, and why it does not run, if so."
-    try: return differing(net, silent, layer_outputs(net.model, noise), classes), ''
+    try:
+        return differing(net, silent, layer_outputs(net.model, noise), classes), ''
     except Exception as e:
         return '', f'the network does not run without its channels ({type(e).__name__}: {e})'
+
 
 def _suspects(groups, name, gone):
     "Groups that were cut and meet at a layer; all that were cut if there is none."
     cut = [g for g in groups if gone.get(g.name)]
-    return [g for g in cut if name in (*(k for k, _ in g.cut), *(c.name for c in g.consumers))] or cut
+    return [
+        g for g in cut if name in (*(k for k, _ in g.cut), *(c.name for c in g.consumers))
+    ] or cut
 
 # %% ../nbs/13_recover.ipynb #eb7086c5
-def _attempt(model, example_inputs, restorer, choose, left_alone, streams=False, dtype=torch.float64):
+def _attempt(
+    model, example_inputs, restorer, choose, left_alone, streams=False, dtype=torch.float64
+):
     "Prune and restore with some groups left alone. Returns a `Restoration`, and groups that turn out not to be any."
     net = trace(model, example_inputs)
     groups = _left_alone(find_groups(net, streams), left_alone)
     _prunable(model, groups)
     chosen = choose(net.original, net, groups)
-    gone = {g.name: removed(chosen[g.name], g.channels).tolist() for g in groups if g.name in chosen}
+    gone = {
+        g.name: removed(chosen[g.name], g.channels).tolist() for g in groups if g.name in chosen
+    }
     touched = [g for g in groups if gone.get(g.name)]
     before, errors, missed = cost(net.model, net.args), {}, {}
-    if hasattr(restorer, 'rewrite'): missed = restorer.rewrite(net, touched, chosen)
-    else: errors = _one_by_one(net, touched, chosen, restorer, dtype)
-    lost = lambda g: max((missed[c.name] for c in g.consumers if c.name in missed), default=math.nan)
-    rows = [_row(g, chosen[g.name], lost(g), **errors.get(g.name, {})) if g in touched else _row(g) for g in groups]
+    if hasattr(restorer, 'rewrite'):
+        missed = restorer.rewrite(net, touched, chosen)
+    else:
+        errors = _one_by_one(net, touched, chosen, restorer, dtype)
+    lost = lambda g: max(
+        (missed[c.name] for c in g.consumers if c.name in missed), default=math.nan
+    )
+    rows = [
+        _row(g, chosen[g.name], lost(g), **errors.get(g.name, {})) if g in touched else _row(g)
+        for g in groups
+    ]
     silence(net.model, touched, gone)
     small, wrong = _cut(net, touched, gone)
-    if wrong: return None, wrong
+    if wrong:
+        return None, wrong
     costs = pd.DataFrame(dict(before=before, after=cost(small, net.args))).T
     return Restoration(_dress(small, model), chosen, pd.DataFrame(rows), costs), {}
+
 
 def _left_alone(groups, reasons):
     "Groups with reasons of their own, which hold for their families too."
     families = {g.family.name: reasons[g.name] for g in groups if g.family and g.name in reasons}
-    return [g if g.reason or g.family.name not in families else replace(g, reason=families[g.family.name]) for g in groups]
+    return [
+        g
+        if g.reason or g.family.name not in families
+        else replace(g, reason=families[g.family.name])
+        for g in groups
+    ]
 
 # %% ../nbs/13_recover.ipynb #3f8f8a38
 def _plain_precision(f):
     "A function that works outside of `torch.autocast`."
+
     @functools.wraps(f)
     def inner(model, *args, **kwargs):
-        kinds = {v.device.type for v in (*model.parameters(), *model.buffers())} | {'cpu'} if isinstance(model, nn.Module) else {'cpu'}
+        kinds = (
+            {v.device.type for v in (*model.parameters(), *model.buffers())} | {'cpu'}
+            if isinstance(model, nn.Module)
+            else {'cpu'}
+        )
         with contextlib.ExitStack() as stack:
-            for k in kinds - {'meta'}: stack.enter_context(torch.autocast(k, enabled=False))
+            for k in kinds - {'meta'}:
+                stack.enter_context(torch.autocast(k, enabled=False))
             return f(model, *args, **kwargs)
+
     return inner
+
 
 @_plain_precision
 def verified(model, example_inputs, restorer, choose, **kwargs) -> Restoration:
     "`_attempt` until every group that is cut is one."
     check_model(model)
     left_alone, tried = {}, {}
-    def noted(*args): tried.update(plan=choose(*args)); return tried['plan']
+
+    def noted(*args):
+        tried.update(plan=choose(*args))
+        return tried['plan']
+
     done, wrong = _attempt(model, example_inputs, restorer, noted, left_alone, **kwargs)
     while wrong:
-        sure = len(wrong) < len(tried['plan']) and not any('computes something else' in why for why in wrong.values())
-        if not sure and len(tried['plan']) > 1: wrong = _guilty(model, example_inputs, tried['plan'], left_alone, wrong, **kwargs)
+        sure = len(wrong) < len(tried['plan']) and not any(
+            'computes something else' in why for why in wrong.values()
+        )
+        if not sure and len(tried['plan']) > 1:
+            wrong = _guilty(model, example_inputs, tried['plan'], left_alone, wrong, **kwargs)
         left_alone |= wrong
         done, wrong = _attempt(model, example_inputs, prune_only(), noted, left_alone, **kwargs)
-        if not wrong: done, wrong = _attempt(model, example_inputs, restorer, noted, left_alone, **kwargs)
+        if not wrong:
+            done, wrong = _attempt(model, example_inputs, restorer, noted, left_alone, **kwargs)
     return done
+
 
 def _guilty(model, example_inputs, plan, left_alone, suspects, **kwargs):
     """Groups of a plan that cannot be cut even without the others: the suspects, if it is wrong to cut them alone;
     else those among the others that are found by halving; the suspects if there are none."""
     why = next(iter(suspects.values()))
+
     def wrong_with(some):
         others = {k: why for k in plan if k not in some}
-        def choose(model, net, groups): return {g.name: plan[g.name] for g in groups if not g.reason and g.name in plan}
-        try: return _attempt(model, example_inputs, prune_only(), choose, left_alone | others, **kwargs)[1]
-        except ValueError: return {}    # nothing is left to be cut
+
+        def choose(model, net, groups):
+            return {g.name: plan[g.name] for g in groups if not g.reason and g.name in plan}
+
+        try:
+            return _attempt(
+                model, example_inputs, prune_only(), choose, left_alone | others, **kwargs
+            )[1]
+        except ValueError:
+            return {}  # nothing is left to be cut
+
     def search(some):
         wrong = wrong_with(some)
-        if not wrong or len(some) == 1: return {k: wrong[k] for k in some if k in wrong}
-        return search(some[:len(some) // 2]) | search(some[len(some) // 2:])
+        if not wrong or len(some) == 1:
+            return {k: wrong[k] for k in some if k in wrong}
+        return search(some[: len(some) // 2]) | search(some[len(some) // 2 :])
+
     others = [k for k in plan if k not in suspects]
-    if others and wrong_with(list(suspects)): return suspects
+    if others and wrong_with(list(suspects)):
+        return suspects
     return search(others or list(suspects)) or suspects
 
 # %% ../nbs/13_recover.ipynb #83a2c7e3
 def restore(
-    model: nn.Module,           # the dense network; never changed
-    example_inputs,             # a tensor, a tuple of positional or a dict of keyword arguments that its forward accepts
+    model: nn.Module,  # the dense network; never changed
+    example_inputs,  # a tensor, a tuple of positional or a dict of keyword arguments that its forward accepts
     *,
-    ratio: float | dict | None = None,   # fraction of the channels to remove from each group, in [0, 1), or {layer: fraction}; or
-    keep: dict | None = None,   # a plan {layer: kept channels}; layers not named keep all
-    criterion=l2_norm,          # with `ratio`: a function from `Channels` to one score a channel
-    restorer=lbyl(),            # a function from `Channels` and kept channels to a `Delivery`, or an object with `rewrite`
-    streams: bool = False,      # with `ratio`: prune residual streams too
-    dtype=torch.float64,        # precision of the solver, whatever the model's
+    ratio: float
+    | dict
+    | None = None,  # fraction of the channels to remove from each group, in [0, 1), or {layer: fraction}; or
+    keep: dict | None = None,  # a plan {layer: kept channels}; layers not named keep all
+    criterion=l2_norm,  # with `ratio`: a function from `Channels` to one score a channel
+    restorer=lbyl(),  # a function from `Channels` and kept channels to a `Delivery`, or an object with `rewrite`
+    streams: bool = False,  # with `ratio`: prune residual streams too
+    dtype=torch.float64,  # precision of the solver, whatever the model's
 ) -> Restoration:
     "Prune a network and let the kept channels carry the removed ones. ValueError or TypeError for bad input, naming layer or argument."
-    if (ratio is None) == (keep is None): raise ValueError('give exactly one of ratio and keep')
-    choose = by_ratio(ratio, criterion, dtype) if keep is None else lambda model, net, groups: check_plan(keep, groups)
-    return verified(model, example_inputs, restorer, choose, streams=streams or keep is not None, dtype=dtype)
+    if (ratio is None) == (keep is None):
+        raise ValueError('give exactly one of ratio and keep')
+    choose = (
+        by_ratio(ratio, criterion, dtype)
+        if keep is None
+        else lambda model, net, groups: check_plan(keep, groups)
+    )
+    return verified(
+        model, example_inputs, restorer, choose, streams=streams or keep is not None, dtype=dtype
+    )
 
 # %% ../nbs/13_recover.ipynb #9fa1ae63
 def lbyl_restore(
-    model: nn.Module,   # the dense network; never changed
-    example_inputs,     # a tensor, tuple or dict that its forward accepts
-    **kwargs,           # `ratio` or `keep`, `criterion`, `restorer`, `streams`, `dtype`: as in `restore`
-) -> nn.Module:         # a smaller network of the same class
+    model: nn.Module,  # the dense network; never changed
+    example_inputs,  # a tensor, tuple or dict that its forward accepts
+    **kwargs,  # `ratio` or `keep`, `criterion`, `restorer`, `streams`, `dtype`: as in `restore`
+) -> nn.Module:  # a smaller network of the same class
     "Prune a network and let the kept channels carry the removed ones (LBYL, arXiv 2502.08474): the model that `restore` gives."
     return restore(model, example_inputs, **kwargs).model
 
 # %% ../nbs/13_recover.ipynb #9a59dc07
 def plan(
-    model: nn.Module,        # the network to prune; not changed
-    example_inputs,          # a tensor, tuple or dict that its forward accepts
-    ratio: float | dict,     # fraction of the channels to remove from each group, in [0, 1), or {layer: fraction}
-    criterion=l2_norm,       # scores the channels of a group
-    streams: bool = False,   # residual streams too
-    **limits,                # `ignore`, `round_to`, `at_least`: as in `Limits`
-) -> dict[str, list[int]]:   # {layer: kept channels}, for every group that can be pruned
+    model: nn.Module,  # the network to prune; not changed
+    example_inputs,  # a tensor, tuple or dict that its forward accepts
+    ratio: float
+    | dict,  # fraction of the channels to remove from each group, in [0, 1), or {layer: fraction}
+    criterion=l2_norm,  # scores the channels of a group
+    streams: bool = False,  # residual streams too
+    **limits,  # `ignore`, `round_to`, `at_least`: as in `Limits`
+) -> dict[str, list[int]]:  # {layer: kept channels}, for every group that can be pruned
     "Which channels to keep. Raises ValueError for bad inputs, ratios, weights, and networks with nothing to prune."
-    return verified(model, example_inputs, prune_only(), by_ratio(ratio, criterion, limits=Limits(**limits)), streams=streams).plan
+    return verified(
+        model,
+        example_inputs,
+        prune_only(),
+        by_ratio(ratio, criterion, limits=Limits(**limits)),
+        streams=streams,
+    ).plan
 
 # %% ../nbs/13_recover.ipynb #c3a7cdfc
 FORMAT = 'lbyl_nb.restored.1'
 
+
 def save_restored(
-    model: nn.Module,   # the restored network, possibly trained since
-    plan: dict,         # the plan it was made with
-    path,               # file to write, .safetensors by custom
+    model: nn.Module,  # the restored network, possibly trained since
+    plan: dict,  # the plan it was made with
+    path,  # file to write, .safetensors by custom
 ):
     "Save a restored network with its plan, for `load_restored`."
     plan = {k: [int(i) for i in v] for k, v in plan.items()}
-    write_safetensors(model.state_dict(), path, dict(format=FORMAT, network=type(model).__name__, plan=json.dumps(plan)))
+    write_safetensors(
+        model.state_dict(),
+        path,
+        dict(format=FORMAT, network=type(model).__name__, plan=json.dumps(plan)),
+    )
 
 # %% ../nbs/13_recover.ipynb #02a8e496
 def load_restored(
-    model: nn.Module,   # a fresh network of the original architecture; not changed, its weights do not matter
-    example_inputs,     # a tensor, tuple or dict that its forward accepts
-    path,               # file written by `save_restored`
-) -> nn.Module:         # the smaller network
+    model: nn.Module,  # a fresh network of the original architecture; not changed, its weights do not matter
+    example_inputs,  # a tensor, tuple or dict that its forward accepts
+    path,  # file written by `save_restored`
+) -> nn.Module:  # the smaller network
     "Rebuild a restored network. ValueError where the file is damaged, not ours, or belongs to another architecture."
     tensors, meta = read_safetensors(path)
-    if meta.get('format') != FORMAT: raise ValueError(f'{path}: not written by save_restored (format {meta.get("format")!r})')
+    if meta.get('format') != FORMAT:
+        raise ValueError(f'{path}: not written by save_restored (format {meta.get("format")!r})')
     net = trace(model, example_inputs)
     groups = find_groups(net, streams=True)
-    try: keep = check_plan(json.loads(meta['plan']), groups)
-    except (ValueError, TypeError) as e: raise ValueError(f'{path}: made for another architecture ({meta["network"]}): {e}') from e
+    try:
+        keep = check_plan(json.loads(meta['plan']), groups)
+    except (ValueError, TypeError) as e:
+        raise ValueError(f'{path}: made for another architecture ({meta["network"]}): {e}') from e
     width = {g.name: g.channels for g in groups}
     gone = {k: removed(v, width[k]).tolist() for k, v in keep.items()}
     small = remove_channels(net, groups, gone)
@@ -608,11 +898,21 @@ def load_tensors(model: nn.Module, tensors: dict, path) -> nn.Module:
     own = model.state_dict()
     for k in [k for k in tensors if k not in own and k.endswith('.bias')]:
         layer = dict(model.named_modules()).get(k[:-5])
-        if getattr(layer, 'bias', 0) is None and len(tensors[k]) == len(layer.weight): own[k] = tensors[k]
-    wrong = [k for k in {**own, **tensors} if k not in own or k not in tensors or own[k].shape != tensors[k].shape]
-    if wrong: raise ValueError(f'{path}: made for another architecture: {", ".join(sorted(wrong)[:3])} missing, unknown or of another shape')
+        if getattr(layer, 'bias', 0) is None and len(tensors[k]) == len(layer.weight):
+            own[k] = tensors[k]
+    wrong = [
+        k
+        for k in {**own, **tensors}
+        if k not in own or k not in tensors or own[k].shape != tensors[k].shape
+    ]
+    if wrong:
+        raise ValueError(
+            f'{path}: made for another architecture: {", ".join(sorted(wrong)[:3])} missing, unknown or of another shape'
+        )
     for k in own.keys() - model.state_dict().keys():
         layer = model.get_submodule(k[:-5])
-        layer.bias = nn.Parameter(torch.empty_like(tensors[k], dtype=layer.weight.dtype, device=layer.weight.device))
+        layer.bias = nn.Parameter(
+            torch.empty_like(tensors[k], dtype=layer.weight.dtype, device=layer.weight.device)
+        )
     model.load_state_dict(tensors)
     return model

@@ -22,15 +22,19 @@ from .solve import check_ridge
 # %% ../nbs/15_selection.ipynb #8b13055e
 class Columns:
     "Covariance and weights of one consumer, from which channels are removed."
-    def __init__(self,
-        G: Tensor,      # (m k, m k) covariance of what is read, k columns to a channel
-        V: Tensor,      # (o, m k) weights
-        m: int,         # channels
-        ridge: float,   # fraction of the mean diagonal of `G`, > 0
+
+    def __init__(
+        self,
+        G: Tensor,  # (m k, m k) covariance of what is read, k columns to a channel
+        V: Tensor,  # (o, m k) weights
+        m: int,  # channels
+        ridge: float,  # fraction of the mean diagonal of `G`, > 0
     ):
         eye = torch.eye(len(G), dtype=G.dtype, device=G.device)
         self.k, self.V = len(G) // m, V.clone()
-        self.A = torch.linalg.inv(G + ridge * G.diagonal().mean().clamp(min=torch.finfo(G.dtype).tiny) * eye)
+        self.A = torch.linalg.inv(
+            G + ridge * G.diagonal().mean().clamp(min=torch.finfo(G.dtype).tiny) * eye
+        )
 
     def costs(self) -> Tensor:
         "(channels that are left,) least error without each of them."
@@ -43,7 +47,11 @@ class Columns:
     def remove(self, channels: Tensor):
         "Take channels (positions among those left) away; the others take over."
         m = len(self.A) // self.k
-        gone = torch.zeros(m, dtype=torch.bool, device=self.A.device).index_fill_(0, channels.to(self.A.device), True).repeat_interleave(self.k)
+        gone = (
+            torch.zeros(m, dtype=torch.bool, device=self.A.device)
+            .index_fill_(0, channels.to(self.A.device), True)
+            .repeat_interleave(self.k)
+        )
         c, r = gone.nonzero().flatten(), (~gone).nonzero().flatten()
         K = torch.linalg.solve(self.A[c][:, c], self.A[c][:, r])
         self.V = self.V[:, r] - self.V[:, c] @ K
@@ -51,9 +59,9 @@ class Columns:
 
 # %% ../nbs/15_selection.ipynb #102d166a
 def elimination(
-    consumers: list,    # a `Columns` for each consumer; used up
-    m: int,             # channels
-) -> Tensor:            # (m,) 0 for the channel removed first, m - 1 for the one that stays last
+    consumers: list,  # a `Columns` for each consumer; used up
+    m: int,  # channels
+) -> Tensor:  # (m,) 0 for the channel removed first, m - 1 for the one that stays last
     "Greedy elimination of channels, the cheapest first."
     left, rank = torch.arange(m), torch.empty(m, dtype=torch.float64)
     step, done = math.ceil(m / 64), 0
@@ -64,67 +72,83 @@ def elimination(
         done += len(go)
         stay = torch.ones(len(left), dtype=torch.bool).index_fill_(0, go, False)
         if stay.any():
-            for c in consumers: c.remove(go)
+            for c in consumers:
+                c.remove(go)
         left = left[stay]
     return rank
 
 # %% ../nbs/15_selection.ipynb #3952ac67
 def output_scale(model, consumer):
     "(o,) scale that the batch norm behind a consumer puts on its outputs; ones without one."
-    norm, weight = consumer.norm and model.get_submodule(consumer.norm), by_output(model.get_submodule(consumer.name))
-    if not norm or norm.running_var is None: return weight.new_ones(len(weight)).double()
+    norm, weight = (
+        consumer.norm and model.get_submodule(consumer.norm),
+        by_output(model.get_submodule(consumer.name)),
+    )
+    if not norm or norm.running_var is None:
+        return weight.new_ones(len(weight)).double()
     return norm_scale(norm).double()
 
 # %% ../nbs/15_selection.ipynb #90276624
-def by_unit(n: int, unit: Tensor) -> Tensor:    # (n,)
+def by_unit(n: int, unit: Tensor) -> Tensor:  # (n,)
     "Order of n columns, equally many for each of m channels, in which the columns of a unit are neighbours."
     return torch.arange(n).view(len(unit), -1)[unit.argsort(stable=True)].flatten()
 
 # %% ../nbs/15_selection.ipynb #f62f468c
 def columns_of(
-    model,          # the dense network
-    consumer,       # a `Consumer`
-    M: Moments,     # of taps, or of channels alone
-    ridge: float,   # fraction of the mean diagonal
-    unit: Tensor,   # (m,) number of the unit in which each channel is removed
-) -> list:          # a `Columns` for each group of the consumer
+    model,  # the dense network
+    consumer,  # a `Consumer`
+    M: Moments,  # of taps, or of channels alone
+    ridge: float,  # fraction of the mean diagonal
+    unit: Tensor,  # (m,) number of the unit in which each channel is removed
+) -> list:  # a `Columns` for each group of the consumer
     "What a consumer reads, unit by unit."
     layer, out = model.get_submodule(consumer.name), []
     W, n = by_output(layer).detach().double(), conv_groups(layer)
-    W = (W * output_scale(model, consumer).view(-1, *[1] * (W.ndim - 1)))[:, in_weight(layer, consumer.columns).to(W.device)]
+    W = (W * output_scale(model, consumer).view(-1, *[1] * (W.ndim - 1)))[
+        :, in_weight(layer, consumer.columns).to(W.device)
+    ]
     m, C = len(consumer.columns) // n, M.centred().G
     for G, V in zip(C.view(-1, *C.shape[-2:]), W.view(len(W), m, -1).chunk(n)):
-        V, at = V.flatten(1) if len(G) == V[0].numel() else V.transpose(1, 2).flatten(0, 1), by_unit(len(G), unit[len(out) * m:][:m]).to(G.device)
+        V, at = (
+            V.flatten(1) if len(G) == V[0].numel() else V.transpose(1, 2).flatten(0, 1),
+            by_unit(len(G), unit[len(out) * m :][:m]).to(G.device),
+        )
         out.append(Columns(G[at][:, at], V[:, at], len(unit.unique()), ridge))
     return out
 
 # %% ../nbs/15_selection.ipynb #fddc15b8
 def read_by(c, layer, x, y) -> Moments:
     "Moments of what a consumer reads of a group: of patches, or of channels where those are too many."
-    if taps_fit(layer, c.columns): return moments(layer, selected(layer, x, c.columns.flatten()), y, c.name)
+    if taps_fit(layer, c.columns):
+        return moments(layer, selected(layer, x, c.columns.flatten()), y, c.name)
     rows = channel_rows(layer, x, c.columns)
-    return rows_in_blocks(layer, rows, rows[:, :conv_groups(layer)], c.name)
+    return rows_in_blocks(layer, rows, rows[:, : conv_groups(layer)], c.name)
 
 # %% ../nbs/15_selection.ipynb #3c6290f1
 @dataclass(frozen=True)
 class LeastLost:
     "The criterion that `least_lost` makes."
-    source: Callable   # of probes
-    ridge: float       # fraction of the mean variance
+
+    source: Callable  # of probes
+    ridge: float  # fraction of the mean variance
 
     def scores(self, net, groups) -> dict:
         "Ranks of the channels of every group, {producer: (m,)}."
         seen, out = look_at_consumers(self.source(net.model, net.args), groups, read_by), {}
         for g in tqdm(groups, 'choosing channels', delay=2, leave=False):
             unit = g.unit.unique(return_inverse=True)[1]
-            consumers = [v for c in g.consumers for v in columns_of(net.model, c, total(seen[g.name, c.name]), self.ridge, unit)]
+            consumers = [
+                v
+                for c in g.consumers
+                for v in columns_of(net.model, c, total(seen[g.name, c.name]), self.ridge, unit)
+            ]
             out[g.name] = elimination(consumers, g.units)[unit]
         return out
 
 # %% ../nbs/15_selection.ipynb #28d6aca6
 def least_lost(
-    source: Callable = noise(),   # of probes: `noise`, `calibration`, `distilled`
-    ridge: float = .01,           # fraction of the mean variance of what is read; keeps the inverse tame
+    source: Callable = noise(),  # of probes: `noise`, `calibration`, `distilled`
+    ridge: float = 0.01,  # fraction of the mean variance of what is read; keeps the inverse tame
 ) -> LeastLost:
     "A criterion: keep the channels without which consumers would lose most, all others taking over. ValueError for ridge <= 0."
     check_ridge(ridge)

@@ -19,78 +19,107 @@ from .expand import POINTWISE, Expanded
 
 # %% ../nbs/21_similarity.ipynb #61716945
 def similarities(
-    A: Tensor,   # activations of b images, (b, ...)
-) -> Tensor:     # (b, b), float32, or float64 if they are
+    A: Tensor,  # activations of b images, (b, ...)
+) -> Tensor:  # (b, b), float32, or float64 if they are
     "Similarities of the images of a batch, each row divided by its L2 norm (Tung and Mori, arXiv 1907.09682)."
     A = A.reshape(len(A), -1).to(torch.promote_types(A.dtype, torch.float32), copy=True)
-    with torch.autocast(A.device.type, enabled=False): return F.normalize(A @ A.T, dim=1)
+    with torch.autocast(A.device.type, enabled=False):
+        return F.normalize(A @ A.T, dim=1)
 
 # %% ../nbs/21_similarity.ipynb #85aeb471
 def similarity_loss(
-    teacher: dict,   # name -> list of `similarities`, one for each use of the layer
-    student: dict,   # likewise
-) -> Tensor:         # a number
+    teacher: dict,  # name -> list of `similarities`, one for each use of the layer
+    student: dict,  # likewise
+) -> Tensor:  # a number
     "Mean over pairs of the mean square of the difference. ValueError naming the layer if pairs or batches don't fit."
     for k in {**teacher, **student}:
         t, s = teacher.get(k, []), student.get(k, [])
-        if len(t) != len(s): raise ValueError(f'{k}: used {len(t)} times by the teacher and {len(s)} times by the student')
-        if any(a.shape != b.shape for a, b in zip(t, s)): raise ValueError(f'{k}: {len(t[0])} images in the teacher and {len(s[0])} in the student')
-    return torch.stack([F.mse_loss(b, a) for k in teacher for a, b in zip(teacher[k], student[k])]).mean()
+        if len(t) != len(s):
+            raise ValueError(
+                f'{k}: used {len(t)} times by the teacher and {len(s)} times by the student'
+            )
+        if any(a.shape != b.shape for a, b in zip(t, s)):
+            raise ValueError(
+                f'{k}: {len(t[0])} images in the teacher and {len(s[0])} in the student'
+            )
+    return torch.stack(
+        [F.mse_loss(b, a) for k in teacher for a, b in zip(teacher[k], student[k])]
+    ).mean()
 
 # %% ../nbs/21_similarity.ipynb #c38ddd2d
 def paired(
     teacher: nn.Module,
     student: nn.Module,
-    layers: Sequence[str] | None = None,   # names; None: every convolution, linear and expanded layer of the student
-) -> list:                                 # names
+    layers: Sequence[str]
+    | None = None,  # names; None: every convolution, linear and expanded layer of the student
+) -> list:  # names
     "Names of layers to be compared. ValueError with similar names if one is missing in either network, or if there are none."
-    if layers is None: layers = [k for k, m in student.named_modules() if isinstance(m, (Expanded, *POINTWISE))]
-    if isinstance(layers, str): raise TypeError(f'layers must be a list of names, got {layers!r}')
+    if layers is None:
+        layers = [k for k, m in student.named_modules() if isinstance(m, (Expanded, *POINTWISE))]
+    if isinstance(layers, str):
+        raise TypeError(f'layers must be a list of names, got {layers!r}')
     for role, net in dict(student=student, teacher=teacher).items():
         names = [k for k, _ in net.named_modules()]
         for k in layers:
-            if k not in names: raise ValueError(f'the {role} has no layer {k!r}; similar: {get_close_matches(k, names) or names[1:4]}')
-    if not layers: raise ValueError('no layers to compare')
+            if k not in names:
+                raise ValueError(
+                    f'the {role} has no layer {k!r}; similar: {get_close_matches(k, names) or names[1:4]}'
+                )
+    if not layers:
+        raise ValueError('no layers to compare')
     return list(dict.fromkeys(layers))
 
 # %% ../nbs/21_similarity.ipynb #8a1fec69
 def note(seen: dict, name: str):
     "A forward hook that adds the similarities of what a layer gives to `seen[name]`."
+
     def hook(layer, inputs, out):
-        if not isinstance(out, Tensor) or not out.ndim: raise TypeError(f'{name}: gives {type(out).__name__}, not activations of a batch')
+        if not isinstance(out, Tensor) or not out.ndim:
+            raise TypeError(f'{name}: gives {type(out).__name__}, not activations of a batch')
         seen.setdefault(name, []).append(similarities(out))
+
     return hook
 
 # %% ../nbs/21_similarity.ipynb #2cbd4c59
 @contextmanager
 def watched(
     net: nn.Module,
-    names: Sequence[str],   # of layers
+    names: Sequence[str],  # of layers
 ):
     "Inside the block, a dict name -> list of `similarities` of what the layer gave in the last forward pass."
     seen = {}
     hooks = [net.register_forward_pre_hook(lambda *_: seen.clear())]
     hooks += [net.get_submodule(k).register_forward_hook(note(seen, k)) for k in names]
-    try: yield seen
+    try:
+        yield seen
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
 
 # %% ../nbs/21_similarity.ipynb #4d1794a7
 @contextmanager
 def similarity(
-    teacher: nn.Module,                    # runs in evaluation mode and without gradients
+    teacher: nn.Module,  # runs in evaluation mode and without gradients
     student: nn.Module,
-    layers: Sequence[str] | None = None,   # names of layers to compare; None: every convolution, linear and expanded layer of the student
+    layers: Sequence[str]
+    | None = None,  # names of layers to compare; None: every convolution, linear and expanded layer of the student
 ):
     """Inside the block, a function that gives the similarity-preserving loss (arXiv 1907.09682) between the student's last forward pass and the teacher's on the inputs given to it.
 
     ValueError for a layer that one of them lacks, another batch than the student's, or a student that hasn't run."""
     names = paired(teacher, student, layers)
     with watched(teacher, names) as t, watched(student, names) as s:
+
         def loss(*inputs) -> Tensor:
-            if not s: raise ValueError('the student has not run since the last loss')
-            with evaluating(teacher): teacher(*inputs)
-            value = similarity_loss({k: [g.clone() for g in v] for k, v in t.items()}, s)    # tensors of inference mode are no good for autograd
-            t.clear(); s.clear()
+            if not s:
+                raise ValueError('the student has not run since the last loss')
+            with evaluating(teacher):
+                teacher(*inputs)
+            value = similarity_loss(
+                {k: [g.clone() for g in v] for k, v in t.items()}, s
+            )  # tensors of inference mode are no good for autograd
+            t.clear()
+            s.clear()
             return value
+
         yield loss

@@ -8,8 +8,10 @@ __all__ = ['products', 'gram_delivery', 'lbyl_delivery', 'centred_ridge', 'check
 # %% ../nbs/03_closed_form.ipynb #ab5b94a9
 from collections.abc import Sequence
 from math import inf, sqrt
+
 import torch
 from torch import Tensor
+
 from .delivery import split
 
 # %% ../nbs/03_closed_form.ipynb #a9a4a64e
@@ -22,14 +24,16 @@ def _spectrum(G):
 # %% ../nbs/03_closed_form.ipynb #4c5e4031
 def _direction(q, D, null, blur, a2, lam1, lam2):
     "`theta_j v_j`, (t, r), and `theta_j`, (r,): the direction in which `lam1` moves the solution."
-    real = ((q[:, None] * null).norm(dim=0) > blur * q.norm()) & bool(lam1 > 0)    # b_K has a part that no kept filter has
+    real = ((q[:, None] * null).norm(dim=0) > blur * q.norm()) & bool(
+        lam1 > 0
+    )  # b_K has a part that no kept filter has
     theta = torch.ones_like(a2).masked_fill(real, lam2)
     return lam1 * q[:, None] * torch.where(null, real.to(D), theta * a2 / D), theta
 
 # %% ../nbs/03_closed_form.ipynb #7839989d
 def products(
-    W: Tensor,   # filters as rows, (m, d)
-) -> Tensor:     # (m, m)
+    W: Tensor,  # filters as rows, (m, d)
+) -> Tensor:  # (m, m)
     "`W W^T`, its upper half multiplied out and mirrored."
     P = W.new_empty(len(W), len(W))
     for i in range(0, len(W), 64):
@@ -38,18 +42,22 @@ def products(
         P[j:, i:j] = P[i:j, j:].T
     return P
 
+
 def _folded(P, a, K, R):
     "Products of the kept folded filters with each other, (t, t), and with the removed ones, (t, r). ValueError if they are not finite."
     G, C = (a[K, None] * P[K][:, k] * a[k] for k in (K, R))
-    if not (G.isfinite().all() and C.isfinite().all()): raise ValueError('W holds NaN or infinity, or numbers too large to be squared')
+    if not (G.isfinite().all() and C.isfinite().all()):
+        raise ValueError('W holds NaN or infinity, or numbers too large to be squared')
     return G, C
 
 # %% ../nbs/03_closed_form.ipynb #524a8b90
 def _one_scale(G, C, a2, b_K, b_R, lam1, lam2):
     "Theorem 2 for removed channels of one squared scale `a2`, or None where the ridge is no larger than rounding."
-    if lam2 * a2 <= 4 * sqrt(len(G)) * torch.finfo(G.dtype).eps * G.norm(): return None
+    if lam2 * a2 <= 4 * sqrt(len(G)) * torch.finfo(G.dtype).eps * G.norm():
+        return None
     L, failed = torch.linalg.cholesky_ex(G.diagonal_scatter(G.diagonal() + lam2 * a2))
-    if failed: return None
+    if failed:
+        return None
     Y, u = torch.cholesky_solve(torch.cat([C, b_K[:, None]], 1), L).split([C.shape[1], 1], 1)
     v = lam1 * a2 * u
     return (Y + v * ((b_R - b_K @ Y) / (1 + b_K @ v))).T
@@ -58,88 +66,116 @@ def _one_scale(G, C, a2, b_K, b_R, lam1, lam2):
 def _solve(P, a, b, K, R, lam1, lam2):
     "Theorem 2 for all removed channels: ridge in the eigenbasis of the kept filters, then the rank-one term of `lam1`."
     (G, C), a2 = _folded(P, a, K, R), a[R].square()
-    if len(R) and (a2 == a2[0]).all() and (S := _one_scale(G, C, a2[0], b[K], b[R], lam1, lam2)) is not None: return S
+    if (
+        len(R)
+        and (a2 == a2[0]).all()
+        and (S := _one_scale(G, C, a2[0], b[K], b[R], lam1, lam2)) is not None
+    ):
+        return S
     L, Q, floor, blur = _spectrum(G)
-    q = Q.T @ b[K]                                                              # (t,)
-    null = (L <= floor)[:, None] & (lam2 * a2 <= floor)                         # (t, r)
-    D = (L[:, None] + lam2 * a2).masked_fill(null, 1.)
-    Y = (Q.T @ C).masked_fill(null, 0.) / D                                     # minimisers for lam1 = 0
+    q = Q.T @ b[K]  # (t,)
+    null = (L <= floor)[:, None] & (lam2 * a2 <= floor)  # (t, r)
+    D = (L[:, None] + lam2 * a2).masked_fill(null, 1.0)
+    Y = (Q.T @ C).masked_fill(null, 0.0) / D  # minimisers for lam1 = 0
     v, theta = _direction(q, D, null, blur, a2, lam1, lam2)
-    Y = Y + v * ((b[R] - q @ Y) / (theta + q @ v))                              # what batch-norm error is left, along v
-    return (Q @ Y).T.masked_fill(a2[:, None] == 0, 0.)                          # (r, t)
+    Y = Y + v * ((b[R] - q @ Y) / (theta + q @ v))  # what batch-norm error is left, along v
+    return (Q @ Y).T.masked_fill(a2[:, None] == 0, 0.0)  # (r, t)
 
 # %% ../nbs/03_closed_form.ipynb #85e8489b
 def _check(W, a, b, lam1, lam2):
     "Rows of `W` (filters or products), `a` and `b` in one dtype that can be solved in, or ValueError naming the argument."
     for name, lam in dict(lam1=lam1, lam2=lam2).items():
-        if not 0 <= lam < inf: raise ValueError(f'{name} must be a finite number >= 0, got {lam}')
+        if not 0 <= lam < inf:
+            raise ValueError(f'{name} must be a finite number >= 0, got {lam}')
     for name, v in dict(a=a, b=b).items():
-        if v.shape != (len(W),): raise ValueError(f'{name} must be ({len(W)},), one number a filter, got {tuple(v.shape)}')
+        if v.shape != (len(W),):
+            raise ValueError(
+                f'{name} must be ({len(W)},), one number a filter, got {tuple(v.shape)}'
+            )
     for name, v in dict(a=a, b=b).items():
-        if not v.isfinite().all(): raise ValueError(f'{name} holds NaN or infinity')
-    dtype = torch.promote_types(torch.promote_types(W.dtype, a.dtype), torch.promote_types(b.dtype, torch.float32))
+        if not v.isfinite().all():
+            raise ValueError(f'{name} holds NaN or infinity')
+    dtype = torch.promote_types(
+        torch.promote_types(W.dtype, a.dtype), torch.promote_types(b.dtype, torch.float32)
+    )
     return W.flatten(1).to(dtype), a.to(dtype), b.to(dtype)
 
 # %% ../nbs/03_closed_form.ipynb #20d1b691
 def gram_delivery(
-    G: Tensor,                    # products of the filters, (m, m), not folded
-    a: Tensor,                    # scale of the batch norm, (m,)
-    b: Tensor,                    # offset of the batch norm, (m,)
-    keep: Sequence[int] | Tensor, # indices of the t kept channels
-    lam1: float,                  # weight of the batch-norm error, >= 0
-    lam2: float,                  # weight of the ridge, >= 0; with 0 the smallest of the minimisers
-) -> Tensor:                      # S, (m - t, t), in the widest dtype of `G`, `a`, `b`, at least float32
+    G: Tensor,  # products of the filters, (m, m), not folded
+    a: Tensor,  # scale of the batch norm, (m,)
+    b: Tensor,  # offset of the batch norm, (m,)
+    keep: Sequence[int] | Tensor,  # indices of the t kept channels
+    lam1: float,  # weight of the batch-norm error, >= 0
+    lam2: float,  # weight of the ridge, >= 0; with 0 the smallest of the minimisers
+) -> Tensor:  # S, (m - t, t), in the widest dtype of `G`, `a`, `b`, at least float32
     "What `lbyl_delivery` gives, from products of filters alone. ValueError names a bad argument."
     G, a, b = _check(G, a, b, lam1, lam2)
     return _solve(G, a, b, *split(keep, len(G)), lam1, lam2)
 
+
 def lbyl_delivery(
-    W: Tensor,                    # filters, (m, ...), flattened to rows
-    a: Tensor,                    # scale of the batch norm, (m,)
-    b: Tensor,                    # offset of the batch norm, (m,)
-    keep: Sequence[int] | Tensor, # indices of the t kept channels
-    lam1: float,                  # weight of the batch-norm error, >= 0
-    lam2: float,                  # weight of the ridge, >= 0; with 0 the smallest of the minimisers
-) -> Tensor:                      # S, (m - t, t), in the widest dtype of `W`, `a`, `b`, at least float32
+    W: Tensor,  # filters, (m, ...), flattened to rows
+    a: Tensor,  # scale of the batch norm, (m,)
+    b: Tensor,  # offset of the batch norm, (m,)
+    keep: Sequence[int] | Tensor,  # indices of the t kept channels
+    lam1: float,  # weight of the batch-norm error, >= 0
+    lam2: float,  # weight of the ridge, >= 0; with 0 the smallest of the minimisers
+) -> Tensor:  # S, (m - t, t), in the widest dtype of `W`, `a`, `b`, at least float32
     "The minimiser of `loss` for every removed channel (Theorem 2 of LBYL, arXiv 2502.08474). ValueError names a bad argument."
     W, a, b = _check(W, a, b, lam1, lam2)
     return gram_delivery(products(W), a, b, keep, lam1, lam2)
 
 # %% ../nbs/03_closed_form.ipynb #86ef9a6b
 def centred_ridge(
-    rows: Tensor,                 # a row for each channel: its weights and its bias, (m, d + 1)
-    keep: Sequence[int] | Tensor, # indices of the t kept channels
-    lam2: float,                  # weight of the ridge, >= 0; with 0 the smallest of the minimisers
-) -> Tensor:                      # S, (m - t, t), in the dtype of `rows`, at least float32
+    rows: Tensor,  # a row for each channel: its weights and its bias, (m, d + 1)
+    keep: Sequence[int] | Tensor,  # indices of the t kept channels
+    lam2: float,  # weight of the ridge, >= 0; with 0 the smallest of the minimisers
+) -> Tensor:  # S, (m - t, t), in the dtype of `rows`, at least float32
     "Ridge regression with an intercept of removed rows on kept ones, the intercept dropped. ValueError names a bad argument."
     one = torch.ones(len(rows), dtype=rows.dtype, device=rows.device)
-    rows, *_ = _check(rows, one, one, 0., lam2)
-    return lbyl_delivery(rows - rows.mean(1, keepdim=True), one, 0 * one, keep, 0., lam2)
+    rows, *_ = _check(rows, one, one, 0.0, lam2)
+    return lbyl_delivery(rows - rows.mean(1, keepdim=True), one, 0 * one, keep, 0.0, lam2)
 
 # %% ../nbs/03_closed_form.ipynb #1ecbf7c5
 def check_ridge(ridge: float):
     "ValueError unless a ridge is a positive number."
-    if not 0 < ridge < inf: raise ValueError(f'ridge must be a positive number, got {ridge}')
+    if not 0 < ridge < inf:
+        raise ValueError(f'ridge must be a positive number, got {ridge}')
+
 
 def ridge_solution(
-    G: Tensor,      # (..., d, d) covariance, or second moments, of the regressors
-    C: Tensor,      # (..., o, d) of targets and regressors
+    G: Tensor,  # (..., d, d) covariance, or second moments, of the regressors
+    C: Tensor,  # (..., o, d) of targets and regressors
     prior: Tensor,  # (..., o, d) coefficients that the ridge pulls to
-    ridge: float,   # fraction of the mean diagonal of `G`, > 0
-) -> Tensor:        # (..., o, d)
+    ridge: float,  # fraction of the mean diagonal of `G`, > 0
+) -> Tensor:  # (..., o, d)
     "`(C + rho prior) (G + rho I)^-1`: least squares with a ridge, one factorisation for all targets. ValueError if not finite."
-    if not (G.isfinite().all() and C.isfinite().all()): raise ValueError('G, C: hold NaN or infinity')
+    if not (G.isfinite().all() and C.isfinite().all()):
+        raise ValueError('G, C: hold NaN or infinity')
     diagonal = G.diagonal(dim1=-2, dim2=-1)
     rho = ridge * diagonal.mean(-1, keepdim=True).clamp(min=torch.finfo(G.dtype).tiny)
+
     def factor():
-        A = G.diagonal_scatter(diagonal + rho, dim1=-2, dim2=-1).mT    # symmetric; columns first, so that it can be factorised in place
-        return torch.linalg.cholesky_ex(A, out=(A, torch.empty(A.shape[:-2], dtype=torch.int32, device=A.device)))
+        A = G.diagonal_scatter(
+            diagonal + rho, dim1=-2, dim2=-1
+        ).mT  # symmetric; columns first, so that it can be factorised in place
+        return torch.linalg.cholesky_ex(
+            A, out=(A, torch.empty(A.shape[:-2], dtype=torch.int32, device=A.device))
+        )
+
     L, failed = factor()
     while failed.any():
         rho = torch.where(failed[..., None] > 0, 10 * rho, rho)
         L, failed = factor()
-    solve = lambda B: torch.linalg.solve_triangular(L.mT, torch.linalg.solve_triangular(L, B.mT, upper=False), upper=True).mT    # `cholesky_solve` copies L
+    solve = lambda B: (
+        torch.linalg.solve_triangular(
+            L.mT, torch.linalg.solve_triangular(L, B.mT, upper=False), upper=True
+        ).mT
+    )  # `cholesky_solve` copies L
     V = torch.empty_like(C)
-    for some in (slice(i, i + 512) for i in range(0, C.shape[-2], 512)):    # targets at a time: nothing else is as large as C
+    for some in (
+        slice(i, i + 512) for i in range(0, C.shape[-2], 512)
+    ):  # targets at a time: nothing else is as large as C
         V[..., some, :] = solve(C[..., some, :] + rho[..., None] * prior[..., some, :])
     return V

@@ -8,7 +8,8 @@ __all__ = ['one_output', 'contribution_gram', 'greedy_order', 'given', 'each_by_
            'eagleeye', 'projected', 'joined', 'Split', 'admm']
 
 # %% ../nbs/23_strategies.ipynb #09829a9b
-import copy, math
+import copy
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -30,20 +31,32 @@ from .delivery import removed
 from .finetune import FINETUNING, Finetuned, Penalty, Recipe, begin, complete, unchanged
 from .graph import by_output, silence
 from .layerwise import look_at_consumers, taps_fit
-from .probe import (
-    as_args, batch_size, calibration, channel_dim, look, map_samples, map_tensors, padded,
-    patch_gram, pin, selected, total)
+from lbyl_nb.probe import (
+    as_args,
+    batch_size,
+    calibration,
+    channel_dim,
+    look,
+    map_samples,
+    map_tensors,
+    padded,
+    patch_gram,
+    pin,
+    selected,
+    total,
+)
 from .recover import by_ratio, prune_only, unit_scores, verified, whole_units
 from .trace import is_depthwise, trace
 
 # %% ../nbs/23_strategies.ipynb #2d564a34
 def one_output(
-    layer: nn.Module,   # convolution of any dimension, transposed or not, or linear
-    x: Tensor,          # what it reads
-    v: Tensor,          # (columns, *kernel): the weights of one output
-) -> Tensor:            # like one output of the layer, columns in place of outputs
+    layer: nn.Module,  # convolution of any dimension, transposed or not, or linear
+    x: Tensor,  # what it reads
+    v: Tensor,  # (columns, *kernel): the weights of one output
+) -> Tensor:  # like one output of the layer, columns in place of outputs
     "What each input column contributes to one output."
-    if isinstance(layer, nn.Linear): return x * v
+    if isinstance(layer, nn.Linear):
+        return x * v
     how = dict(stride=layer.stride, dilation=layer.dilation, groups=len(v))
     if isinstance(layer, nn.modules.conv._ConvTransposeNd):
         f = getattr(F, f'conv_transpose{v.ndim - 1}d')
@@ -53,23 +66,27 @@ def one_output(
 # %% ../nbs/23_strategies.ipynb #7797d2a3
 @torch.no_grad()
 def contribution_gram(
-    layer: nn.Module,   # the consumer
-    x: Tensor,          # what it reads
-    columns: Tensor,    # (m, span): input columns of each channel
-) -> Tensor:            # (m, m), float64
+    layer: nn.Module,  # the consumer
+    x: Tensor,  # what it reads
+    columns: Tensor,  # (m, span): input columns of each channel
+) -> Tensor:  # (m, m), float64
     "Products of what the channels contribute to a layer's output: all images, positions and outputs (ThiNet, Luo et al., 2017)."
     m, span = columns.shape
     x, V = selected(layer, x, columns.flatten()), by_output(layer).detach()[:, columns.flatten()]
     if taps_fit(layer, columns):
         V = V.flatten(1).double()
-        return (patch_gram(layer, x).double() * (V.T @ V)).view(m, V.shape[1] // m, m, -1).sum((1, 3))
-    rows = lambda v: one_output(layer, x, v).movedim(channel_dim(layer), -1).reshape(-1, m, span).sum(-1)
+        return (
+            (patch_gram(layer, x).double() * (V.T @ V)).view(m, V.shape[1] // m, m, -1).sum((1, 3))
+        )
+    rows = lambda v: (
+        one_output(layer, x, v).movedim(channel_dim(layer), -1).reshape(-1, m, span).sum(-1)
+    )
     return sum((y.T @ y).double() for y in map(rows, V))
 
 # %% ../nbs/23_strategies.ipynb #7875bc3d
 def greedy_order(
-    M: Tensor,    # (m, m) products of contributions
-) -> Tensor:      # (m,) 0 for the channel removed first, m - 1 for the one that stays last
+    M: Tensor,  # (m, m) products of contributions
+) -> Tensor:  # (m,) 0 for the channel removed first, m - 1 for the one that stays last
     "Remove, again and again, the channel with which the sum of all removed contributions is smallest."
     cost, order = M.diagonal().clone(), torch.empty(len(M), dtype=torch.float64)
     for i in range(len(M)):
@@ -81,43 +98,54 @@ def greedy_order(
 # %% ../nbs/23_strategies.ipynb #772074a5
 def given(images) -> Callable:
     "`calibration` with images (as the model takes them). ValueError if there are none."
-    if not batch_size(as_args(images, 'images')): raise ValueError('images: there are none')
+    if not batch_size(as_args(images, 'images')):
+        raise ValueError('images: there are none')
     return calibration(images)
 
 # %% ../nbs/23_strategies.ipynb #421d0b6c
 def each_by_itself(groups, method: str):
     "ValueError naming the first group whose channels grouped convolutions tie to each other."
     for g in groups:
-        if g.units < g.channels: raise ValueError(f'{g.name}: {method} removes channels one by one, and grouped convolutions tie its channels')
+        if g.units < g.channels:
+            raise ValueError(
+                f'{g.name}: {method} removes channels one by one, and grouped convolutions tie its channels'
+            )
 
 # %% ../nbs/23_strategies.ipynb #757fa7c2
 @dataclass(frozen=True)
 class ThiNet:
     "The criterion that `thinet` makes."
-    source: Callable   # of images
+
+    source: Callable  # of images
 
     def scores(self, net, groups) -> dict:
         "Place of each channel in the order of removal, {producer: (m,)}."
+
         def measure(c, layer, x, y):
             M = contribution_gram(layer, x, c.columns)
-            if not M.isfinite().all(): raise ValueError(f'{c.name}: NaN or infinity met on the images')
+            if not M.isfinite().all():
+                raise ValueError(f'{c.name}: NaN or infinity met on the images')
             return M
+
         each_by_itself(groups, 'ThiNet')
         seen = look_at_consumers(self.source(net.model, net.args), groups, measure)
-        return {g.name: greedy_order(sum(total(seen[g.name, c.name]) for c in g.consumers).cpu()) for g in groups}
+        return {
+            g.name: greedy_order(sum(total(seen[g.name, c.name]) for c in g.consumers).cpu())
+            for g in groups
+        }
 
 # %% ../nbs/23_strategies.ipynb #a84cf05e
 def thinet(
-    images,     # unlabelled inputs as the model takes them (normalised): a tensor, a tuple or a dict, n samples
-) -> ThiNet:    # for `plan` and `restore`
+    images,  # unlabelled inputs as the model takes them (normalised): a tensor, a tuple or a dict, n samples
+) -> ThiNet:  # for `plan` and `restore`
     "A criterion: greedily remove the channels without which the next layers' outputs change least (ThiNet, Luo et al., ICCV 2017). ValueError for no images."
     return ThiNet(given(images))
 
 # %% ../nbs/23_strategies.ipynb #3757c4d7
 @torch.no_grad()
 def map_ranks(
-    x: Tensor,    # feature maps, (n, m, h, w)
-) -> Tensor:      # (m,) float64
+    x: Tensor,  # feature maps, (n, m, h, w)
+) -> Tensor:  # (m,) float64
     "Sum over samples of the rank of each channel's map."
     return torch.linalg.matrix_rank(x if x.dtype == torch.float64 else x.float()).double().sum(0)
 
@@ -125,45 +153,60 @@ def map_ranks(
 @dataclass(frozen=True)
 class HRank:
     "The criterion that `hrank` makes."
-    source: Callable   # of images
+
+    source: Callable  # of images
 
     def scores(self, net, groups) -> dict:
         "Mean rank of each channel's maps, {producer: (m,)}."
         probes = self.source(net.model, net.args)
-        ends = {g.name: [norm or layer for layer, norm in (branch[-1] for branch in g.branches)] for g in groups}
+        ends = {
+            g.name: [norm or layer for layer, norm in (branch[-1] for branch in g.branches)]
+            for g in groups
+        }
         activation = {end: g.activation or unchanged for g in groups for end in ends[g.name]}
+
         def measure(layer, x, y, name):
-            if y.ndim != 4: raise ValueError(f'{name}: hrank needs feature maps (n, m, h, w), and this layer puts out {tuple(y.shape)}; leave it out by a ratio for each layer')
-            if not y.isfinite().all(): raise ValueError(f'{name}: NaN or infinity met on the images')
+            if y.ndim != 4:
+                raise ValueError(
+                    f'{name}: hrank needs feature maps (n, m, h, w), and this layer puts out {tuple(y.shape)}; leave it out by a ratio for each layer'
+                )
+            if not y.isfinite().all():
+                raise ValueError(f'{name}: NaN or infinity met on the images')
             return map_ranks(activation[name](y))
+
         seen = look(probes, activation, measure)
-        return {k: sum(total(seen[e]) for e in names) / (len(probes) * len(names)) for k, names in ends.items()}
+        return {
+            k: sum(total(seen[e]) for e in names) / (len(probes) * len(names))
+            for k, names in ends.items()
+        }
 
 # %% ../nbs/23_strategies.ipynb #9fc177a7
 def hrank(
-    images,    # unlabelled inputs as the model takes them (normalised): a tensor, a tuple or a dict, n samples
-) -> HRank:    # for `plan` and `restore`
+    images,  # unlabelled inputs as the model takes them (normalised): a tensor, a tuple or a dict, n samples
+) -> HRank:  # for `plan` and `restore`
     "A criterion: mean rank of the feature maps (HRank, Lin et al., CVPR 2020). ValueError for no images, and naming layers that have no maps."
     return HRank(given(images))
 
 # %% ../nbs/23_strategies.ipynb #42687540
 def in_batches(
-    images, batch: int,   # inputs as in `calibration`, and how many at a time at most
-) -> list:        # arguments of a model's forward
+    images,
+    batch: int,  # inputs as in `calibration`, and how many at a time at most
+) -> list:  # arguments of a model's forward
     "As few batches as possible, of nearly equal size. ValueError for fewer than 2 samples."
     args = as_args(images, 'images')
     n = batch_size(args)
     few = f'images, batch: statistics need at least 2 samples, got {n} and {batch} at a time'
-    if n < 2 or batch < 2: raise ValueError(few)
+    if n < 2 or batch < 2:
+        raise ValueError(few)
     count = math.ceil(n / batch)
     return [map_samples(args, lambda v: v.tensor_split(count)[i]) for i in range(count)]
 
 # %% ../nbs/23_strategies.ipynb #c80613fe
 def adaptive_bn(
-    model: nn.Module,    # any network; not changed
-    images,              # n unlabelled inputs as the model takes them, as in `calibration`
-    batch: int = 256,    # samples at a time, at most
-) -> nn.Module:          # a copy in evaluation mode; without batch norms, a plain copy
+    model: nn.Module,  # any network; not changed
+    images,  # n unlabelled inputs as the model takes them, as in `calibration`
+    batch: int = 256,  # samples at a time, at most
+) -> nn.Module:  # a copy in evaluation mode; without batch norms, a plain copy
     "Batch norms with the statistics of these images (EagleEye, ECCV 2020). ValueError for one."
     device, dtype = place(model)
     moved = lambda v: v.to(device, dtype if v.is_floating_point() else v.dtype)
@@ -171,25 +214,34 @@ def adaptive_bn(
 
 # %% ../nbs/23_strategies.ipynb #281dfd39
 def mac_fraction(
-    net,             # from `trace`
-    groups: list,    # of the network
-) -> Callable:       # removed channels (candidates, groups) -> (candidates,)
+    net,  # from `trace`
+    groups: list,  # of the network
+) -> Callable:  # removed channels (candidates, groups) -> (candidates,)
     "The part of a network's multiply-accumulate operations, convolutions and linear layers counted, that is left when channels go."
     costs = bill(net, groups)
-    return lambda gone: costs.total({g.name: gone[:, i] for i, g in enumerate(groups)})['macs'] / costs.total({})['macs']
+    return lambda gone: (
+        costs.total({g.name: gone[:, i] for i, g in enumerate(groups)})['macs']
+        / costs.total({})['macs']
+    )
 
 # %% ../nbs/23_strategies.ipynb #d8758635
 def within_budget(
-    u: Tensor,          # (candidates, groups) directions, in (0, 1]
-    widths: Tensor,     # (groups,) channels
-    count: Callable,    # as from `mac_fraction`
-    budget: float,      # part of the operations that may be left
-    most: float,        # largest ratio
-) -> Tensor:            # (candidates, groups) how many channels go
+    u: Tensor,  # (candidates, groups) directions, in (0, 1]
+    widths: Tensor,  # (groups,) channels
+    count: Callable,  # as from `mac_fraction`
+    budget: float,  # part of the operations that may be left
+    most: float,  # largest ratio
+) -> Tensor:  # (candidates, groups) how many channels go
     "Random ratios, each row scaled until the budget is met. ValueError naming the arguments if it cannot be."
     gone = lambda s: torch.minimum((widths * (s * u).clamp(max=most)).round(), widths - 1)
-    low, high = torch.zeros_like(u[:, :1]), 2 * most / u.amin(1, keepdim=True)    # twice: at once it could round to less than `most`
-    if (count(gone(high)) > budget).any(): raise ValueError(f'budget, most: {count(gone(high)).max():.3f} of the operations are left with ratio {most} everywhere, more than {budget}')
+    low, high = (
+        torch.zeros_like(u[:, :1]),
+        2 * most / u.amin(1, keepdim=True),
+    )  # twice: at once it could round to less than `most`
+    if (count(gone(high)) > budget).any():
+        raise ValueError(
+            f'budget, most: {count(gone(high)).max():.3f} of the operations are left with ratio {most} everywhere, more than {budget}'
+        )
     for _ in range(60):
         s = (low + high) / 2
         fits = (count(gone(s)) <= budget)[:, None]
@@ -199,23 +251,30 @@ def within_budget(
 # %% ../nbs/23_strategies.ipynb #30a653ed
 def prunable(model, example_inputs, ratio, streams):
     "The groups that `plan` prunes, and how many units (channels, or those that stay together) each of them keeps."
+
     def choose(model, net, groups):
         chosen = by_ratio(ratio, l2_norm)(model, net, groups)
-        found[:] = [g for g in groups if g.name in chosen and len(g.family.members) == 1 and not g.family.cells.any()]
+        found[:] = [
+            g
+            for g in groups
+            if g.name in chosen and len(g.family.members) == 1 and not g.family.cells.any()
+        ]
         return {g.name: chosen[g.name] for g in found}
+
     found = []
     kept = verified(model, example_inputs, prune_only(), choose, streams=streams).plan
     return found, {g.name: len(kept[g.name]) * g.units // g.channels for g in found}
 
 # %% ../nbs/23_strategies.ipynb #01c0bcde
 def judged(
-    net,                  # from `trace`
-    groups: list,         # of the network
-    keep: dict,           # a plan
-    images: Tensor,       # for the statistics, normalised
-    held_out: Dataset,    # for the accuracy
-    mean, std,            # of the pixels / 255
-) -> float:               # accuracy in percent
+    net,  # from `trace`
+    groups: list,  # of the network
+    keep: dict,  # a plan
+    images: Tensor,  # for the statistics, normalised
+    held_out: Dataset,  # for the accuracy
+    mean,
+    std,  # of the pixels / 255
+) -> float:  # accuracy in percent
     "Accuracy of a candidate after adaptive batch norm."
     silent = copy.deepcopy(net.model)
     silence(silent, groups, {g.name: removed(keep[g.name], g.channels).tolist() for g in groups})
@@ -226,129 +285,202 @@ def judged(
 @dataclass(frozen=True)
 class Searched:
     "The best candidate, and all."
-    plan: dict                 # {layer: kept channels}
-    candidates: pd.DataFrame   # a row each: macs (part that is left), accuracy (%, on images held out), and the ratio of each layer
+
+    plan: dict  # {layer: kept channels}
+    candidates: pd.DataFrame  # a row each: macs (part that is left), accuracy (%, on images held out), and the ratio of each layer
 
 # %% ../nbs/23_strategies.ipynb #930a06b6
 def eagleeye(
-    model: nn.Module,                           # the dense network; never changed
-    example_inputs,                             # a tensor, tuple or dict that its forward accepts
-    train_set: Dataset,                         # images as bytes, and labels
-    budget: float,                              # part of the multiply-accumulate operations that may be left, in (0, 1)
+    model: nn.Module,  # the dense network; never changed
+    example_inputs,  # a tensor, tuple or dict that its forward accepts
+    train_set: Dataset,  # images as bytes, and labels
+    budget: float,  # part of the multiply-accumulate operations that may be left, in (0, 1)
     *,
-    candidates: int = 100,                      # how many
-    most: float = .9,                           # largest ratio of a layer, in (0, 1)
-    criterion=l1_norm,                          # which channels go, given how many
-    statistics: int = 1000,                     # training images for the batch norms
-    held_out: int = 1000,                       # others, for the accuracy
-    mean: tuple = (.5,), std: tuple = (.5,),    # of the pixels / 255
-    streams: bool = False,                      # residual streams too
-    seed: int = 0,                              # of ratios and images
+    candidates: int = 100,  # how many
+    most: float = 0.9,  # largest ratio of a layer, in (0, 1)
+    criterion=l1_norm,  # which channels go, given how many
+    statistics: int = 1000,  # training images for the batch norms
+    held_out: int = 1000,  # others, for the accuracy
+    mean: tuple = (0.5,),
+    std: tuple = (0.5,),  # of the pixels / 255
+    streams: bool = False,  # residual streams too
+    seed: int = 0,  # of ratios and images
 ) -> Searched:
     "The best of many random pruned networks, each judged after adaptive batch norm (EagleEye, Li et al., ECCV 2020). ValueError for bad input, naming it."
     for name, v in dict(budget=budget, most=most).items():
-        if not 0 < v < 1: raise ValueError(f'{name} must be in (0, 1), got {v}')
-    if candidates < 1: raise ValueError(f'candidates: {candidates}')
-    if statistics < 2 or held_out < 1 or statistics + held_out > len(train_set): raise ValueError(f'statistics, held_out: {statistics} and {held_out} images from a set of {len(train_set)}')
-    groups, _ = prunable(model, example_inputs, .4, streams)
+        if not 0 < v < 1:
+            raise ValueError(f'{name} must be in (0, 1), got {v}')
+    if candidates < 1:
+        raise ValueError(f'candidates: {candidates}')
+    if statistics < 2 or held_out < 1 or statistics + held_out > len(train_set):
+        raise ValueError(
+            f'statistics, held_out: {statistics} and {held_out} images from a set of {len(train_set)}'
+        )
+    groups, _ = prunable(model, example_inputs, 0.4, streams)
     net = trace(model, example_inputs)
-    count, widths = mac_fraction(net, groups), torch.tensor([g.channels for g in groups], dtype=torch.float64)
+    count, widths = (
+        mac_fraction(net, groups),
+        torch.tensor([g.channels for g in groups], dtype=torch.float64),
+    )
     units = torch.tensor([g.units for g in groups], dtype=torch.float64)
-    u = 1 - torch.rand(candidates, len(groups), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    ratios = within_budget(u, units, lambda gone: count(gone * widths / units), budget, most) / units
-    scores, part = unit_scores(net.model, net, groups, criterion), subset(train_set, statistics + held_out, seed)
-    plans = [{g.name: whole_units(keep_best(scores[g.name], round(g.units * (1 - r)), g.name), g) for g, r in zip(groups, row)} for row in ratios.tolist()]
+    u = 1 - torch.rand(
+        candidates, len(groups), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+    ratios = (
+        within_budget(u, units, lambda gone: count(gone * widths / units), budget, most) / units
+    )
+    scores, part = (
+        unit_scores(net.model, net, groups, criterion),
+        subset(train_set, statistics + held_out, seed),
+    )
+    plans = [
+        {
+            g.name: whole_units(keep_best(scores[g.name], round(g.units * (1 - r)), g.name), g)
+            for g, r in zip(groups, row)
+        }
+        for row in ratios.tolist()
+    ]
     images = normalise(part[:statistics].images, mean, std)
-    right = [judged(net, groups, p, images, part[statistics:], mean, std) for p in tqdm(plans, 'searching', delay=2, leave=False)]
-    rows = pd.DataFrame(dict(macs=count(ratios * widths), accuracy=right)).join(pd.DataFrame(ratios.numpy(), columns=[g.name for g in groups]))
+    right = [
+        judged(net, groups, p, images, part[statistics:], mean, std)
+        for p in tqdm(plans, 'searching', delay=2, leave=False)
+    ]
+    rows = pd.DataFrame(dict(macs=count(ratios * widths), accuracy=right)).join(
+        pd.DataFrame(ratios.numpy(), columns=[g.name for g in groups])
+    )
     return Searched(plans[rows.accuracy.argmax()], rows)
 
 # %% ../nbs/23_strategies.ipynb #7f975d26
 def projected(
-    A: Tensor,    # (m, d)
-    t: int,       # rows that may stay
-) -> Tensor:      # (m, d)
+    A: Tensor,  # (m, d)
+    t: int,  # rows that may stay
+) -> Tensor:  # (m, d)
     "The nearest matrix with at most t rows that are not zero."
     kept = A.norm(dim=1).argsort(descending=True, stable=True)[:t]
     return torch.zeros_like(A).index_copy(0, kept, A[kept])
 
 # %% ../nbs/23_strategies.ipynb #4fcf202c
 def joined(
-    model: nn.Module,   # the network
-    group,              # one of its groups
-) -> Tensor:            # (m, d)
+    model: nn.Module,  # the network
+    group,  # one of its groups
+) -> Tensor:  # (m, d)
     "All parameters that make the channels of a group, one channel a row."
+
     def rows(name, columns):
         layer = model.get_submodule(name)
         view = lambda p: p if p.ndim == 1 or is_depthwise(layer) else by_output(layer, p)
         return [view(p)[columns].flatten(1) for p in layer.parameters(recurse=False)]
+
     return torch.cat([r for name, columns in group.cut for r in rows(name, columns)], 1)
 
 # %% ../nbs/23_strategies.ipynb #63cc3bcc
 class Split(Penalty):
     "The variables of ADMM other than the weights, for all groups of a network."
-    kind, name, suspects, weight = 'admm', 'penalty', 'the learning rate or rho', 1.
 
-    def __init__(self,
-        net: nn.Module,   # the network in training
-        groups: list,     # of the network
-        keep: dict,       # {group: how many channels stay}
-        rho: float,       # weight of the penalty
+    kind, name, suspects, weight = 'admm', 'penalty', 'the learning rate or rho', 1.0
+
+    def __init__(
+        self,
+        net: nn.Module,  # the network in training
+        groups: list,  # of the network
+        keep: dict,  # {group: how many channels stay}
+        rho: float,  # weight of the penalty
     ):
         super().__init__(net)
         self.groups, self.keep, self.rho = groups, keep, rho
-        with torch.no_grad(): X = self.rows()
+        with torch.no_grad():
+            X = self.rows()
         self.U = {k: torch.zeros_like(v) for k, v in X.items()}
         self.Z = {k: projected(v, keep[k]) for k, v in X.items()}
-    def rows(self): return {g.name: joined(self.net, g) for g in self.groups}
-    def active(self): return nullcontext(self.penalty)
+
+    def rows(self):
+        return {g.name: joined(self.net, g) for g in self.groups}
+
+    def active(self):
+        return nullcontext(self.penalty)
 
     def penalty(self, *_):
         "What the weights are pulled by."
-        return self.rho / 2 * sum((X - self.Z[k] + self.U[k]).square().sum() for k, X in self.rows().items())
+        return (
+            self.rho
+            / 2
+            * sum((X - self.Z[k] + self.U[k]).square().sum() for k, X in self.rows().items())
+        )
 
     @torch.no_grad()
     def update(self) -> dict:
         "Project and add up; returns the residuals, relative to the norm of all rows."
-        X, before, norm = self.rows(), self.Z, lambda d: math.sqrt(sum(v.square().sum().item() for v in d.values()))
+        X, before, norm = (
+            self.rows(),
+            self.Z,
+            lambda d: math.sqrt(sum(v.square().sum().item() for v in d.values())),
+        )
         self.Z = {k: projected(v + self.U[k], self.keep[k]) for k, v in X.items()}
         apart = {k: v - self.Z[k] for k, v in X.items()}
         self.U = {k: self.U[k] + v for k, v in apart.items()}
-        return dict(primal=norm(apart) / norm(X), dual=self.rho * norm({k: v - before[k] for k, v in self.Z.items()}) / norm(X))
+        return dict(
+            primal=norm(apart) / norm(X),
+            dual=self.rho * norm({k: v - before[k] for k, v in self.Z.items()}) / norm(X),
+        )
 
-    def facts(self): return dict(rho=self.rho, keep=self.keep)
-    def state(self): return {f'{name}/{k}': v for name, var in dict(Z=self.Z, U=self.U).items() for k, v in var.items()}
+    def facts(self):
+        return dict(rho=self.rho, keep=self.keep)
+
+    def state(self):
+        return {
+            f'{name}/{k}': v
+            for name, var in dict(Z=self.Z, U=self.U).items()
+            for k, v in var.items()
+        }
+
     def load_state(self, state):
-        for name, var in dict(Z=self.Z, U=self.U).items(): var.update({k: state[f'{name}/{k}'].to(v) for k, v in var.items()})
+        for name, var in dict(Z=self.Z, U=self.U).items():
+            var.update({k: state[f'{name}/{k}'].to(v) for k, v in var.items()})
 
     @property
-    def plan(self): return {k: Z.norm(dim=1).nonzero().flatten().tolist() for k, Z in self.Z.items()}
+    def plan(self):
+        return {k: Z.norm(dim=1).nonzero().flatten().tolist() for k, Z in self.Z.items()}
 
 # %% ../nbs/23_strategies.ipynb #44048ad9
 def admm(
-    model: nn.Module,                           # the dense network; never changed
-    example_inputs,                             # a tensor, tuple or dict that its forward accepts
-    train_set: Dataset,                         # images as bytes, and labels
-    ratio: float | dict,                        # fraction of the channels to remove from each group, as in `plan`
+    model: nn.Module,  # the dense network; never changed
+    example_inputs,  # a tensor, tuple or dict that its forward accepts
+    train_set: Dataset,  # images as bytes, and labels
+    ratio: float | dict,  # fraction of the channels to remove from each group, as in `plan`
     *,
-    rho: float = .1,                            # weight of the penalty
+    rho: float = 0.1,  # weight of the penalty
     recipe: Recipe = FINETUNING,
-    every: int | None = None,                   # steps between projections; None: an epoch
-    streams: bool = False,                      # residual streams too
-    mean: tuple = (.5,), std: tuple = (.5,),    # of the pixels / 255
-    augment: Callable = unchanged,              # as in `finetune`, and so are the next three
+    every: int | None = None,  # steps between projections; None: an epoch
+    streams: bool = False,  # residual streams too
+    mean: tuple = (0.5,),
+    std: tuple = (0.5,),  # of the pixels / 255
+    augment: Callable = unchanged,  # as in `finetune`, and so are the next three
     batch_norms: Callable = unchanged,
     autocast: torch.dtype | None = None,
-    checkpoint: str | Path | None = None,       # file to go on from, if there is one, and to write after each projection
+    checkpoint: str
+    | Path
+    | None = None,  # file to go on from, if there is one, and to write after each projection
     seed: int = 0,
-) -> Finetuned:                                 # with the network, still dense but with weights for the plan; the plan; the history, a row a projection
+) -> Finetuned:  # with the network, still dense but with weights for the plan; the plan; the history, a row a projection
     """Train a network until the channels outside a plan are nearly nothing (ADMM, Zhang et al., ECCV 2018; rows are whole channels).
 
     The history has step, epoch, lr, loss, penalty, accuracy (%), and the residuals primal ||X - Z|| and dual rho ||Z - Z before||, both over ||X||.
     The same call with the same `checkpoint` goes on where it was killed, as in `finetune`.
     FloatingPointError naming the step if a loss or weight is not finite; ValueError for bad input and wrong checkpoints, as in `plan` and `finetune`. FileNotFoundError without the folder for it."""
-    if not 0 < rho < math.inf: raise ValueError(f'rho must be a positive number, got {rho}')
+    if not 0 < rho < math.inf:
+        raise ValueError(f'rho must be a positive number, got {rho}')
     groups, keep = prunable(model, example_inputs, ratio, streams)
     each_by_itself(groups, 'ADMM')
-    run = begin(model, train_set, partial(Split, groups=groups, keep=keep, rho=rho), recipe, mean, std, augment, batch_norms, autocast, seed)
+    run = begin(
+        model,
+        train_set,
+        partial(Split, groups=groups, keep=keep, rho=rho),
+        recipe,
+        mean,
+        std,
+        augment,
+        batch_norms,
+        autocast,
+        seed,
+    )
     return replace(complete(model, run, None, checkpoint, every, 'ADMM'), plan=run.penalty.plan)

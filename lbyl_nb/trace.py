@@ -35,26 +35,30 @@ from . import gaussian as act
 from .probe import BATCH_NORM, as_args, call, map_tensors
 
 # %% ../nbs/09_trace.ipynb #3cacbacf
-FIXED = 1    # the label of what can never be removed; 0 is nobody's
+FIXED = 1  # the label of what can never be removed; 0 is nobody's
+
 
 class Classes:
     "Labels, of which some turn out to be the same (union-find)."
+
     def __init__(self):
         self.size = FIXED + 1
-        self.parent = torch.arange(1024)    # with room for more
+        self.parent = torch.arange(1024)  # with room for more
 
     def new(self, n: int) -> int:
         "The first of n new labels."
         first, self.size = self.size, self.size + n
         room = len(self.parent)
-        if self.size > room: self.parent = torch.cat([self.parent, torch.arange(room, 2 * self.size)])
+        if self.size > room:
+            self.parent = torch.cat([self.parent, torch.arange(room, 2 * self.size)])
         return first
 
     def roots(self, labels: Tensor) -> Tensor:
         "The representatives of labels, the smallest of their classes, in a tensor of the same shape."
         at = labels
-        while not torch.equal(up := self.parent[at], at): at = up
-        self.parent[labels] = at    # the way is shorter next time
+        while not torch.equal(up := self.parent[at], at):
+            at = up
+        self.parent[labels] = at  # the way is shorter next time
         return at
 
     def join(self, a: Tensor, b: Tensor):
@@ -62,84 +66,108 @@ class Classes:
         a, b = self.roots(a), self.roots(b)
         while not torch.equal(a, b):
             low, high = torch.minimum(a, b), torch.maximum(a, b)
-            self.parent.scatter_reduce_(0, high, low, 'amin')    # the smallest of all that it meets
+            self.parent.scatter_reduce_(0, high, low, 'amin')  # the smallest of all that it meets
             a, b = self.roots(a), self.roots(b)
 
 # %% ../nbs/09_trace.ipynb #2cc29f6d
 def varying(labels: Tensor) -> list:
     "Dimensions along which labels differ."
+
     def differs(d):
-        if labels.shape[d] < 2 or not labels.stride(d): return False
+        if labels.shape[d] < 2 or not labels.stride(d):
+            return False
         return not torch.equal(labels.narrow(d, 0, 1).expand_as(labels), labels)
+
     return [d for d in range(labels.ndim) if differs(d)]
+
 
 def compact(labels: Tensor) -> Tensor:
     "Labels with size one along dimensions where they do not differ."
     vary = varying(labels)
     for d in range(labels.ndim):
-        if d not in vary and labels.shape[d] > 1: labels = labels.narrow(d, 0, 1)
+        if d not in vary and labels.shape[d] > 1:
+            labels = labels.narrow(d, 0, 1)
     return labels
 
 # %% ../nbs/09_trace.ipynb #1714e6ec
 @dataclass(eq=False)
 class Node:
     "One operation of a forward pass on channels."
-    kind: str                                  # its name, e.g. 'relu'; 'layer' and 'depthwise' for layers
-    inputs: list                               # nodes whose channels it reads
-    layer: str | None = None                   # the module whose weights it uses
-    activation: act.Activation | None = None   # the function that it is, where it has a name
-    scale: object = None                       # what it multiplies by: a number, or (labels, values)
-    same: bool = False                         # are values passed on as they are?
-    second: tuple = (None, 1.)                 # of a sum: node of its second term, and its factor
-    terms: int = 0                             # how many different tensors a sum has
-    read: Tensor | None = None                 # (c,) labels of the input columns of a layer
-    labels: tuple = ()                         # of what it puts out, `compact`; None where nobody's
-    where: tuple = ()                          # file and line of the code that called it
-    module: str = ''                           # the module that was running
-    outputs: list = field(default_factory=list)   # nodes that read its channels
+
+    kind: str  # its name, e.g. 'relu'; 'layer' and 'depthwise' for layers
+    inputs: list  # nodes whose channels it reads
+    layer: str | None = None  # the module whose weights it uses
+    activation: act.Activation | None = None  # the function that it is, where it has a name
+    scale: object = None  # what it multiplies by: a number, or (labels, values)
+    same: bool = False  # are values passed on as they are?
+    second: tuple = (None, 1.0)  # of a sum: node of its second term, and its factor
+    terms: int = 0  # how many different tensors a sum has
+    read: Tensor | None = None  # (c,) labels of the input columns of a layer
+    labels: tuple = ()  # of what it puts out, `compact`; None where nobody's
+    where: tuple = ()  # file and line of the code that called it
+    module: str = ''  # the module that was running
+    outputs: list = field(default_factory=list)  # nodes that read its channels
 
     def __post_init__(self):
-        for n in self.inputs: n.outputs.append(self)
+        for n in self.inputs:
+            n.outputs.append(self)
 
 # %% ../nbs/09_trace.ipynb #7b1df44d
 @dataclass(eq=False)
 class Mark:
     "What is known of a tensor."
-    labels: Tensor | None = None    # like the tensor; 0 where a number is nobody's channel
-    node: Node | None = None        # where it was made
-    fixed: bool = False             # was it there before, or is it made of inputs, so that its size cannot change?
-    const: bool = False             # is it the same for every input?
-    weight: tuple | None = None     # the weight of a layer: its name, and whether it is transposed
+
+    labels: Tensor | None = None  # like the tensor; 0 where a number is nobody's channel
+    node: Node | None = None  # where it was made
+    fixed: bool = (
+        False  # was it there before, or is it made of inputs, so that its size cannot change?
+    )
+    const: bool = False  # is it the same for every input?
+    weight: tuple | None = None  # the weight of a layer: its name, and whether it is transposed
+
 
 @dataclass
 class Call:
     "One operation as PyTorch's dispatcher sees it."
-    name: str      # without the underscore of forms that work in place
-    func: object   # the operation
-    args: tuple    # what it was given
+
+    name: str  # without the underscore of forms that work in place
+    func: object  # the operation
+    args: tuple  # what it was given
     kwargs: dict
-    out: object    # what it returned
+    out: object  # what it returned
 
     def __post_init__(self):
-        names = [a.name for a in self.func._schema.arguments] if hasattr(self.func, '_schema') else []
+        names = (
+            [a.name for a in self.func._schema.arguments] if hasattr(self.func, '_schema') else []
+        )
         self.named = dict(zip(names, self.args)) | self.kwargs
 
-    def __getitem__(self, name): return self.named.get(name)
+    def __getitem__(self, name):
+        return self.named.get(name)
+
     @property
-    def tensors(self): return tensors_in((self.args, tuple(self.kwargs.values())))
+    def tensors(self):
+        return tensors_in((self.args, tuple(self.kwargs.values())))
+
     @property
-    def outs(self): return tensors_in(self.out)
+    def outs(self):
+        return tensors_in(self.out)
+
     @property
-    def in_place(self): return bool(self.outs and self.args) and self.outs[0] is self.args[0]
+    def in_place(self):
+        return bool(self.outs and self.args) and self.outs[0] is self.args[0]
 
 # %% ../nbs/09_trace.ipynb #b510789d
 def tensors_in(v) -> list:
     "Tensors in nested tuples and lists."
-    if isinstance(v, Tensor): return [v]
+    if isinstance(v, Tensor):
+        return [v]
     return [t for x in v for t in tensors_in(x)] if isinstance(v, (tuple, list)) else []
+
 
 NOTHING = (str, bytes, int, float, bool, type(None), torch.dtype, torch.device, nn.Module)
 SEVERAL = (list, tuple, set, frozenset, deque, MappingView)
+
 
 def attributes(value) -> list:
     "What an object holds, in its dictionary and in its slots."
@@ -148,94 +176,143 @@ def attributes(value) -> list:
     held = [getattr(value, k, None) for k in names if k not in ('__dict__', '__weakref__')]
     return [*getattr(value, '__dict__', {}).values(), *held]
 
+
 def tensors_within(value, seen=None, depth: int = 8) -> list:
     """Tensors in what a network puts out: in collections, mappings and data classes at any depth, in
     attributes of other objects down to a depth."""
     seen = set() if seen is None else seen
-    if isinstance(value, Tensor): return [value]
-    if isinstance(value, NOTHING) or id(value) in seen or not depth: return []
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, NOTHING) or id(value) in seen or not depth:
+        return []
     seen.add(id(value))
-    if isinstance(value, Mapping): parts = value.values()
-    elif isinstance(value, SEVERAL): parts = value
+    if isinstance(value, Mapping):
+        parts = value.values()
+    elif isinstance(value, SEVERAL):
+        parts = value
     else:
         parts = attributes(value)
-        if not is_dataclass(value): depth -= 1
+        if not is_dataclass(value):
+            depth -= 1
     return [t for v in list(parts) for t in tensors_within(v, seen, depth)]
 
 # %% ../nbs/09_trace.ipynb #db278363
 TORCH, HERE = str(Path(torch.__file__).parent), __file__ if '__file__' in globals() else ''
 
+
 def calling_line() -> tuple:
     "File and line of the innermost code that is neither PyTorch's nor of this module."
     at = sys._getframe(1)
-    while at and (at.f_code.co_filename == HERE or at.f_code.co_filename.startswith(TORCH)): at = at.f_back
+    while at and (at.f_code.co_filename == HERE or at.f_code.co_filename.startswith(TORCH)):
+        at = at.f_back
     return (at.f_code.co_filename, at.f_lineno) if at else ()
 
 # %% ../nbs/09_trace.ipynb #ca0edc6b
-LAYERS = (nn.modules.conv._ConvNd, nn.Linear)   # what may make or read channels
-PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)   # PyTorch's own layers
-NORMS = (BATCH_NORM, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm)   # what treats channels one by one, or in groups
+LAYERS = (nn.modules.conv._ConvNd, nn.Linear)  # what may make or read channels
+PLAIN = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Linear,
+)  # PyTorch's own layers
+NORMS = (
+    BATCH_NORM,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.GroupNorm,
+)  # what treats channels one by one, or in groups
 HALF = (torch.float16, torch.bfloat16)
-MOST = 200_000    # entries of a parameter that get labels; none that larger ones belong to is a scale or an offset of channels
+MOST = 200_000  # entries of a parameter that get labels; none that larger ones belong to is a scale or an offset of channels
 
-RULES = {}    # name of an operation -> rule(recorder, call, marks)
+RULES = {}  # name of an operation -> rule(recorder, call, marks)
+
 
 def rule(*names):
     "Make a function the rule for operations of these names."
+
     def take(f):
         RULES.update(dict.fromkeys(names, f))
         return f
+
     return take
 
 # %% ../nbs/09_trace.ipynb #e4be32b0
 class Recorder(TorchDispatchMode):
     "Records one forward pass: labels of all tensors, and what joins, ties and pins them."
+
     def __init__(self, model: nn.Module, given: dict | None = None):
         super().__init__()
-        self.model, self.given = model, given or {}     # given: labels of a network that was recorded before and cut since
+        self.model, self.given = (
+            model,
+            given or {},
+        )  # given: labels of a network that was recorded before and cut since
         self.same, self.together = Classes(), Classes()
-        self.pins, self.trouble = {}, {}                # {label: reason}, {layer: reason}
-        self.added, self.made = set(), []               # labels of channels added to others; ranges of labels that layers made
-        self.balances, self.pieces = [], {}             # lists of pieces that must lose equally many channels
-        self.out, self.read, self.calls, self.of = {}, {}, {}, {}   # by layer: labels of outputs and inputs, calls, node
+        self.pins, self.trouble = {}, {}  # {label: reason}, {layer: reason}
+        self.added, self.made = (
+            set(),
+            [],
+        )  # labels of channels added to others; ranges of labels that layers made
+        self.balances, self.pieces = [], {}  # lists of pieces that must lose equally many channels
+        self.out, self.read, self.calls, self.of = (
+            {},
+            {},
+            {},
+            {},
+        )  # by layer: labels of outputs and inputs, calls, node
         self.param, self.nodes, self.stack, self.paused = {}, [], [], False
         self.names = {m: k for k, m in model.named_modules()}
-        self.owner, self.weights, self.marks = {}, {}, {}           # by id of a tensor: (module, attribute), layer, mark
+        self.owner, self.weights, self.marks = (
+            {},
+            {},
+            {},
+        )  # by id of a tensor: (module, attribute), layer, mark
         for k, m in model.named_modules():
             for a, t in [*m._parameters.items(), *m._buffers.items()]:
-                if t is None: continue
+                if t is None:
+                    continue
                 self.owner.setdefault(id(t), (k, a))
-                if isinstance(m, LAYERS) and a == 'weight': self.weights.setdefault(id(t), k)
+                if isinstance(m, LAYERS) and a == 'weight':
+                    self.weights.setdefault(id(t), k)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if self.paused: return out
+        if self.paused:
+            return out
         name = func.overloadpacket.__name__
-        if name.endswith('_') and not name.endswith('__'): name = name[:-1]
+        if name.endswith('_') and not name.endswith('__'):
+            name = name[:-1]
         see(self, Call(name, func, args, kwargs or {}, out))
         return out
 
 # %% ../nbs/09_trace.ipynb #aff20642
-def new_labels(r: Recorder, n: int, key=None) -> Tensor:    # (n,)
+def new_labels(r: Recorder, n: int, key=None) -> Tensor:  # (n,)
     "New labels; those that were given for this layer or parameter, if any."
-    if key in r.given: return r.given[key].clone()
+    if key in r.given:
+        return r.given[key].clone()
     first = r.same.new(n)
     r.together.new(n)
     return torch.arange(first, first + n)
 
+
 def pin(r: Recorder, labels: Tensor, reason: str):
     "Channels that cannot be removed."
     for k in labels.unique().tolist():
-        if k: r.pins.setdefault(k, reason)
+        if k:
+            r.pins.setdefault(k, reason)
+
 
 def tie(r: Recorder, a: Tensor, b: Tensor):
     "Channels that stay or go together, pair by pair."
     both = (a > 0) & (b > 0)
     r.together.join(a[both], b[both])
 
+
 def from_layers(r: Recorder, labels: Tensor) -> Tensor:
     "Which labels are of channels that layers made, not of parameters?"
-    if not r.made: return torch.zeros_like(labels, dtype=torch.bool)
+    if not r.made:
+        return torch.zeros_like(labels, dtype=torch.bool)
     low, high = torch.tensor(sorted(r.made)).T
     at = torch.searchsorted(low.contiguous(), labels, right=True) - 1
     return (at >= 0) & (labels < high[at])
@@ -256,10 +333,14 @@ def join(r: Recorder, a: Tensor, b: Tensor, kind: str = '') -> Tensor:
 def mark(r: Recorder, t: Tensor) -> Mark:
     "What is known of a tensor. Parameters and buffers get labels when they are met first."
     known = getattr(t, '_mark', None) or r.marks.get(id(t))
-    if known is not None: return known
-    if id(t) not in r.owner: return Mark(fixed=True)
-    if id(t) in r.weights: m = Mark(fixed=True, const=True, weight=(r.weights[id(t)], False))
-    elif not t.ndim or not 0 < t.numel() <= MOST: m = Mark(fixed=t.ndim > 0, const=True)
+    if known is not None:
+        return known
+    if id(t) not in r.owner:
+        return Mark(fixed=True)
+    if id(t) in r.weights:
+        m = Mark(fixed=True, const=True, weight=(r.weights[id(t)], False))
+    elif not t.ndim or not 0 < t.numel() <= MOST:
+        m = Mark(fixed=t.ndim > 0, const=True)
     else:
         key = r.owner[id(t)]
         m = Mark(new_labels(r, t.numel(), key).view(t.shape), const=True)
@@ -267,226 +348,429 @@ def mark(r: Recorder, t: Tensor) -> Mark:
     r.marks[id(t)] = m
     return m
 
+
 def put(r: Recorder, t: Tensor, m: Mark):
     "Remember what is known of a tensor."
-    if id(t) in r.owner: r.marks[id(t)] = m
-    else: t._mark = m
+    if id(t) in r.owner:
+        r.marks[id(t)] = m
+    else:
+        t._mark = m
 
 # %% ../nbs/09_trace.ipynb #404d82bb
 def add_node(r: Recorder, kind: str, marks: list, **kwargs) -> Node:
     "A node behind those of what it reads."
     inputs = list(dict.fromkeys(m.node for m in marks if m.node is not None and not m.const))
-    r.nodes.append(Node(kind, inputs, where=calling_line(), module=r.stack[-1] if r.stack else '', **kwargs))
+    r.nodes.append(
+        Node(kind, inputs, where=calling_line(), module=r.stack[-1] if r.stack else '', **kwargs)
+    )
     return r.nodes[-1]
+
 
 def finish(r: Recorder, c: Call, node: Node, labels: list, const: bool = False):
     "Mark what a call returned: a tensor of labels for each tensor, or None."
     node.labels = tuple(None if v is None else compact(v) for v in labels)
-    for t, v in zip(c.outs, labels): put(r, t, Mark(v, node, fixed=v is None, const=const))
+    for t, v in zip(c.outs, labels):
+        put(r, t, Mark(v, node, fixed=v is None, const=const))
+
 
 def spread(r: Recorder, c: Call, node: Node, vector: Tensor, dim: int):
     "Mark what a call returned first: labels along one dimension. Nobody's channels are in the rest."
     first, *rest = c.outs
-    finish(r, c, node, [vector.view([-1 if d == dim else 1 for d in range(first.ndim)]).expand(first.shape), *[None] * len(rest)])
+    finish(
+        r,
+        c,
+        node,
+        [
+            vector.view([-1 if d == dim else 1 for d in range(first.ndim)]).expand(first.shape),
+            *[None] * len(rest),
+        ],
+    )
+
 
 def unknown(r: Recorder, c: Call, marks: list, reason: str | None = None):
     "Pin all channels that a call reads."
     node = add_node(r, c.name, marks)
     for m in marks:
-        if m.labels is not None: pin(r, m.labels, reason or f'its channels go through {c.name.strip("_").removeprefix("native_")}{_inside(r)}')
+        if m.labels is not None:
+            pin(
+                r,
+                m.labels,
+                reason
+                or f'its channels go through {c.name.strip("_").removeprefix("native_")}{_inside(r)}',
+            )
     finish(r, c, node, [None] * len(c.outs))
+
 
 def _inside(r: Recorder) -> str:
     "Where something happens, for messages."
-    return f' in {r.stack[-1]}, a {type(r.model.get_submodule(r.stack[-1])).__name__}' if r.stack and r.stack[-1] else ''
+    return (
+        f' in {r.stack[-1]}, a {type(r.model.get_submodule(r.stack[-1])).__name__}'
+        if r.stack and r.stack[-1]
+        else ''
+    )
+
 
 def unlabelled(r: Recorder, c: Call, marks: list):
     "Nothing that a call reads is anybody's channel."
     fresh = c.name in LIKE or c.name in REFILL and c.in_place
-    for t in c.outs: put(r, t, Mark(fixed=not fresh and any(m.fixed for m in marks), const=fresh or all(m.const for m in marks)))
+    for t in c.outs:
+        put(
+            r,
+            t,
+            Mark(
+                fixed=not fresh and any(m.fixed for m in marks),
+                const=fresh or all(m.const for m in marks),
+            ),
+        )
 
 # %% ../nbs/09_trace.ipynb #2fd0a2a2
-COPIES = {'clone', 'detach', 'alias', '_to_copy', 'contiguous', 'lift_fresh', 'lift', 'resolve_conj'}
-LIKE = {'empty_like', 'zeros_like', 'ones_like', 'full_like', 'rand_like', 'randn_like', 'randint_like', 'new_empty', 'new_zeros',
-        'new_ones', 'new_full', 'new_empty_strided', 'bernoulli'}    # new tensors as large as another
-REFILL = {'fill', 'zero', 'normal', 'uniform', 'bernoulli', 'random', 'exponential'}    # new values in place
-LAYER_CALLS = {'convolution', '_convolution', 'addmm', 'mm', 'linear', 'matmul'}        # what a layer may do
+COPIES = {
+    'clone',
+    'detach',
+    'alias',
+    '_to_copy',
+    'contiguous',
+    'lift_fresh',
+    'lift',
+    'resolve_conj',
+}
+LIKE = {
+    'empty_like',
+    'zeros_like',
+    'ones_like',
+    'full_like',
+    'rand_like',
+    'randn_like',
+    'randint_like',
+    'new_empty',
+    'new_zeros',
+    'new_ones',
+    'new_full',
+    'new_empty_strided',
+    'bernoulli',
+}  # new tensors as large as another
+REFILL = {
+    'fill',
+    'zero',
+    'normal',
+    'uniform',
+    'bernoulli',
+    'random',
+    'exponential',
+}  # new values in place
+LAYER_CALLS = {
+    'convolution',
+    '_convolution',
+    'addmm',
+    'mm',
+    'linear',
+    'matmul',
+}  # what a layer may do
+
 
 def see(r: Recorder, c: Call):
     "Write down one call."
     marks = [mark(r, t) for t in c.tensors]
-    if c.name in LAYER_CALLS and layer_called(r, c, marks): return
-    if c.name in COPIES and len(marks) == 1: return [put(r, t, replace(marks[0])) for t in c.outs]
+    if c.name in LAYER_CALLS and layer_called(r, c, marks):
+        return
+    if c.name in COPIES and len(marks) == 1:
+        return [put(r, t, replace(marks[0])) for t in c.outs]
     if c.name in ('t', 'transpose', 'permute') and marks[0].weight and c.tensors[0].ndim == 2:
         name, turned = marks[0].weight
         return put(r, c.out, replace(marks[0], weight=(name, not turned)))
-    if all(m.labels is None for m in marks): return unlabelled(r, c, marks)
-    if c.name in LIKE or c.name in REFILL and c.in_place: return [put(r, t, Mark()) for t in c.outs]
-    own = RULES.get(c.name, RULES.get('pointwise') if torch.Tag.pointwise in getattr(c.func, 'tags', ()) else unknown)
+    if all(m.labels is None for m in marks):
+        return unlabelled(r, c, marks)
+    if c.name in LIKE or c.name in REFILL and c.in_place:
+        return [put(r, t, Mark()) for t in c.outs]
+    own = RULES.get(
+        c.name,
+        RULES.get('pointwise') if torch.Tag.pointwise in getattr(c.func, 'tags', ()) else unknown,
+    )
     own(r, c, marks)
 
 # %% ../nbs/09_trace.ipynb #fb14f4d9
 @contextmanager
 def watched(r: Recorder):
     "Keep account of which module is running, and count calls of layers."
+
     def enter(m, args):
         r.stack.append(r.names[m])
-        if isinstance(m, LAYERS): r.calls[r.names[m]] = r.calls.get(r.names[m], 0) + 1
-    def leave(m, args, out): r.stack.pop()
+        if isinstance(m, LAYERS):
+            r.calls[r.names[m]] = r.calls.get(r.names[m], 0) + 1
+
+    def leave(m, args, out):
+        r.stack.pop()
+
     modules = [m for m in r.names if not isinstance(m, torch.jit.ScriptModule)]
     hooks = [m.register_forward_pre_hook(enter, prepend=True) for m in modules]
     hooks += [m.register_forward_hook(leave, always_call=True) for m in modules]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    try: yield
+    try:
+        yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
 
 # %% ../nbs/09_trace.ipynb #6432d5fb
 WHOLE = {'instance_norm', 'scaled_dot_product_attention', 'multi_head_attention_forward'}
 
+
 class Whole(TorchFunctionMode):
     "Lets a recorder see some functions as a whole."
+
     def __init__(self, recorder: Recorder):
         super().__init__()
         self.recorder = recorder
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         r, kwargs, name = self.recorder, kwargs or {}, getattr(func, '__name__', '')
-        if name not in WHOLE or r.paused: return func(*args, **kwargs)
+        if name not in WHOLE or r.paused:
+            return func(*args, **kwargs)
         r.paused = True
-        try: out = func(*args, **kwargs)
-        finally: r.paused = False
+        try:
+            out = func(*args, **kwargs)
+        finally:
+            r.paused = False
         whole(r, Call(name, func, args, kwargs, out))
         return out
 
 # %% ../nbs/09_trace.ipynb #045eca51
 def record(r: Recorder, args):
     "Run the network once and write everything down."
-    with torch.no_grad(), watched(r), Whole(r), r: out = call(r.model, args)
+    with torch.no_grad(), watched(r), Whole(r), r:
+        out = call(r.model, args)
     for t in tensors_within(out):
         m = mark(r, t)
-        if m.labels is not None and not m.const: pin(r, m.labels, "its channels are the network's output")
+        if m.labels is not None and not m.const:
+            pin(r, m.labels, "its channels are the network's output")
     for parts in r.pieces.values():
-        if len(parts) > 1 and len({len(p) for p in parts}) == 1: r.balances.append(parts)
+        if len(parts) > 1 and len({len(p) for p in parts}) == 1:
+            r.balances.append(parts)
 
 # %% ../nbs/09_trace.ipynb #815b22a1
 def is_depthwise(m: nn.Module) -> bool:
     "Is it a convolution that treats channels one by one?"
-    return isinstance(m, nn.modules.conv._ConvNd) and m.groups == m.in_channels == m.out_channels > 1
+    return (
+        isinstance(m, nn.modules.conv._ConvNd) and m.groups == m.in_channels == m.out_channels > 1
+    )
 
 # %% ../nbs/09_trace.ipynb #fe2ee674
 def columns(r: Recorder, t: Tensor, dim: int) -> Tensor:
     "(c,) labels along one dimension of a tensor; channels that are elsewhere too are pinned."
     m, dim = mark(r, t), dim % t.ndim
-    if m.labels is None or not t.numel(): return torch.zeros(t.shape[dim], dtype=torch.long)
+    if m.labels is None or not t.numel():
+        return torch.zeros(t.shape[dim], dtype=torch.long)
     if not set(varying(m.labels)) <= {dim}:
         pin(r, m.labels, 'its channels lie along several dimensions of what a layer reads')
         return torch.zeros(t.shape[dim], dtype=torch.long)
-    return compact(m.labels).expand([t.shape[d] if d == dim else 1 for d in range(t.ndim)]).flatten().clone()
+    return (
+        compact(m.labels)
+        .expand([t.shape[d] if d == dim else 1 for d in range(t.ndim)])
+        .flatten()
+        .clone()
+    )
 
 # %% ../nbs/09_trace.ipynb #33ada335
 def used(r: Recorder, c: Call, marks: list, name: str, x: Tensor, dim: int, groups: int = 1):
     "A layer reads x and makes new channels, along one dimension of both."
     read, width = columns(r, x, dim), c.out.shape[dim]
     if name in r.out or r.stack[-1:] != [name]:
-        r.trouble.setdefault(name, f'{name} is called several times in one forward pass' if name in r.out else f'{name} is used without being called')
-    if not c.out.numel(): r.trouble.setdefault(name, f'{name} is given nothing on example_inputs')
+        r.trouble.setdefault(
+            name,
+            f'{name} is called several times in one forward pass'
+            if name in r.out
+            else f'{name} is used without being called',
+        )
+    if not c.out.numel():
+        r.trouble.setdefault(name, f'{name} is given nothing on example_inputs')
     depthwise = groups == len(read) == width > 1
     labels = read if depthwise else new_labels(r, width, name)
-    if not depthwise: r.made.append((int(labels.min()), int(labels.max()) + 1) if len(labels) else (0, 0))
+    if not depthwise:
+        r.made.append((int(labels.min()), int(labels.max()) + 1) if len(labels) else (0, 0))
     node = add_node(r, 'depthwise' if depthwise else 'layer', marks, layer=name, read=read)
     bias = c['bias'] if c.name != 'addmm' else c['self']
-    if isinstance(bias, Tensor) and mark(r, bias).labels is not None and mark(r, bias).labels.shape == labels.shape: join(r, labels, mark(r, bias).labels)
+    if (
+        isinstance(bias, Tensor)
+        and mark(r, bias).labels is not None
+        and mark(r, bias).labels.shape == labels.shape
+    ):
+        join(r, labels, mark(r, bias).labels)
     if groups > 1 and not depthwise:
         for v in (read.view(groups, -1), labels.view(groups, -1)):
-            for block in v[1:]: tie(r, v[0], block)
+            for block in v[1:]:
+                tie(r, v[0], block)
     if name in r.out:
-        for v in (labels, read): pin(r, v, r.trouble[name])
-    for store, v in ((r.out, labels), (r.read, read), (r.of, node)): store.setdefault(name, v)
+        for v in (labels, read):
+            pin(r, v, r.trouble[name])
+    for store, v in ((r.out, labels), (r.read, read), (r.of, node)):
+        store.setdefault(name, v)
     spread(r, c, node, labels, dim % c.out.ndim)
 
 # %% ../nbs/09_trace.ipynb #84fe5b73
-OPERANDS = dict(addmm=('mat1', 'mat2'), mm=('self', 'mat2'), linear=('input', 'weight'), matmul=('self', 'other'))
+OPERANDS = dict(
+    addmm=('mat1', 'mat2'),
+    mm=('self', 'mat2'),
+    linear=('input', 'weight'),
+    matmul=('self', 'other'),
+)
+
 
 def layer_called(r: Recorder, c: Call, marks: list) -> bool:
     "Write down the call of a layer; False if it is none."
     if c.name.endswith('convolution'):
         x, weight = c['input'], mark(r, c['weight']).weight
-        if weight is None: return computed(r, c, marks)
+        if weight is None:
+            return computed(r, c, marks)
         used(r, c, marks, weight[0], x, x.ndim - c['weight'].ndim + 1, c['groups'] or 1)
         return True
     x, w = (c[k] for k in OPERANDS[c.name])
     weight = mark(r, w).weight
     inside = r.model.get_submodule(r.stack[-1]) if r.stack else None
-    if weight is None and isinstance(inside, nn.Linear): return computed(r, c, marks)
-    if weight is None or weight[1] == (c.name == 'linear'): return False
+    if weight is None and isinstance(inside, nn.Linear):
+        return computed(r, c, marks)
+    if weight is None or weight[1] == (c.name == 'linear'):
+        return False
     used(r, c, marks, weight[0], x, -1)
     return True
+
 
 def computed(r: Recorder, c: Call, marks: list) -> bool:
     "A layer with a weight that is no weight of a layer as it stands."
     weight = next(c[k] for k in ('weight', 'mat2', 'other') if isinstance(c[k], Tensor))
     own = r.owner.get(id(weight), (r.stack[-1] if r.stack else '', None))
     kind, name = type(r.model.get_submodule(own[0])), own[0] or 'the network'
-    why = f'{name} is a {kind.__name__}' + (', which is not handled' if own[1] else f' ({kind.__module__}), which computes the weight that it uses')
+    why = f'{name} is a {kind.__name__}' + (
+        ', which is not handled'
+        if own[1]
+        else f' ({kind.__module__}), which computes the weight that it uses'
+    )
     r.trouble.setdefault(own[0], why)
-    if any(m.labels is not None for m in marks): unknown(r, c, marks, why)
-    else: unlabelled(r, c, [Mark(fixed=True)])
+    if any(m.labels is not None for m in marks):
+        unknown(r, c, marks, why)
+    else:
+        unlabelled(r, c, [Mark(fixed=True)])
     return True
 
 # %% ../nbs/09_trace.ipynb #ed395645
-SHAPES = {'view', '_unsafe_view', 'reshape', '_reshape_alias', 'permute', 'transpose', 't', 'slice', 'select', 'unsqueeze', 'squeeze',
-          'expand', 'split', 'split_with_sizes', 'chunk', 'unbind', 'cat', 'stack', 'roll', 'flip', 'repeat', 'unfold', 'index',
-          'index_select', 'pixel_shuffle', 'pixel_unshuffle', 'channel_shuffle', 'native_channel_shuffle', 'diagonal', 'movedim',
-          'narrow', 'flatten', 'unflatten', 'rot90', 'as_strided'}
+SHAPES = {
+    'view',
+    '_unsafe_view',
+    'reshape',
+    '_reshape_alias',
+    'permute',
+    'transpose',
+    't',
+    'slice',
+    'select',
+    'unsqueeze',
+    'squeeze',
+    'expand',
+    'split',
+    'split_with_sizes',
+    'chunk',
+    'unbind',
+    'cat',
+    'stack',
+    'roll',
+    'flip',
+    'repeat',
+    'unfold',
+    'index',
+    'index_select',
+    'pixel_shuffle',
+    'pixel_unshuffle',
+    'channel_shuffle',
+    'native_channel_shuffle',
+    'diagonal',
+    'movedim',
+    'narrow',
+    'flatten',
+    'unflatten',
+    'rot90',
+    'as_strided',
+}
+
 
 def shape_of_labels(r: Recorder, c: Call) -> list:
     "The labels of what a change of shape returns."
+
     def labels(v):
-        if isinstance(v, (tuple, list)): return type(v)(map(labels, v))
-        if not isinstance(v, Tensor): return v
+        if isinstance(v, (tuple, list)):
+            return type(v)(map(labels, v))
+        if not isinstance(v, Tensor):
+            return v
         known = mark(r, v).labels
-        if known is not None: return known
+        if known is not None:
+            return known
         index = c.name in ('index', 'index_select') and v is not c.args[0]
         return v if index else torch.full((1,) * v.ndim, FIXED).expand(v.shape)
-    if c.name in ('view', '_unsafe_view', '_reshape_alias'): return [labels(c.args[0]).reshape(c.out.shape)]
+
+    if c.name in ('view', '_unsafe_view', '_reshape_alias'):
+        return [labels(c.args[0]).reshape(c.out.shape)]
     if c.name == 'as_strided':
         x, at = c.args[0], c['storage_offset']
         full = torch.empty_strided(x.shape, x.stride(), dtype=torch.long).copy_(labels(x))
-        return [full.as_strided(c['size'], c['stride'], 0 if at is None else at - x.storage_offset())]
+        return [
+            full.as_strided(c['size'], c['stride'], 0 if at is None else at - x.storage_offset())
+        ]
     return tensors_in(c.func(*map(labels, c.args), **{k: labels(v) for k, v in c.kwargs.items()}))
+
 
 @rule(*SHAPES)
 def shapes(r: Recorder, c: Call, marks: list):
     "The operation, applied to labels."
-    try: labels = shape_of_labels(r, c)
-    except (RuntimeError, IndexError, TypeError): return unknown(r, c, marks)
-    if any(v.dtype != torch.long or v.shape != t.shape for v, t in zip(labels, c.outs)): return unknown(r, c, marks)
-    if not all(v.numel() for v in labels): return unknown(r, c, marks, 'nothing of its channels is left on example_inputs, behind ' + c.name)
+    try:
+        labels = shape_of_labels(r, c)
+    except (RuntimeError, IndexError, TypeError):
+        return unknown(r, c, marks)
+    if any(v.dtype != torch.long or v.shape != t.shape for v, t in zip(labels, c.outs)):
+        return unknown(r, c, marks)
+    if not all(v.numel() for v in labels):
+        return unknown(
+            r, c, marks, 'nothing of its channels is left on example_inputs, behind ' + c.name
+        )
     labels = [compact(v).expand(v.shape) for v in labels]
     readers = {id(m.node) for m in marks if m.labels is not None}
     node = add_node(r, c.name, marks, same=len(readers) == 1)
     note_pieces(r, c, marks, labels)
-    for v in labels: note_division(r, c, marks, v)
+    for v in labels:
+        note_division(r, c, marks, v)
     finish(r, c, node, labels, const=all(m.const for m in marks))
 
 # %% ../nbs/09_trace.ipynb #afb63395
 def note_pieces(r: Recorder, c: Call, marks: list, labels: list):
     "Pieces of channels: those of equal sizes must lose equally many."
-    if c.name not in ('slice', 'split', 'split_with_sizes', 'chunk', 'narrow', 'unbind', 'select') or marks[0].labels is None: return
+    if (
+        c.name not in ('slice', 'split', 'split_with_sizes', 'chunk', 'narrow', 'unbind', 'select')
+        or marks[0].labels is None
+    ):
+        return
     dim = (c['dim'] or 0) % c.tensors[0].ndim
-    if varying(marks[0].labels) != [dim]: return
-    if c.name in ('unbind', 'select'): parts = [v.flatten()[:1] for v in labels]
-    else: parts = [compact(v).flatten() for v in labels]
+    if varying(marks[0].labels) != [dim]:
+        return
+    if c.name in ('unbind', 'select'):
+        parts = [v.flatten()[:1] for v in labels]
+    else:
+        parts = [compact(v).flatten() for v in labels]
     r.pieces.setdefault((id(marks[0].node), dim), []).extend(parts)
+
 
 def note_division(r: Recorder, c: Call, marks: list, labels: Tensor):
     "A dimension of channels that becomes several: places along the last one are tied across the others."
-    if c.name not in ('view', '_unsafe_view', 'reshape', '_reshape_alias', 'unflatten', 'as_strided'): return
+    if c.name not in (
+        'view',
+        '_unsafe_view',
+        'reshape',
+        '_reshape_alias',
+        'unflatten',
+        'as_strided',
+    ):
+        return
     after = varying(labels)
-    if len(after) < 2 or len(after) <= len(varying(marks[0].labels)): return
+    if len(after) < 2 or len(after) <= len(varying(marks[0].labels)):
+        return
     rows = compact(labels).reshape(-1, labels.shape[after[-1]])
     tie(r, rows[:1].expand_as(rows), rows)
 
@@ -495,80 +779,175 @@ def note_division(r: Recorder, c: Call, marks: list, labels: Tensor):
 def padding(r: Recorder, c: Call, marks: list):
     "Zeros around an image, or around the channels."
     x, v, among = c.tensors[0], compact(marks[0].labels), False
-    sides = {x.ndim - 1 - i: c['pad'][2 * i:2 * i + 2] for i in range(len(c['pad']) // 2)}
+    sides = {x.ndim - 1 - i: c['pad'][2 * i : 2 * i + 2] for i in range(len(c['pad']) // 2)}
     for d in varying(marks[0].labels):
         low, high = sides.get(d, (0, 0))
-        if min(low, high) < 0: return unknown(r, c, marks)
-        if not (low or high): continue
+        if min(low, high) < 0:
+            return unknown(r, c, marks)
+        if not (low or high):
+            continue
         fixed, among = int(new_labels(r, 1)[0]), True
         r.pins[fixed] = 'its channels go through a padding of channels'
         v = F.pad(v, [0, 0] * (x.ndim - 1 - d) + [low, high], value=fixed)
     finish(r, c, add_node(r, c.name, marks, same=not among), [v.expand(c.out.shape)])
 
 # %% ../nbs/09_trace.ipynb #16be5458
-SPATIAL = {'max_pool1d', 'max_pool2d', 'max_pool2d_with_indices', 'max_pool3d', 'max_pool3d_with_indices', 'mkldnn_max_pool2d', 'mkldnn_max_pool3d',
-           'avg_pool1d', 'avg_pool2d', 'avg_pool3d', 'adaptive_avg_pool1d', 'adaptive_avg_pool2d', '_adaptive_avg_pool2d', '_adaptive_avg_pool3d',
-           'adaptive_max_pool1d', 'adaptive_max_pool2d', 'adaptive_max_pool3d', 'upsample_nearest1d', 'upsample_nearest2d', 'upsample_nearest3d',
-           '_upsample_nearest_exact1d', '_upsample_nearest_exact2d', '_upsample_nearest_exact3d', 'upsample_linear1d', 'upsample_bilinear2d',
-           'upsample_trilinear3d', 'upsample_bicubic2d', '_upsample_bilinear2d_aa', '_upsample_bicubic2d_aa', 'reflection_pad1d', 'reflection_pad2d',
-           'reflection_pad3d', 'replication_pad1d', 'replication_pad2d', 'replication_pad3d', 'grid_sampler_2d', 'grid_sampler_3d', 'roi_align', 'roi_pool'}
+SPATIAL = {
+    'max_pool1d',
+    'max_pool2d',
+    'max_pool2d_with_indices',
+    'max_pool3d',
+    'max_pool3d_with_indices',
+    'mkldnn_max_pool2d',
+    'mkldnn_max_pool3d',
+    'avg_pool1d',
+    'avg_pool2d',
+    'avg_pool3d',
+    'adaptive_avg_pool1d',
+    'adaptive_avg_pool2d',
+    '_adaptive_avg_pool2d',
+    '_adaptive_avg_pool3d',
+    'adaptive_max_pool1d',
+    'adaptive_max_pool2d',
+    'adaptive_max_pool3d',
+    'upsample_nearest1d',
+    'upsample_nearest2d',
+    'upsample_nearest3d',
+    '_upsample_nearest_exact1d',
+    '_upsample_nearest_exact2d',
+    '_upsample_nearest_exact3d',
+    'upsample_linear1d',
+    'upsample_bilinear2d',
+    'upsample_trilinear3d',
+    'upsample_bicubic2d',
+    '_upsample_bilinear2d_aa',
+    '_upsample_bicubic2d_aa',
+    'reflection_pad1d',
+    'reflection_pad2d',
+    'reflection_pad3d',
+    'replication_pad1d',
+    'replication_pad2d',
+    'replication_pad3d',
+    'grid_sampler_2d',
+    'grid_sampler_3d',
+    'roi_align',
+    'roi_pool',
+}
+
 
 @rule(*SPATIAL)
 def spatial(r: Recorder, c: Call, marks: list):
     "Something is done to positions, not to channels."
     x, labels = c.tensors[0], marks[0].labels
-    if labels is None: return unknown(r, c, marks)
+    if labels is None:
+        return unknown(r, c, marks)
     vary = varying(labels)
-    if any(t.ndim != x.ndim or t.shape[d] != x.shape[d] for t in c.outs for d in vary): return unknown(r, c, marks)
-    around = c.name.startswith('avg_pool') and any(c['padding'] or [0]) and c['count_include_pad'] is not False
-    node = add_node(r, c.name, marks[:1], same=not around)    # zeros that are averaged in make another function
+    if any(t.ndim != x.ndim or t.shape[d] != x.shape[d] for t in c.outs for d in vary):
+        return unknown(r, c, marks)
+    around = (
+        c.name.startswith('avg_pool')
+        and any(c['padding'] or [0])
+        and c['count_include_pad'] is not False
+    )
+    node = add_node(
+        r, c.name, marks[:1], same=not around
+    )  # zeros that are averaged in make another function
     finish(r, c, node, [compact(labels).expand(t.shape) for t in c.outs])
 
 # %% ../nbs/09_trace.ipynb #276d779d
-OVER = {'mean', 'sum', 'amax', 'amin', 'max', 'min', 'aminmax', 'std', 'var', 'var_mean', 'std_mean', 'prod', 'logsumexp', 'norm',
-        'linalg_vector_norm', 'median', 'any', 'all', 'nansum', 'nanmean'}
+OVER = {
+    'mean',
+    'sum',
+    'amax',
+    'amin',
+    'max',
+    'min',
+    'aminmax',
+    'std',
+    'var',
+    'var_mean',
+    'std_mean',
+    'prod',
+    'logsumexp',
+    'norm',
+    'linalg_vector_norm',
+    'median',
+    'any',
+    'all',
+    'nansum',
+    'nanmean',
+}
 ALONG = {'_softmax', '_log_softmax', 'softmax', 'log_softmax', 'cumsum', 'cumprod', 'logcumsumexp'}
+
 
 def dims_of(c: Call) -> list:
     "Dimensions that an operation is taken over, all without."
     x, d = c.tensors[0], c['dim'] if c['dim'] is not None else c['dims']
-    if d is None or d == []: return list(range(x.ndim))
+    if d is None or d == []:
+        return list(range(x.ndim))
     return [k % x.ndim for k in (d if isinstance(d, (list, tuple)) else [d])]
+
 
 @rule(*OVER)
 def over(r: Recorder, c: Call, marks: list):
     "A sum, a mean, a maximum over dimensions."
-    if len(marks) > 1: return unknown(r, c, marks)
+    if len(marks) > 1:
+        return unknown(r, c, marks)
     dims, labels = dims_of(c), marks[0].labels
-    if set(dims) & set(varying(labels)): return unknown(r, c, marks, f'its channels go through {c.name}, which is taken over all of them')
+    if set(dims) & set(varying(labels)):
+        return unknown(
+            r, c, marks, f'its channels go through {c.name}, which is taken over all of them'
+        )
+
     def reduced(t):
         v = compact(labels)
-        if t.ndim < v.ndim: v = v.squeeze(tuple(dims))
+        if t.ndim < v.ndim:
+            v = v.squeeze(tuple(dims))
         return v.expand(t.shape)
+
     node = add_node(r, c.name, marks, same=c.name in ('mean', 'amax', 'amin', 'max', 'min'))
     finish(r, c, node, [reduced(t) for t in c.outs])
+
 
 @rule(*ALONG)
 def along(r: Recorder, c: Call, marks: list):
     "A softmax or a running sum along dimensions."
     labels = marks[0].labels
-    if set(dims_of(c)) & set(varying(labels)): return unknown(r, c, marks, f'its channels go through {c.name.strip("_")}, which is taken over all of them')
+    if set(dims_of(c)) & set(varying(labels)):
+        return unknown(
+            r,
+            c,
+            marks,
+            f'its channels go through {c.name.strip("_")}, which is taken over all of them',
+        )
     finish(r, c, add_node(r, c.name, marks), [labels for _ in c.outs])
 
 # %% ../nbs/09_trace.ipynb #0efc7663
 def met(r: Recorder, c: Call, marks: list):
     "Labels of what a pointwise operation returns, compact; None if nothing that has any is left."
     shape = c.outs[0].shape
-    parts = [m.labels[(None,) * (len(shape) - m.labels.ndim)] for m in marks if m.labels is not None and m.labels.ndim <= len(shape)]
+    parts = [
+        m.labels[(None,) * (len(shape) - m.labels.ndim)]
+        for m in marks
+        if m.labels is not None and m.labels.ndim <= len(shape)
+    ]
     vary, total = [set(varying(v)) for v in parts], None
     for i, v in enumerate(parts):
         broadcast = {d for d in range(len(shape)) if v.shape[d] == 1 < shape[d]}
-        if broadcast & set().union(*vary[:i], *vary[i + 1:]): pin(r, v, 'its channels meet others of another number')
-        else: total = compact(v) if total is None else join(r, *torch.broadcast_tensors(total, compact(v)), c.name)
+        if broadcast & set().union(*vary[:i], *vary[i + 1 :]):
+            pin(r, v, 'its channels meet others of another number')
+        else:
+            total = (
+                compact(v)
+                if total is None
+                else join(r, *torch.broadcast_tensors(total, compact(v)), c.name)
+            )
     for t, m in zip(c.tensors, marks):
-        if total is None or m.labels is not None or not m.fixed: continue
+        if total is None or m.labels is not None or not m.fixed:
+            continue
         wide = {d + len(shape) - t.ndim for d in range(t.ndim) if t.shape[d] > 1}
-        if wide & set(varying(total)): pin(r, total, 'its channels meet a tensor of a fixed size')
+        if wide & set(varying(total)):
+            pin(r, total, 'its channels meet a tensor of a fixed size')
     return total
 
 # %% ../nbs/09_trace.ipynb #f0ee3dd7
@@ -576,14 +955,28 @@ def met(r: Recorder, c: Call, marks: list):
 def pointwise(r: Recorder, c: Call, marks: list):
     "An operation on numbers one by one."
     total, shape = met(r, c, marks), c.outs[0].shape
-    if total is None: return unlabelled(r, c, marks)
-    node = add_node(r, c.name, marks, activation=activation_of(c), scale=scale_of(r, c, total), same=adds_bias(r, c))
-    if c.name in ('add', 'sub', 'rsub'): node.terms = len({id(t) for t in c.tensors})
+    if total is None:
+        return unlabelled(r, c, marks)
+    node = add_node(
+        r,
+        c.name,
+        marks,
+        activation=activation_of(c),
+        scale=scale_of(r, c, total),
+        same=adds_bias(r, c),
+    )
+    if c.name in ('add', 'sub', 'rsub'):
+        node.terms = len({id(t) for t in c.tensors})
     if c.name in ('add', 'sub') and isinstance(c['other'], Tensor):
-        node.second = mark(r, c['other']).node, (1. if c.name == 'add' else -1.) * (1. if c['alpha'] is None else c['alpha'])
-    if c.in_place: written(r, c, total)
+        node.second = (
+            mark(r, c['other']).node,
+            (1.0 if c.name == 'add' else -1.0) * (1.0 if c['alpha'] is None else c['alpha']),
+        )
+    if c.in_place:
+        written(r, c, total)
     labels = [total.expand(shape) if t.shape == shape else None for t in c.outs]
     finish(r, c, node, labels, const=all(m.const for m in marks))
+
 
 def adds_bias(r: Recorder, c: Call) -> bool:
     "Is it the bias of a layer that was just used? Some linear layers add it in a second step."
@@ -596,82 +989,142 @@ def written(r: Recorder, c: Call, labels: Tensor):
     t, before = c.args[0], mark(r, c.args[0]).labels
     whole = t.untyped_storage().nbytes() == t.numel() * t.element_size()
     roots = lambda v: r.same.roots(compact(v))
-    if whole or before is not None and torch.equal(roots(before), roots(labels)): return
+    if whole or before is not None and torch.equal(roots(before), roots(labels)):
+        return
     pin(r, labels, 'its channels go through an operation in place on a part of a tensor')
+
 
 @rule('copy')
 def copied(r: Recorder, c: Call, marks: list):
     "One tensor is written over another."
     to, old, new = c.args[0], marks[0], marks[1]
-    if old.labels is not None: pin(r, old.labels, 'its channels are overwritten in place')
-    if new.labels is None: return put(r, to, Mark(fixed=new.fixed))
+    if old.labels is not None:
+        pin(r, old.labels, 'its channels are overwritten in place')
+    if new.labels is None:
+        return put(r, to, Mark(fixed=new.fixed))
     labels = new.labels[(None,) * (to.ndim - new.labels.ndim)].expand(to.shape)
     written(r, c, labels)
-    if old.labels is not None or old.fixed: pin(r, labels, 'its channels are written over others in place')
+    if old.labels is not None or old.fixed:
+        pin(r, labels, 'its channels are written over others in place')
     finish(r, c, add_node(r, c.name, [new], same=True), [labels])
 
 # %% ../nbs/09_trace.ipynb #fdeb7b67
 _or = lambda v, default: default if v is None else v
 
-ACTIVATIONS = {   # name of the operation -> from the call to the function
-    'relu': lambda c: act.relu, 'silu': lambda c: act.silu, 'tanh': lambda c: act.tanh, 'sigmoid': lambda c: act.sigmoid,
-    'mish': lambda c: act.mish, 'hardswish': lambda c: act.hardswish, 'hardsigmoid': lambda c: act.hardsigmoid,
-    'leaky_relu': lambda c: act.leaky_relu(_or(c['negative_slope'], .01)),
+ACTIVATIONS = {  # name of the operation -> from the call to the function
+    'relu': lambda c: act.relu,
+    'silu': lambda c: act.silu,
+    'tanh': lambda c: act.tanh,
+    'sigmoid': lambda c: act.sigmoid,
+    'mish': lambda c: act.mish,
+    'hardswish': lambda c: act.hardswish,
+    'hardsigmoid': lambda c: act.hardsigmoid,
+    'leaky_relu': lambda c: act.leaky_relu(_or(c['negative_slope'], 0.01)),
     'gelu': lambda c: act.gelu(_or(c['approximate'], 'none')),
-    'hardtanh': lambda c: act.hardtanh(_or(c['min_val'], -1.), _or(c['max_val'], 1.)),
+    'hardtanh': lambda c: act.hardtanh(_or(c['min_val'], -1.0), _or(c['max_val'], 1.0)),
     'clamp': lambda c: act.hardtanh(_or(c['min'], -math.inf), _or(c['max'], math.inf)),
-    'clamp_min': lambda c: act.hardtanh(c['min'], math.inf), 'clamp_max': lambda c: act.hardtanh(-math.inf, c['max']),
-    'softplus': lambda c: act.softplus(_or(c['beta'], 1.), _or(c['threshold'], 20.)),
-    'elu': lambda c: act.elu(_or(c['alpha'], 1.), _or(c['scale'], 1.), _or(c['input_scale'], 1.)),
-    'celu': lambda c: act.elu(_or(c['alpha'], 1.), 1., 1 / _or(c['alpha'], 1.))}
+    'clamp_min': lambda c: act.hardtanh(c['min'], math.inf),
+    'clamp_max': lambda c: act.hardtanh(-math.inf, c['max']),
+    'softplus': lambda c: act.softplus(_or(c['beta'], 1.0), _or(c['threshold'], 20.0)),
+    'elu': lambda c: act.elu(
+        _or(c['alpha'], 1.0), _or(c['scale'], 1.0), _or(c['input_scale'], 1.0)
+    ),
+    'celu': lambda c: act.elu(_or(c['alpha'], 1.0), 1.0, 1 / _or(c['alpha'], 1.0)),
+}
+
 
 def activation_of(c: Call) -> act.Activation | None:
     "The activation that a call is, or None."
-    if c.name not in ACTIVATIONS or len(c.tensors) > 1: return None
+    if c.name not in ACTIVATIONS or len(c.tensors) > 1:
+        return None
     f = ACTIVATIONS[c.name](c)
-    return act.relu if f == act.hardtanh(0., math.inf) else f
+    return act.relu if f == act.hardtanh(0.0, math.inf) else f
 
 # %% ../nbs/09_trace.ipynb #f1b98ad0
 def scale_of(r: Recorder, c: Call, labels: Tensor):
     "What channels are multiplied by: a number, or (labels, values); None for anything else."
-    if c.name == 'neg': return -1.
-    if c.name not in ('mul', 'div') or c['rounding_mode'] is not None: return None
+    if c.name == 'neg':
+        return -1.0
+    if c.name not in ('mul', 'div') or c['rounding_mode'] is not None:
+        return None
     x, s = c.args[:2]
-    if c.name == 'mul' and isinstance(s, Tensor) and not mark(r, s).const: x, s = s, x
-    if not isinstance(s, Tensor): return float(s) if c.name == 'mul' else 1 / s if s else None
-    if mark(r, x).const or not mark(r, s).const: return None
+    if c.name == 'mul' and isinstance(s, Tensor) and not mark(r, s).const:
+        x, s = s, x
+    if not isinstance(s, Tensor):
+        return float(s) if c.name == 'mul' else 1 / s if s else None
+    if mark(r, x).const or not mark(r, s).const:
+        return None
     values, vary = s.detach().expand(c.outs[0].shape), varying(labels)
-    if not set(varying(values)) <= set(vary): return None
-    values = compact(values).expand([n if d in vary else 1 for d, n in enumerate(values.shape)]).flatten().double()
+    if not set(varying(values)) <= set(vary):
+        return None
+    values = (
+        compact(values)
+        .expand([n if d in vary else 1 for d, n in enumerate(values.shape)])
+        .flatten()
+        .double()
+    )
     return compact(labels).flatten(), values.clone() if c.name == 'mul' else 1 / values
 
-for name in (*ACTIVATIONS, '_prelu_kernel', 'masked_fill', 'where', 'lerp', 'addcmul', 'addcdiv', 'rsub', 'threshold', 'selu', 'rrelu_with_noise',
-             'log_sigmoid_forward', 'native_dropout', 'fake_quantize_per_tensor_affine_cachemask'):
+
+for name in (
+    *ACTIVATIONS,
+    '_prelu_kernel',
+    'masked_fill',
+    'where',
+    'lerp',
+    'addcmul',
+    'addcdiv',
+    'rsub',
+    'threshold',
+    'selu',
+    'rrelu_with_noise',
+    'log_sigmoid_forward',
+    'native_dropout',
+    'fake_quantize_per_tensor_affine_cachemask',
+):
     RULES.setdefault(name, pointwise)
 
 # %% ../nbs/09_trace.ipynb #c96f4100
 def join_parameters(r: Recorder, c: Call, names: tuple, labels: Tensor):
     "Parameters with an entry for each channel."
     for t in (c[k] for k in names):
-        if not isinstance(t, Tensor): continue
+        if not isinstance(t, Tensor):
+            continue
         own = mark(r, t).labels
-        if own is None or own.shape != labels.shape: pin(r, labels, 'its channels are normalised with parameters of a fixed size')
-        else: join(r, labels, own)
+        if own is None or own.shape != labels.shape:
+            pin(r, labels, 'its channels are normalised with parameters of a fixed size')
+        else:
+            join(r, labels, own)
 
-@rule('native_batch_norm', '_native_batch_norm_legit', '_native_batch_norm_legit_no_training', 'batch_norm', 'cudnn_batch_norm', 'miopen_batch_norm', '_batch_norm_impl_index')
+
+@rule(
+    'native_batch_norm',
+    '_native_batch_norm_legit',
+    '_native_batch_norm_legit_no_training',
+    'batch_norm',
+    'cudnn_batch_norm',
+    'miopen_batch_norm',
+    '_batch_norm_impl_index',
+)
 def batch_norm(r: Recorder, c: Call, marks: list):
     "A batch norm; its node has the name of its module."
     labels = columns(r, c.tensors[0], 1)
     join_parameters(r, c, ('weight', 'bias', 'running_mean', 'running_var'), labels)
-    owners = [r.owner[id(c[k])][0] for k in ('running_mean', 'weight') if isinstance(c[k], Tensor) and id(c[k]) in r.owner]
+    owners = [
+        r.owner[id(c[k])][0]
+        for k in ('running_mean', 'weight')
+        if isinstance(c[k], Tensor) and id(c[k]) in r.owner
+    ]
     spread(r, c, add_node(r, 'batch_norm', marks[:1], layer=next(iter(owners), None)), labels, 1)
+
 
 @rule('native_group_norm')
 def group_norm(r: Recorder, c: Call, marks: list):
     "A group norm: its groups must lose equally many channels."
     labels = columns(r, c.tensors[0], 1)
     join_parameters(r, c, ('weight', 'bias'), labels)
-    if c['group'] > 1: r.balances.append(list(labels.view(c['group'], -1)))
+    if c['group'] > 1:
+        r.balances.append(list(labels.view(c['group'], -1)))
     spread(r, c, add_node(r, 'group_norm', marks[:1]), labels, 1)
 
 # %% ../nbs/09_trace.ipynb #8b3335ee
@@ -679,9 +1132,16 @@ def group_norm(r: Recorder, c: Call, marks: list):
 def glu(r: Recorder, c: Call, marks: list):
     "The first half times a sigmoid of the second."
     a, b = marks[0].labels.chunk(2, -1 if c['dim'] is None else c['dim'])
-    finish(r, c, add_node(r, c.name, marks), [join(r, compact(a), compact(b), 'mul').expand(c.out.shape)])
+    finish(
+        r,
+        c,
+        add_node(r, c.name, marks),
+        [join(r, compact(a), compact(b), 'mul').expand(c.out.shape)],
+    )
+
 
 PRODUCTS = dict(OPERANDS, bmm=('self', 'mat2'), baddbmm=('batch1', 'batch2'))
+
 
 @rule('bmm', 'mm', 'matmul', 'baddbmm', 'addmm')
 def product(r: Recorder, c: Call, marks: list):
@@ -691,14 +1151,21 @@ def product(r: Recorder, c: Call, marks: list):
     va, vb = (set(varying(v)) if (v := mark(r, t).labels) is not None else set() for t in (a, b))
     if others or a.ndim != b.ndim or bool(va) == bool(vb) or a.ndim - 1 in va or b.ndim - 2 in vb:
         return unknown(r, c, marks, f'its channels go through a product of matrices{_inside(r)}')
-    finish(r, c, add_node(r, c.name, marks), [compact(mark(r, a if va else b).labels).expand(c.out.shape)])
+    finish(
+        r,
+        c,
+        add_node(r, c.name, marks),
+        [compact(mark(r, a if va else b).labels).expand(c.out.shape)],
+    )
 
 # %% ../nbs/09_trace.ipynb #72a61a13
 def whole(r: Recorder, c: Call):
     "Write down a function that was looked at as a whole."
     marks = [mark(r, t) for t in c.tensors]
-    if all(m.labels is None for m in marks[:3]): return unlabelled(r, c, [Mark(fixed=True)])
-    if c.name != 'instance_norm': return unknown(r, c, marks, f'its channels go through {c.name}{_inside(r)}')
+    if all(m.labels is None for m in marks[:3]):
+        return unlabelled(r, c, [Mark(fixed=True)])
+    if c.name != 'instance_norm':
+        return unknown(r, c, marks, f'its channels go through {c.name}{_inside(r)}')
     names = ('input', 'running_mean', 'running_var', 'weight', 'bias')
     c.named |= dict(zip(names, c.args))
     labels = columns(r, c['input'], 1)
@@ -709,11 +1176,12 @@ def whole(r: Recorder, c: Call):
 @dataclass
 class Traced:
     "A private copy of a model, ready to be cut, and what was recorded of it."
-    model: nn.Module     # the copy, in evaluation mode, at least float32
-    args: tuple | dict   # what to call it with
-    calls: dict          # {layer name: number of calls in one forward pass}, in the order of the first call
-    tied: dict           # {layer name: another module that shares a parameter with it}
-    seen: Recorder       # the forward pass
+
+    model: nn.Module  # the copy, in evaluation mode, at least float32
+    args: tuple | dict  # what to call it with
+    calls: dict  # {layer name: number of calls in one forward pass}, in the order of the first call
+    tied: dict  # {layer name: another module that shares a parameter with it}
+    seen: Recorder  # the forward pass
     original: nn.Module  # the network before it is cut, with the same modules: nobody changes it
 
     def node(self, name: str) -> Node | None:
@@ -725,73 +1193,119 @@ def as_linear(m: nn.Module) -> nn.Module:
     "A `Conv1D` of transformers as a linear layer."
     new = nn.Linear(*m.weight.shape, bias=m.bias is not None, device='meta')
     new.weight = nn.Parameter(m.weight.detach().T.contiguous())
-    if m.bias is not None: new.bias = nn.Parameter(m.bias.detach().clone())
+    if m.bias is not None:
+        new.bias = nn.Parameter(m.bias.detach().clone())
     return new
+
 
 def as_batch_norm(m: nn.Module) -> nn.Module:
     "A frozen batch norm as one of PyTorch's."
     new = nn.BatchNorm2d(len(m.weight), eps=getattr(m, 'eps', 1e-5), device='meta')
-    for k in ('weight', 'bias'): setattr(new, k, nn.Parameter(getattr(m, k).detach().clone()))
-    for k in ('running_mean', 'running_var'): setattr(new, k, getattr(m, k).detach().clone())
+    for k in ('weight', 'bias'):
+        setattr(new, k, nn.Parameter(getattr(m, k).detach().clone()))
+    for k in ('running_mean', 'running_var'):
+        setattr(new, k, getattr(m, k).detach().clone())
     new.num_batches_tracked = torch.zeros((), dtype=torch.long, device=m.weight.device)
     return new
 
-EQUALS = {'Conv1D': (as_linear, lambda m: (2, m.weight.shape[0])), 'FrozenBatchNorm2d': (as_batch_norm, lambda m: (2, len(m.weight), 3, 3))}
+
+EQUALS = {
+    'Conv1D': (as_linear, lambda m: (2, m.weight.shape[0])),
+    'FrozenBatchNorm2d': (as_batch_norm, lambda m: (2, len(m.weight), 3, 3)),
+}
+
 
 @torch.no_grad()
 def equal_layer(m: nn.Module) -> nn.Module | None:
     "PyTorch's own layer that does what a layer of another library does; None if there is none."
-    if type(m).__name__ not in EQUALS: return None
+    if type(m).__name__ not in EQUALS:
+        return None
     make, shape = EQUALS[type(m).__name__]
     try:
         new = make(m).eval()
         x = torch.arange(math.prod(shape(m))).cos().view(shape(m)).to(m.weight)
         return new if torch.allclose(m(x), new(x), rtol=1e-3, atol=1e-4) else None
-    except (RuntimeError, AttributeError, TypeError): return None
+    except (RuntimeError, AttributeError, TypeError):
+        return None
 
 # %% ../nbs/09_trace.ipynb #f9173249
 def private_copy(model: nn.Module) -> nn.Module:
     "A copy in evaluation mode. Activations that are kept on modules, which cannot be copied, lose their history. ValueError where it cannot be made."
-    kept = {id(t): t.detach() for m in model.modules() for t in tensors_within({k: v for k, v in vars(m).items() if not k.startswith('_')}) if t.grad_fn is not None}
-    try: net = copy.deepcopy(model, kept).eval()
-    except Exception as e: raise ValueError(f'{type(model).__name__}: cannot be copied: {type(e).__name__}: {e}') from e
+    kept = {
+        id(t): t.detach()
+        for m in model.modules()
+        for t in tensors_within({k: v for k, v in vars(m).items() if not k.startswith('_')})
+        if t.grad_fn is not None
+    }
+    try:
+        net = copy.deepcopy(model, kept).eval()
+    except Exception as e:
+        raise ValueError(
+            f'{type(model).__name__}: cannot be copied: {type(e).__name__}: {e}'
+        ) from e
     for name, m in list(net.named_modules()):
         new = equal_layer(m)
-        if new is None: continue
-        if not name: return new
+        if new is None:
+            continue
+        if not name:
+            return new
         parent, _, child = name.rpartition('.')
         setattr(net.get_submodule(parent), child, new)
     return net
 
+
 def widened(net: nn.Module, args) -> tuple:
     "A network of half precision in single, in which every processor computes, with the dtypes that its modules hold; and its arguments."
-    if not any(p.dtype in HALF for p in net.parameters()): return net, args
+    if not any(p.dtype in HALF for p in net.parameters()):
+        return net, args
     for m in net.modules():
         for k, v in vars(m).items():
-            if isinstance(v, torch.dtype) and v in HALF: setattr(m, k, torch.float32)
+            if isinstance(v, torch.dtype) and v in HALF:
+                setattr(m, k, torch.float32)
     return net.float(), map_tensors(args, lambda v: v.float() if v.dtype in HALF else v)
+
 
 def _shared(model) -> dict:
     "{name of a layer: name of another module that has one of its parameters}."
     who = {}
     for k, m in model.named_modules():
-        for p in m.parameters(recurse=False): who.setdefault(id(p), []).append(k)
-    return {k: other for ks in who.values() if len(ks) > 1 for k, other in zip(ks, [ks[1], *[ks[0]] * (len(ks) - 1)])}
+        for p in m.parameters(recurse=False):
+            who.setdefault(id(p), []).append(k)
+    return {
+        k: other
+        for ks in who.values()
+        if len(ks) > 1
+        for k, other in zip(ks, [ks[1], *[ks[0]] * (len(ks) - 1)])
+    }
 
 # %% ../nbs/09_trace.ipynb #d9198925
 def trace(
-    model: nn.Module,   # any network; it is copied, not changed
-    example_inputs,     # a tensor, a tuple of positional or a dict of keyword arguments of its forward
+    model: nn.Module,  # any network; it is copied, not changed
+    example_inputs,  # a tensor, a tuple of positional or a dict of keyword arguments of its forward
 ) -> Traced:
     "Copy a model and record one forward pass. ValueError if it cannot be copied or run on `example_inputs`; warns of layers that are not called."
-    if torch.is_inference_mode_enabled(): raise ValueError('under torch.inference_mode a network would come back that can never be trained: call this outside of it')
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            'under torch.inference_mode a network would come back that can never be trained: call this outside of it'
+        )
     args = as_args(example_inputs)
     net, args = widened(private_copy(model), args)
     r = Recorder(net)
-    try: record(r, args)
-    except Exception as e: raise ValueError(f'example_inputs: the model cannot be run on them: {type(e).__name__}: {e}') from e
-    idle = [k for k, m in net.named_modules() if type(m) in PLAIN and k not in r.calls and k not in r.out]
-    if idle: warnings.warn(f'not called on example_inputs, and left as they are, even if what they read on other inputs changes: {", ".join(idle[:5])}')
+    try:
+        record(r, args)
+    except Exception as e:
+        raise ValueError(
+            f'example_inputs: the model cannot be run on them: {type(e).__name__}: {e}'
+        ) from e
+    idle = [
+        k
+        for k, m in net.named_modules()
+        if type(m) in PLAIN and k not in r.calls and k not in r.out
+    ]
+    if idle:
+        warnings.warn(
+            f'not called on example_inputs, and left as they are, even if what they read on other inputs changes: {", ".join(idle[:5])}'
+        )
     same = all(type(a) is type(b) for a, b in zip(model.modules(), net.modules()))
     return Traced(net, args, r.calls, _shared(net), r, model if same else private_copy(model))
 
@@ -799,10 +1313,18 @@ def trace(
 def first_calls(model, args) -> dict:
     "Positional and keyword arguments of the first call of every module in one forward pass, {module: (args, kwargs)}."
     seen, hooks = {}, []
-    def see(m, a, k): seen.setdefault(m, (a, k))    # returns nothing: what a hook returns would replace the arguments
-    for m in model.modules(): hooks.append(m.register_forward_pre_hook(see, with_kwargs=True))
+
+    def see(m, a, k):
+        seen.setdefault(
+            m, (a, k)
+        )  # returns nothing: what a hook returns would replace the arguments
+
+    for m in model.modules():
+        hooks.append(m.register_forward_pre_hook(see, with_kwargs=True))
     try:
-        with torch.no_grad(): call(model, args)
+        with torch.no_grad():
+            call(model, args)
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
     return seen

@@ -1,5 +1,11 @@
 "What all tests share: where things are, a throw-away copy of the project, and data and weights where there are any."
-import json, os, shutil, subprocess, sys, sysconfig
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -7,18 +13,32 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-NBS = ROOT/'nbs'
-LIB = ROOT/'lbyl_nb'
-SHARED = ROOT.parent/'shared'        # data and weights may lie beside the project; without them the tests that need them are skipped
+NBS = ROOT / 'nbs'
+LIB = ROOT / 'lbyl_nb'
+SHARED = (
+    ROOT.parent / 'shared'
+)  # data and weights may lie beside the project; without them the tests that need them are skipped
 NOTEBOOKS = sorted(p.name for p in NBS.glob('*.ipynb'))
-BUILT = shutil.ignore_patterns('.git', '.venv', '_proc', '_docs', 'build', 'dist', '*.egg-info', '__pycache__', '.ipynb_checkpoints',
-                               '.pytest_cache', '.hypothesis', 'demo.png')
+BUILT = shutil.ignore_patterns(
+    '.git',
+    '.venv',
+    '_proc',
+    '_docs',
+    'build',
+    'dist',
+    '*.egg-info',
+    '__pycache__',
+    '.ipynb_checkpoints',
+    '.pytest_cache',
+    '.hypothesis',
+    'demo.png',
+)
 
 
 def settings():
     "What settings.ini says, as a mapping."
     parser = ConfigParser(delimiters='=', interpolation=None)
-    parser.read(ROOT/'settings.ini', encoding='utf-8')
+    parser.read(ROOT / 'settings.ini', encoding='utf-8')
     return parser['DEFAULT']
 
 
@@ -30,24 +50,45 @@ def cells(notebook, kind=None):
 
 def command(name):
     "Path of a console script of the environment that the tests run in."
-    return str(Path(sysconfig.get_path('scripts'))/name)
+    return str(Path(sysconfig.get_path('scripts')) / name)
 
 
 # What a command run by a test must not inherit: nbdev's sign that a notebook is running, which nbdev-export obeys, and what `make test` was told.
-NOT_INHERITED = {'IN_TEST', 'MAKEFLAGS', 'MFLAGS', 'MAKEOVERRIDES', 'MAKELEVEL', 'PYTHON', 'ARGS', 'PYTHONPATH'}
+NOT_INHERITED = {
+    'IN_TEST',
+    'MAKEFLAGS',
+    'MFLAGS',
+    'MAKEOVERRIDES',
+    'MAKELEVEL',
+    'PYTHON',
+    'ARGS',
+    'PYTHONPATH',
+}
 
 
 def call(*args, cwd, timeout=600, **env):
     "Run a command with one thread and `env` on top of the environment (None takes a variable away); its completed process, output and errors in one text."
-    env = {k: v for k, v in os.environ.items() if k not in NOT_INHERITED} | dict(OMP_NUM_THREADS='1') | env
+    env = (
+        {k: v for k, v in os.environ.items() if k not in NOT_INHERITED}
+        | dict(OMP_NUM_THREADS='1')
+        | env
+    )
     env = {k: v for k, v in env.items() if v is not None}
-    return subprocess.run([str(a) for a in args], cwd=cwd, env=env, timeout=timeout, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.run(
+        [str(a) for a in args],
+        cwd=cwd,
+        env=env,
+        timeout=timeout,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 @pytest.fixture
 def project(tmp_path):
     "A copy of the project as it lies in the working tree, without what was built, for a test to change."
-    return Path(shutil.copytree(ROOT, tmp_path/'project', ignore=BUILT, symlinks=True))
+    return Path(shutil.copytree(ROOT, tmp_path / 'project', ignore=BUILT, symlinks=True))
 
 
 @pytest.fixture(scope='session')
@@ -55,12 +96,16 @@ def data_dir():
     """Folder with NAME_{train,test}.npz, named in $LBYL_DATA for as long as the tests run.
 
     It is what $LBYL_DATA names already, else the package's own cache folder, filled from the images beside the project."""
-    unpack = SHARED/'data'/'unpack.py'
-    if os.environ.get('LBYL_DATA'): folder = Path(os.environ['LBYL_DATA']).expanduser()
+    unpack = SHARED / 'data' / 'unpack.py'
+    if os.environ.get('LBYL_DATA'):
+        folder = Path(os.environ['LBYL_DATA']).expanduser()
     elif unpack.exists():
-        folder = Path.home()/'.cache'/'lbyl_nb'
-        subprocess.run([sys.executable, str(unpack), str(folder), 'cifar10', 'fashion_mnist'], check=True)
-    else: pytest.skip('no images: $LBYL_DATA is not set and ../shared/data/unpack.py does not exist')
+        folder = Path.home() / '.cache' / 'lbyl_nb'
+        subprocess.run(
+            [sys.executable, str(unpack), str(folder), 'cifar10', 'fashion_mnist'], check=True
+        )
+    else:
+        pytest.skip('no images: $LBYL_DATA is not set and ../shared/data/unpack.py does not exist')
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('LBYL_DATA', str(folder))
         yield folder
@@ -69,8 +114,11 @@ def data_dir():
 @pytest.fixture(scope='session')
 def weights_dir():
     "Folder with the trained networks' safetensors, named in $LBYL_WEIGHTS for as long as the tests run: what it names already, else the one beside the project."
-    folder = Path(os.environ.get('LBYL_WEIGHTS') or SHARED/'weights').expanduser()
-    if not list(folder.glob('*.safetensors')): pytest.skip('no trained networks: $LBYL_WEIGHTS is not set and ../shared/weights holds none')
+    folder = Path(os.environ.get('LBYL_WEIGHTS') or SHARED / 'weights').expanduser()
+    if not list(folder.glob('*.safetensors')):
+        pytest.skip(
+            'no trained networks: $LBYL_WEIGHTS is not set and ../shared/weights holds none'
+        )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('LBYL_WEIGHTS', str(folder))
         yield folder

@@ -1,5 +1,6 @@
 "Networks that are not what one hopes for: each is pruned as far as it can be, with a reason for the rest, or refused with an error that says what is wrong."
-import copy, threading, warnings
+
+import threading
 from dataclasses import dataclass
 
 import pytest
@@ -11,7 +12,15 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from lbyl_nb.elsewhere import restore_inside
 from lbyl_nb.layerwise import layerwise, probe
 from lbyl_nb.probe import calibration, noise
-from lbyl_nb.recover import lbyl, lbyl_restore, load_restored, plan, prune_only, restore, save_restored
+from lbyl_nb.recover import (
+    lbyl,
+    lbyl_restore,
+    load_restored,
+    plan,
+    prune_only,
+    restore,
+    save_restored,
+)
 
 RESTORERS = dict(lbyl=lbyl(), probe=probe(noise(8)), layerwise=layerwise(noise(8)))
 each_restorer = pytest.mark.parametrize('restorer', RESTORERS.values(), ids=RESTORERS.keys())
@@ -19,30 +28,54 @@ rows, image, sequence = torch.rand(4, 6), torch.randn(2, 3, 8, 8), torch.randn(4
 
 
 @pytest.fixture(autouse=True)
-def seed(): torch.manual_seed(0)
+def seed():
+    torch.manual_seed(0)
 
 
 class Net(nn.Module):
     "Layers as attributes, and a function of the network and its input."
+
     def __init__(self, f, **layers):
         super().__init__()
         self.f = f
-        for k, v in layers.items(): self.add_module(k, v)
-    def forward(self, x): return self.f(self, x)
+        for k, v in layers.items():
+            self.add_module(k, v)
+
+    def forward(self, x):
+        return self.f(self, x)
 
 
-def cnn(): return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Conv2d(6, 3, 1))
+def cnn():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 1),
+        nn.ReLU(),
+        nn.Conv2d(6, 3, 1),
+    )
 
 
-def chain(middle=lambda: nn.Linear(8, 8)): return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), middle(), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+def chain(middle=lambda: nn.Linear(8, 8)):
+    return nn.Sequential(
+        nn.Linear(6, 8), nn.ReLU(), middle(), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)
+    )
 
 
-def reasons(r): return {g.layer: g.left_alone for g in r.report.itertuples() if g.left_alone}
+def reasons(r):
+    return {g.layer: g.left_alone for g in r.report.itertuples() if g.left_alone}
 
 
 # Outputs
 
-def outputs(f): return Net(lambda n, x: (lambda h: (lambda g: f(h, g, n.c(g)))(n.b(h).relu()))(n.a(x).relu()), a=nn.Linear(6, 8), b=nn.Linear(8, 8), c=nn.Linear(8, 3))
+
+def outputs(f):
+    return Net(
+        lambda n, x: (lambda h: (lambda g: f(h, g, n.c(g)))(n.b(h).relu()))(n.a(x).relu()),
+        a=nn.Linear(6, 8),
+        b=nn.Linear(8, 8),
+        c=nn.Linear(8, 3),
+    )
 
 
 @dataclass
@@ -53,14 +86,25 @@ class Pair:
 
 def flat(v):
     "Tensors in an output, by hand."
-    if isinstance(v, Tensor): return [v]
-    if isinstance(v, Pair): v = [v.y, v.h]
-    if isinstance(v, dict): v = list(v.values())
+    if isinstance(v, Tensor):
+        return [v]
+    if isinstance(v, Pair):
+        v = [v.y, v.h]
+    if isinstance(v, dict):
+        v = list(v.values())
     return [t for w in v for t in flat(w)] if isinstance(v, (tuple, list)) else []
 
 
-STRUCTURES = dict(tuple=lambda h, g, y: (y, g), dict=lambda h, g, y: dict(y=y, h=h), nested=lambda h, g, y: dict(a=[y, (g,)]))
-OTHERS = dict(dataclass=lambda h, g, y: Pair(y, h), none=lambda h, g, y: (y, None), number=lambda h, g, y: dict(y=y, n=3))
+STRUCTURES = dict(
+    tuple=lambda h, g, y: (y, g),
+    dict=lambda h, g, y: dict(y=y, h=h),
+    nested=lambda h, g, y: dict(a=[y, (g,)]),
+)
+OTHERS = dict(
+    dataclass=lambda h, g, y: Pair(y, h),
+    none=lambda h, g, y: (y, None),
+    number=lambda h, g, y: dict(y=y, n=3),
+)
 
 
 @each_restorer
@@ -68,77 +112,151 @@ OTHERS = dict(dataclass=lambda h, g, y: Pair(y, h), none=lambda h, g, y: (y, Non
 def test_outputs_of_any_structure(f, restorer):
     "Whatever is put out, at any depth, keeps its shape; hidden channels that are not put out can be removed."
     net = outputs(f)
-    out = {k for k, h in zip('ab', (net.a(rows).relu(), net.b(net.a(rows).relu()).relu())) if any(t.shape == h.shape and torch.equal(t, h) for t in flat(net(rows)))}
-    r = restore(net, rows, ratio=.5, restorer=restorer)
-    assert type(r.model(rows)) is type(net(rows)) and [t.shape for t in flat(r.model(rows))] == [t.shape for t in flat(net(rows))]
-    assert r.plan.keys() == {'a', 'b'} - out and all(reasons(r)[k] == "its channels are the network's output" for k in out | {'c'})
+    out = {
+        k
+        for k, h in zip('ab', (net.a(rows).relu(), net.b(net.a(rows).relu()).relu()))
+        if any(t.shape == h.shape and torch.equal(t, h) for t in flat(net(rows)))
+    }
+    r = restore(net, rows, ratio=0.5, restorer=restorer)
+    assert type(r.model(rows)) is type(net(rows)) and [t.shape for t in flat(r.model(rows))] == [
+        t.shape for t in flat(net(rows))
+    ]
+    assert r.plan.keys() == {'a', 'b'} - out and all(
+        reasons(r)[k] == "its channels are the network's output" for k in out | {'c'}
+    )
 
 
 # Control flow
 
+
 def test_a_branch_that_is_not_taken():
     "What example inputs do not reach is left as it is, and a warning names it; inputs that do reach it may find it too wide."
-    net = Net(lambda n, x: n.o((n.p if x.sum() > 0 else n.n)(n.a(x).relu()).relu()), a=nn.Linear(6, 8), p=nn.Linear(8, 8), n=nn.Linear(8, 8), o=nn.Linear(8, 3))
-    with pytest.warns(UserWarning, match='not called on example_inputs.*: n$'): r = restore(net, rows, ratio=.5)
-    assert r.plan.keys() == {'a', 'p'} and r.model(rows).shape == (4, 3) and r.model.n.weight.shape == (8, 8)
-    with pytest.raises(RuntimeError): r.model(-rows)
+    net = Net(
+        lambda n, x: n.o((n.p if x.sum() > 0 else n.n)(n.a(x).relu()).relu()),
+        a=nn.Linear(6, 8),
+        p=nn.Linear(8, 8),
+        n=nn.Linear(8, 8),
+        o=nn.Linear(8, 3),
+    )
+    with pytest.warns(UserWarning, match='not called on example_inputs.*: n$'):
+        r = restore(net, rows, ratio=0.5)
+    assert (
+        r.plan.keys() == {'a', 'p'}
+        and r.model(rows).shape == (4, 3)
+        and r.model.n.weight.shape == (8, 8)
+    )
+    with pytest.raises(RuntimeError):
+        r.model(-rows)
     for restorer in (probe, layerwise):
-        with pytest.warns(UserWarning), pytest.raises(ValueError, match='p: not called when the probes pass'): restore(net, rows, ratio=.5, restorer=restorer(calibration(-rows)))
+        with (
+            pytest.warns(UserWarning),
+            pytest.raises(ValueError, match='p: not called when the probes pass'),
+        ):
+            restore(net, rows, ratio=0.5, restorer=restorer(calibration(-rows)))
 
 
 @each_restorer
 def test_a_branch_without_layers(restorer):
     "Either way the same layers are called, so either way the smaller network runs."
-    net = Net(lambda n, x: n.o(n.a(x).relu() if x.sum() > 0 else n.a(x).relu() * 2), a=nn.Linear(6, 8), o=nn.Linear(8, 3))
-    small = lbyl_restore(net, rows, ratio=.5, restorer=restorer)
+    net = Net(
+        lambda n, x: n.o(n.a(x).relu() if x.sum() > 0 else n.a(x).relu() * 2),
+        a=nn.Linear(6, 8),
+        o=nn.Linear(8, 3),
+    )
+    small = lbyl_restore(net, rows, ratio=0.5, restorer=restorer)
     assert small(rows).shape == small(-rows).shape == (4, 3) and small.a.out_features == 4
 
 
 # Inputs
 
+
 class Detector(nn.Module):
     "Takes a list of images, as torchvision's detectors do."
-    def __init__(self): super().__init__(); self.body = cnn()
-    def forward(self, images): return [y.mean((1, 2)) for y in self.body(torch.stack(images))]
+
+    def __init__(self):
+        super().__init__()
+        self.body = cnn()
+
+    def forward(self, images):
+        return [y.mean((1, 2)) for y in self.body(torch.stack(images))]
 
 
 def test_a_list_of_images():
     "Closed form: as any network. Probes: there is no batch to make them like, but there is one for the body."
     net, images = Detector(), [torch.randn(3, 8, 8)] * 4
-    assert len(lbyl_restore(net, (images,), ratio=.5)(images)) == 4
+    assert len(lbyl_restore(net, (images,), ratio=0.5)(images)) == 4
     for restorer in (probe(noise(8)), layerwise(noise(8)), probe(calibration((images,)))):
-        with pytest.raises(ValueError, match='none of the arguments is a tensor of samples.*restore_inside'): restore(net, (images,), ratio=.5, restorer=restorer)
-    for restorer in RESTORERS.values(): assert restore_inside(net, 'body', (images,), ratio=.5, restorer=restorer).model.body[0].out_channels == 4
+        with pytest.raises(
+            ValueError, match='none of the arguments is a tensor of samples.*restore_inside'
+        ):
+            restore(net, (images,), ratio=0.5, restorer=restorer)
+    for restorer in RESTORERS.values():
+        assert (
+            restore_inside(net, 'body', (images,), ratio=0.5, restorer=restorer)
+            .model.body[0]
+            .out_channels
+            == 4
+        )
 
 
 # Layers
 
+
 @each_restorer
 def test_a_head_tied_to_an_embedding(restorer, tmp_path):
     "The tie holds in the restored network and in what is read from its file; the layers in between are pruned."
+
     def build():
-        net = Net(lambda n, i: (lambda z: n.head(z + n.b(n.a(z).relu())))(n.e(i)), e=nn.Embedding(11, 6), a=nn.Linear(6, 8), b=nn.Linear(8, 6), head=nn.Linear(6, 11, bias=False))
+        net = Net(
+            lambda n, i: (lambda z: n.head(z + n.b(n.a(z).relu())))(n.e(i)),
+            e=nn.Embedding(11, 6),
+            a=nn.Linear(6, 8),
+            b=nn.Linear(8, 6),
+            head=nn.Linear(6, 11, bias=False),
+        )
         net.head.weight = net.e.weight
         return net
+
     net, words = build(), torch.randint(11, (4, 5))
-    r = restore(net, words, ratio=.5, restorer=restorer)
+    r = restore(net, words, ratio=0.5, restorer=restorer)
     assert r.model.head.weight is r.model.e.weight is not net.e.weight and r.plan.keys() == {'a'}
-    assert reasons(r)['head'] == 'head shares a parameter with e' and torch.equal(r.model.e.weight, net.e.weight)
-    with pytest.raises(ValueError, match='keep: head cannot be pruned: head shares a parameter with e'): lbyl_restore(net, words, keep=dict(head=[0, 1]))
-    save_restored(r.model, r.plan, tmp_path/'f.safetensors')
-    loaded = load_restored(build(), words, tmp_path/'f.safetensors')
+    assert reasons(r)['head'] == 'head shares a parameter with e' and torch.equal(
+        r.model.e.weight, net.e.weight
+    )
+    with pytest.raises(
+        ValueError, match='keep: head cannot be pruned: head shares a parameter with e'
+    ):
+        lbyl_restore(net, words, keep=dict(head=[0, 1]))
+    save_restored(r.model, r.plan, tmp_path / 'f.safetensors')
+    loaded = load_restored(build(), words, tmp_path / 'f.safetensors')
     assert loaded.head.weight is loaded.e.weight and torch.equal(loaded(words), r.model(words))
 
 
 @each_restorer
 def test_layers_that_share_a_weight(restorer):
-    net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    net = nn.Sequential(
+        nn.Linear(6, 6),
+        nn.ReLU(),
+        nn.Linear(6, 6),
+        nn.ReLU(),
+        nn.Linear(6, 8),
+        nn.ReLU(),
+        nn.Linear(8, 3),
+    )
     net[2].weight = net[0].weight
-    r = restore(net, rows, ratio=.5, restorer=restorer)
-    assert r.model[2].weight is r.model[0].weight and r.plan.keys() == {'4'} and reasons(r)['2'] == '2 shares a parameter with 0'
+    r = restore(net, rows, ratio=0.5, restorer=restorer)
+    assert (
+        r.model[2].weight is r.model[0].weight
+        and r.plan.keys() == {'4'}
+        and reasons(r)['2'] == '2 shares a parameter with 0'
+    )
 
 
-NORMS = dict(weight_norm=parametrizations.weight_norm, spectral_norm=parametrizations.spectral_norm, orthogonal=parametrizations.orthogonal)
+NORMS = dict(
+    weight_norm=parametrizations.weight_norm,
+    spectral_norm=parametrizations.spectral_norm,
+    orthogonal=parametrizations.orthogonal,
+)
 
 
 @each_restorer
@@ -146,61 +264,100 @@ NORMS = dict(weight_norm=parametrizations.weight_norm, spectral_norm=parametriza
 def test_parametrized_layers(norm, restorer):
     "They and what they read are left alone, and stay parametrized; the rest is pruned."
     net = chain(lambda: NORMS[norm](nn.Linear(8, 8))).eval()
-    r = restore(net, rows, ratio=.5, restorer=restorer)
-    assert r.plan.keys() == {'4'} and parametrize.is_parametrized(r.model[2]) and torch.equal(r.model[2].weight, net[2].weight)
+    r = restore(net, rows, ratio=0.5, restorer=restorer)
+    assert (
+        r.plan.keys() == {'4'}
+        and parametrize.is_parametrized(r.model[2])
+        and torch.equal(r.model[2].weight, net[2].weight)
+    )
     assert all('2 is a ParametrizedLinear' in reasons(r)[k] for k in '02')
-    with pytest.raises(ValueError, match='keep: 2 cannot be pruned: 2 is a ParametrizedLinear'): lbyl_restore(net, rows, keep={'2': [0]})
+    with pytest.raises(ValueError, match='keep: 2 cannot be pruned: 2 is a ParametrizedLinear'):
+        lbyl_restore(net, rows, keep={'2': [0]})
 
 
 @pytest.mark.filterwarnings('ignore:The .grad attribute')
 def test_a_parametrized_batch_norm():
     net = cnn()
+
     class Positive(nn.Module):
-        def forward(self, x): return x.abs()
+        def forward(self, x):
+            return x.abs()
+
     parametrize.register_parametrization(net[1], 'weight', Positive())
     small = restore(net, image, keep={'0': [0, 2, 3]}, restorer=prune_only()).model
-    assert parametrize.is_parametrized(small[1]) and torch.equal(small[1].weight, net[1].weight[[0, 2, 3]])
+    assert parametrize.is_parametrized(small[1]) and torch.equal(
+        small[1].weight, net[1].weight[[0, 2, 3]]
+    )
 
 
-OLD = dict(weight_norm=nn.utils.weight_norm, spectral_norm=nn.utils.spectral_norm, masks=lambda layer: prune.l1_unstructured(layer, 'weight', .5))
+OLD = dict(
+    weight_norm=nn.utils.weight_norm,
+    spectral_norm=nn.utils.spectral_norm,
+    masks=lambda layer: prune.l1_unstructured(layer, 'weight', 0.5),
+)
 
 
 @pytest.mark.filterwarnings('ignore:.*deprecated')
 @pytest.mark.parametrize('norm', OLD)
 def test_weights_that_a_hook_computes(norm):
     "Weight norm and spectral norm of old, and masks: what they make of a layer cannot be copied."
-    with pytest.raises(ValueError, match='2.weight'): plan(chain(lambda: OLD[norm](nn.Linear(8, 8))), rows, .5)
+    with pytest.raises(ValueError, match='2.weight'):
+        plan(chain(lambda: OLD[norm](nn.Linear(8, 8))), rows, 0.5)
 
 
-@pytest.mark.filterwarnings('ignore')    # of torch, about the end of its quantization
+@pytest.mark.filterwarnings('ignore')  # of torch, about the end of its quantization
 def test_quantized_layers():
     net = torch.ao.quantization.quantize_dynamic(chain(), {nn.Linear})
     for call in (lbyl_restore, plan):
-        with pytest.raises(ValueError, match='0._packed_params.*quantized weights are not handled'): call(net, rows, ratio=.5)
+        with pytest.raises(ValueError, match='0._packed_params.*quantized weights are not handled'):
+            call(net, rows, ratio=0.5)
 
 
 def test_networks_without_values():
-    with pytest.raises(ValueError, match='0.weight: is on the meta device'): plan(cnn().to('meta'), image.to('meta'), .5)
-    with pytest.raises(ValueError, match='example_inputs'): plan(cnn(), image.to('meta'), .5)
+    with pytest.raises(ValueError, match='0.weight: is on the meta device'):
+        plan(cnn().to('meta'), image.to('meta'), 0.5)
+    with pytest.raises(ValueError, match='example_inputs'):
+        plan(cnn(), image.to('meta'), 0.5)
 
 
 def test_lazy_layers():
-    with pytest.raises(ValueError, match='0.weight'): plan(nn.Sequential(nn.LazyConv2d(8, 3), nn.ReLU(), nn.Conv2d(8, 3, 1)), image, .5)
+    with pytest.raises(ValueError, match='0.weight'):
+        plan(nn.Sequential(nn.LazyConv2d(8, 3), nn.ReLU(), nn.Conv2d(8, 3, 1)), image, 0.5)
 
 
 def test_a_plan_that_breaks_the_groups_of_a_convolution():
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1, groups=2), nn.ReLU(), nn.Conv2d(8, 3, 1))
-    with pytest.raises(ValueError, match='keep: 0: channels that must be kept or removed together, as those of a grouped convolution'): restore(net, image, keep={'0': [0, 1, 2]})
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1, groups=2), nn.ReLU(), nn.Conv2d(8, 3, 1)
+    )
+    with pytest.raises(
+        ValueError,
+        match='keep: 0: channels that must be kept or removed together, as those of a grouped convolution',
+    ):
+        restore(net, image, keep={'0': [0, 1, 2]})
     assert restore(net, image, keep={'0': [0, 1, 4, 5]}).model[2].weight.shape == (8, 2, 1, 1)
 
 
 @each_restorer
 def test_channels_that_stand_in_groups(restorer):
     "Every group of the norm keeps equally many of them, and a plan that does not is refused."
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(4, 8), nn.ReLU(), nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Conv2d(6, 3, 1))
-    r = restore(net, image, ratio=.5, restorer=restorer)
-    assert r.plan.keys() == {'0', '3'} and [i // 2 for i in r.plan['0']] == [0, 1, 2, 3] and r.model[1].num_channels == 4
-    with pytest.raises(ValueError, match='keep: 0: its channels are split in pieces, or normalised in groups'): lbyl_restore(net, image, keep={'0': [0, 1, 2]})
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.GroupNorm(4, 8),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 1),
+        nn.ReLU(),
+        nn.Conv2d(6, 3, 1),
+    )
+    r = restore(net, image, ratio=0.5, restorer=restorer)
+    assert (
+        r.plan.keys() == {'0', '3'}
+        and [i // 2 for i in r.plan['0']] == [0, 1, 2, 3]
+        and r.model[1].num_channels == 4
+    )
+    with pytest.raises(
+        ValueError, match='keep: 0: its channels are split in pieces, or normalised in groups'
+    ):
+        lbyl_restore(net, image, keep={'0': [0, 1, 2]})
 
 
 def own_attention(n, x):
@@ -226,8 +383,11 @@ def module_attention(n, x):
 
 
 L = nn.Linear
-ATTENTION = dict(own=(own_attention, dict(qkv=L(8, 24), p=L(8, 8)), 'qkv'), separate=(separate_attention, dict(q=L(8, 8), k=L(8, 8), v=L(8, 8), p=L(8, 8)), 'v'),
-                 module=(module_attention, dict(p=nn.MultiheadAttention(8, 2, batch_first=True)), 'i'))
+ATTENTION = dict(
+    own=(own_attention, dict(qkv=L(8, 24), p=L(8, 8)), 'qkv'),
+    separate=(separate_attention, dict(q=L(8, 8), k=L(8, 8), v=L(8, 8), p=L(8, 8)), 'v'),
+    module=(module_attention, dict(p=nn.MultiheadAttention(8, 2, batch_first=True)), 'i'),
+)
 
 
 @each_restorer
@@ -237,9 +397,15 @@ def test_attention(kind, streams, restorer):
     "Heads keep their width: layers that write to them are left alone, and a plan that names one is refused. What lies between attentions is pruned."
     f, layers, name = ATTENTION[kind]
     net = Net(f, i=L(6, 8), **layers, u=L(8, 12), d=L(12, 8), o=L(8, 3))
-    r = restore(net, sequence, ratio=.5, streams=streams, restorer=restorer)
-    assert r.plan.keys() >= {'u'} and name not in r.plan and r.model(sequence).shape == (4, 3) and r.model.u.out_features == 6
-    with pytest.raises(ValueError, match=f'keep: {name} cannot be pruned: '): lbyl_restore(net, sequence, keep={name: [0, 1, 2]})
+    r = restore(net, sequence, ratio=0.5, streams=streams, restorer=restorer)
+    assert (
+        r.plan.keys() >= {'u'}
+        and name not in r.plan
+        and r.model(sequence).shape == (4, 3)
+        and r.model.u.out_features == 6
+    )
+    with pytest.raises(ValueError, match=f'keep: {name} cannot be pruned: '):
+        lbyl_restore(net, sequence, keep={name: [0, 1, 2]})
 
 
 @each_restorer
@@ -247,18 +413,29 @@ def test_attention(kind, streams, restorer):
 @pytest.mark.parametrize('kind', [nn.LSTM, nn.GRU, nn.RNN])
 def test_recurrent_layers(kind, batch_first, restorer):
     "They and what they read are left alone with a reason; what lies behind is pruned."
-    net = Net(lambda n, x: n.o(n.m(n.r(n.i(x).relu())[0].mean(1)).relu()), i=L(6, 8), r=kind(8, 8, batch_first=batch_first), m=L(8, 8), o=L(8, 3))
-    r = restore(net, sequence, ratio=.5, restorer=restorer)
+    net = Net(
+        lambda n, x: n.o(n.m(n.r(n.i(x).relu())[0].mean(1)).relu()),
+        i=L(6, 8),
+        r=kind(8, 8, batch_first=batch_first),
+        m=L(8, 8),
+        o=L(8, 3),
+    )
+    r = restore(net, sequence, ratio=0.5, restorer=restorer)
     assert r.plan.keys() == {'m'} and reasons(r)['i'].startswith('its channels go through')
-    with pytest.raises(ValueError, match='keep: i cannot be pruned'): lbyl_restore(net, sequence, keep=dict(i=[0]))
-    with pytest.raises(ValueError, match='nothing to prune'): plan(Net(lambda n, x: n.r(x)[0], r=kind(6, 8)), sequence, .5)
+    with pytest.raises(ValueError, match='keep: i cannot be pruned'):
+        lbyl_restore(net, sequence, keep=dict(i=[0]))
+    with pytest.raises(ValueError, match='nothing to prune'):
+        plan(Net(lambda n, x: n.r(x)[0], r=kind(6, 8)), sequence, 0.5)
 
 
 # Hooks
 
+
 def forward_hooks(net, log):
     net[0].register_forward_hook(lambda m, i, o: log.append(('forward', o.shape[1])))
-    net[3].register_forward_hook(lambda m, i, k, o: log.append(('keywords', i[0].shape[1])), with_kwargs=True)
+    net[3].register_forward_hook(
+        lambda m, i, k, o: log.append(('keywords', i[0].shape[1])), with_kwargs=True
+    )
     net[3].register_forward_pre_hook(lambda m, i: log.append(('before', i[0].shape[1])))
     net.register_forward_hook(lambda m, i, o: log.append(('whole', o.shape[1])))
 
@@ -268,7 +445,7 @@ def test_hooks_are_kept_and_fire(restorer):
     "They belong to the restored network too; on the way they see what passes the private copies, so they must stand other numbers of channels and samples."
     net, log = cnn(), []
     forward_hooks(net, log)
-    small = lbyl_restore(net, image, ratio=.5, restorer=restorer)
+    small = lbyl_restore(net, image, ratio=0.5, restorer=restorer)
     log.clear()
     small(image)
     assert log == [('forward', 4), ('before', 4), ('keywords', 4), ('whole', 3)]
@@ -284,7 +461,7 @@ def test_backward_hooks(full):
     net, log = cnn(), []
     hook = lambda m, i, o: log.append(o[0].shape[1])
     net[3].register_full_backward_hook(hook) if full else net[3].register_backward_hook(hook)
-    r = restore(net, image, ratio=.5)
+    r = restore(net, image, ratio=0.5)
     r.model(image).sum().backward()
     assert log == [3] and r.plan.keys() == {'0', '3'}
 
@@ -292,121 +469,191 @@ def test_backward_hooks(full):
 @pytest.mark.parametrize('restorer', [probe, layerwise])
 def test_hooks_that_change_what_passes(restorer):
     "A hook that doubles an output does so in the restored network, once: what is solved for is what the layer gives to it."
-    net, x = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Conv2d(6, 6, 1), nn.ReLU(), nn.Conv2d(6, 3, 1)).double(), torch.randn(64, 3, 8, 8).double()
-    with torch.no_grad(): net[0].weight[4:], net[0].bias[4:] = net[0].weight[:4], net[0].bias[:4]
+    net, x = (
+        nn.Sequential(
+            nn.Conv2d(3, 8, 1),
+            nn.ReLU(),
+            nn.Conv2d(8, 6, 1),
+            nn.ReLU(),
+            nn.Conv2d(6, 6, 1),
+            nn.ReLU(),
+            nn.Conv2d(6, 3, 1),
+        ).double(),
+        torch.randn(64, 3, 8, 8).double(),
+    )
+    with torch.no_grad():
+        net[0].weight[4:], net[0].bias[4:] = net[0].weight[:4], net[0].bias[:4]
     net[4].register_forward_hook(lambda m, i, o: 2 * o)
     net[6].register_forward_pre_hook(lambda m, i: (i[0] - 1,))
-    small = lbyl_restore(net, x, keep={'0': [0, 1, 2, 3]}, restorer=restorer(calibration(x), ridge=1e-9))
+    small = lbyl_restore(
+        net, x, keep={'0': [0, 1, 2, 3]}, restorer=restorer(calibration(x), ridge=1e-9)
+    )
     assert small[0].out_channels == 4
     torch.testing.assert_close(small(x), net(x), rtol=1e-5, atol=1e-5)
 
 
 # State
 
+
 @each_restorer
 def test_frozen_parameters_and_modes(restorer):
     "Whatever is frozen or in training mode is so afterwards, layer by layer."
     net = cnn().train()
-    net[0].weight.requires_grad_(False); net[1].eval()
-    small = lbyl_restore(net, image, ratio=.5, restorer=restorer)
+    net[0].weight.requires_grad_(False)
+    net[1].eval()
+    small = lbyl_restore(net, image, ratio=0.5, restorer=restorer)
     assert [k for k, p in small.named_parameters() if not p.requires_grad] == ['0.weight']
-    assert [m.training for m in small] == [m.training for m in net] == [True, False, True, True, True, True]
+    assert (
+        [m.training for m in small]
+        == [m.training for m in net]
+        == [True, False, True, True, True, True]
+    )
 
 
 @each_restorer
 def test_a_buffer_that_two_modules_share(restorer):
-    net = Net(lambda n, x: n.b(n.a(x * n.a.scale).relu()) * n.scale, a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(8, 3, 1))
-    for m in (net, net.a): m.register_buffer('scale', scale := net._buffers.get('scale', torch.rand(1, 3, 1, 1)))
-    small = lbyl_restore(net, image, ratio=.5, restorer=restorer)
+    net = Net(
+        lambda n, x: n.b(n.a(x * n.a.scale).relu()) * n.scale,
+        a=nn.Conv2d(3, 8, 3),
+        b=nn.Conv2d(8, 3, 1),
+    )
+    for m in (net, net.a):
+        m.register_buffer('scale', scale := net._buffers.get('scale', torch.rand(1, 3, 1, 1)))
+    small = lbyl_restore(net, image, ratio=0.5, restorer=restorer)
     assert small.scale is small.a.scale is not net.scale and torch.equal(small.scale, scale)
 
 
 @each_restorer
 def test_a_number_for_each_channel(restorer):
     "As a parameter or a buffer it is cut with the channels; as a plain attribute it cannot be, so they are left alone."
-    def net(own): return Net(lambda n, x: n.c(n.b((n.a(x) * n.own).relu()).relu()), a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(8, 6, 1), c=nn.Conv2d(6, 3, 1)), own(torch.rand(1, 8, 1, 1))
-    cut, own = net(nn.Parameter); cut.own = own
-    left, own = net(lambda v: v); left.register_buffer('own', own)
-    plain, own = net(lambda v: v); plain.own = own
-    cut, left, plain = (restore(n, image, ratio=.5, restorer=restorer) for n in (cut, left, plain))
-    for r in (cut, left): assert r.plan.keys() == {'a', 'b'} and r.model.own.shape == (1, 4, 1, 1)
-    assert plain.plan.keys() == {'b'} and reasons(plain)['a'] == 'its channels meet a tensor of a fixed size'
+
+    def net(own):
+        return Net(
+            lambda n, x: n.c(n.b((n.a(x) * n.own).relu()).relu()),
+            a=nn.Conv2d(3, 8, 3),
+            b=nn.Conv2d(8, 6, 1),
+            c=nn.Conv2d(6, 3, 1),
+        ), own(torch.rand(1, 8, 1, 1))
+
+    cut, own = net(nn.Parameter)
+    cut.own = own
+    left, own = net(lambda v: v)
+    left.register_buffer('own', own)
+    plain, own = net(lambda v: v)
+    plain.own = own
+    cut, left, plain = (restore(n, image, ratio=0.5, restorer=restorer) for n in (cut, left, plain))
+    for r in (cut, left):
+        assert r.plan.keys() == {'a', 'b'} and r.model.own.shape == (1, 4, 1, 1)
+    assert (
+        plain.plan.keys() == {'b'}
+        and reasons(plain)['a'] == 'its channels meet a tensor of a fixed size'
+    )
 
 
 # Not a network of modules, or not one that can be followed
 
-@pytest.mark.filterwarnings('ignore')    # of torch, about the end of TorchScript
+
+@pytest.mark.filterwarnings('ignore')  # of torch, about the end of TorchScript
 def test_compiled_by_torchscript():
     "Inside a network such a layer is not one of ours, and its neighbours are left alone."
     script = torch.jit.script(nn.Conv2d(8, 8, 1))
-    r = restore(nn.Sequential(nn.Conv2d(3, 8, 3), script, nn.ReLU(), nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Conv2d(6, 3, 1)), image, ratio=.5)
+    r = restore(
+        nn.Sequential(
+            nn.Conv2d(3, 8, 3), script, nn.ReLU(), nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Conv2d(6, 3, 1)
+        ),
+        image,
+        ratio=0.5,
+    )
     assert r.plan.keys() == {'3'} and '0' in reasons(r)
     for net in (torch.jit.script(cnn()), torch.jit.trace(cnn().eval(), image)):
-        with pytest.raises(ValueError, match='Module'): plan(net, image, .5)
+        with pytest.raises(ValueError, match='Module'):
+            plan(net, image, 0.5)
 
 
 @pytest.mark.filterwarnings('ignore')
 def test_torchscript_is_named():
-    with pytest.raises(ValueError, match='TorchScript'): plan(torch.jit.script(cnn()), image, .5)
+    with pytest.raises(ValueError, match='TorchScript'):
+        plan(torch.jit.script(cnn()), image, 0.5)
 
 
 def test_wrapped_networks():
     "Wrappers are networks: names in plans carry their prefix."
-    r = restore(nn.DataParallel(cnn()), image, ratio=.5)
+    r = restore(nn.DataParallel(cnn()), image, ratio=0.5)
     assert r.plan.keys() == {'module.0', 'module.3'} and r.model.module[0].out_channels == 4
 
 
 def test_symbolic_traces():
     "Of torch.fx: networks of modules. Of torch.export: a graph of functions, with nothing in it that could be pruned."
-    assert plan(torch.fx.symbolic_trace(cnn().eval()), image, .5).keys() == {'0', '3'}
-    with pytest.raises(ValueError, match='it calls no convolution or linear layer'): plan(torch.export.export(cnn().eval(), (image,)).module(), image, .5)
+    assert plan(torch.fx.symbolic_trace(cnn().eval()), image, 0.5).keys() == {'0', '3'}
+    with pytest.raises(ValueError, match='it calls no convolution or linear layer'):
+        plan(torch.export.export(cnn().eval(), (image,)).module(), image, 0.5)
 
 
 def test_gradients_that_are_cut_off():
     "Where autograd is switched off in the network, or around it, makes no difference."
+
     def f(n, x):
-        with torch.no_grad(): h = n.b(n.a(x).relu())
+        with torch.no_grad():
+            h = n.b(n.a(x).relu())
         return n.d(n.c(h).relu())
-    r = restore(Net(f, a=L(6, 8), b=L(8, 8), c=L(8, 8), d=L(8, 3)), rows, ratio=.5)
+
+    r = restore(Net(f, a=L(6, 8), b=L(8, 8), c=L(8, 8), d=L(8, 3)), rows, ratio=0.5)
     assert r.plan.keys() == {'a', 'b', 'c'}
-    with torch.no_grad(): assert plan(cnn(), image, .5).keys() == {'0', '3'}    # around it, that does not matter
+    with torch.no_grad():
+        assert plan(cnn(), image, 0.5).keys() == {'0', '3'}  # around it, that does not matter
 
 
 def test_inference_mode_is_named():
-    with torch.inference_mode(), pytest.raises(ValueError, match='inference_mode'): plan(cnn(), image, .5)
+    with torch.inference_mode(), pytest.raises(ValueError, match='inference_mode'):
+        plan(cnn(), image, 0.5)
 
 
 def test_networks_that_cannot_be_copied():
     net = cnn()
     net.lock = threading.Lock()
-    with pytest.raises(ValueError, match='Sequential.* copied'): plan(net, image, .5)
+    with pytest.raises(ValueError, match='Sequential.* copied'):
+        plan(net, image, 0.5)
 
 
 @pytest.mark.filterwarnings('ignore:Casting complex')
 def test_complex_weights():
-    with pytest.raises(ValueError, match='0.weight'): plan(nn.Sequential(L(6, 8, dtype=torch.complex64), L(8, 3, dtype=torch.complex64)), rows.to(torch.complex64), .5)
+    with pytest.raises(ValueError, match='0.weight'):
+        plan(
+            nn.Sequential(L(6, 8, dtype=torch.complex64), L(8, 3, dtype=torch.complex64)),
+            rows.to(torch.complex64),
+            0.5,
+        )
 
 
 @pytest.mark.parametrize('model', [None, torch.relu, dict(a=1)])
 def test_what_is_no_network(model):
-    with pytest.raises(TypeError, match='model'): plan(model, image, .5)
+    with pytest.raises(TypeError, match='model'):
+        plan(model, image, 0.5)
 
 
 def test_cost_of_arguments_by_keyword():
     net = Net(lambda n, x: n.b(n.a(x).relu()), a=L(6, 8), b=L(8, 3))
-    assert restore(net, dict(x=rows), ratio=.5).cost.equals(restore(net, rows, ratio=.5).cost)
+    assert restore(net, dict(x=rows), ratio=0.5).cost.equals(restore(net, rows, ratio=0.5).cost)
 
 
 # Of another library
+
 
 def transformers():
     return pytest.importorskip('transformers', reason='transformers is not installed')
 
 
-def small_config(config, **sizes): return config(vocab_size=50, bos_token_id=0, eos_token_id=0, **sizes)
+def small_config(config, **sizes):
+    return config(vocab_size=50, bos_token_id=0, eos_token_id=0, **sizes)
 
 
-BERT = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, max_position_embeddings=16)
+BERT = dict(
+    hidden_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=32,
+    max_position_embeddings=16,
+)
 GPT2 = dict(n_embd=16, n_layer=1, n_head=2, n_positions=16)
 
 
@@ -416,7 +663,12 @@ def test_bert(restorer):
     hf = transformers()
     net = hf.BertForSequenceClassification(small_config(hf.BertConfig, **BERT)).eval()
     words = torch.randint(3, 50, (4, 6))
-    r = restore(net, dict(input_ids=words, attention_mask=torch.ones_like(words)), ratio=.5, restorer=restorer)
+    r = restore(
+        net,
+        dict(input_ids=words, attention_mask=torch.ones_like(words)),
+        ratio=0.5,
+        restorer=restorer,
+    )
     out = r.model(words)
     assert type(out) is type(net(words)) and out.logits.shape == (4, 2)
     assert r.plan.keys() == {'bert.encoder.layer.0.intermediate.dense', 'bert.pooler.dense'}
@@ -424,21 +676,35 @@ def test_bert(restorer):
 
 def test_bert_with_a_tied_head():
     hf = transformers()
-    net, words = hf.BertForMaskedLM(small_config(hf.BertConfig, **BERT)).eval(), torch.randint(3, 50, (4, 6))
-    r = restore(net, dict(input_ids=words), ratio=.5)
+    net, words = (
+        hf.BertForMaskedLM(small_config(hf.BertConfig, **BERT)).eval(),
+        torch.randint(3, 50, (4, 6)),
+    )
+    r = restore(net, dict(input_ids=words), ratio=0.5)
     assert r.model.cls.predictions.decoder.weight is r.model.bert.embeddings.word_embeddings.weight
-    assert 'shares a parameter' in reasons(r)['cls.predictions.decoder'] and r.plan.keys() == {'bert.encoder.layer.0.intermediate.dense'}
+    assert 'shares a parameter' in reasons(r)['cls.predictions.decoder'] and r.plan.keys() == {
+        'bert.encoder.layer.0.intermediate.dense'
+    }
 
 
 @pytest.mark.parametrize('cache', [False, True])
 def test_gpt2(cache):
     "Its layers are of a class of its own, which is that of a linear layer; a cache in its output is no obstacle."
     hf = transformers()
-    net, words = hf.GPT2LMHeadModel(small_config(hf.GPT2Config, **GPT2)).eval(), torch.randint(3, 50, (4, 6))
+    net, words = (
+        hf.GPT2LMHeadModel(small_config(hf.GPT2Config, **GPT2)).eval(),
+        torch.randint(3, 50, (4, 6)),
+    )
     inputs = dict(input_ids=words, use_cache=cache)
-    r = restore(net, inputs, ratio=.5, restorer=prune_only())
+    r = restore(net, inputs, ratio=0.5, restorer=prune_only())
     hidden = [k for k, m in net.named_modules() if k.endswith('mlp.c_fc')]
     assert {k for k, v in r.plan.items() if len(v) < net.get_submodule(k).nf} >= set(hidden)
     small, dense = r.model.get_submodule(hidden[0]), net.get_submodule(hidden[0])
-    assert type(small) is type(dense) and (small.nx, small.nf) == (dense.nx, dense.nf // 2) == tuple(small.weight.shape)
-    assert torch.equal(small.weight, dense.weight[:, r.plan[hidden[0]]]) and r.model(**inputs).logits.shape == net(**inputs).logits.shape
+    assert type(small) is type(dense) and (small.nx, small.nf) == (
+        dense.nx,
+        dense.nf // 2,
+    ) == tuple(small.weight.shape)
+    assert (
+        torch.equal(small.weight, dense.weight[:, r.plan[hidden[0]]])
+        and r.model(**inputs).logits.shape == net(**inputs).logits.shape
+    )

@@ -1,5 +1,10 @@
 "What a network costs: counted by hand, known before the cut, and found without leaving a trace."
-import copy, io, itertools, sys, threading
+
+import copy
+import io
+import itertools
+import sys
+import threading
 
 import pytest
 import torch
@@ -51,7 +56,8 @@ def spread(m, x):
             place = [a * t + k * d - p for a, t, k, d, p in where]
             product = m.weight[(i, o, *tap)] * x[(i, *at)]
             n += 1
-            if any(p < 0 or p >= s for p, s in zip(place, size)): continue
+            if any(p < 0 or p >= s for p, s in zip(place, size)):
+                continue
             y[(i // read * written + o, *place)] += product
     return y + m.bias.view(-1, *[1] * len(size)), n
 
@@ -105,10 +111,12 @@ def test_attention_by_hand():
 
 class Written(nn.Module):
     "Products that a forward writes down itself: an einsum, a matrix and a vector, two vectors."
+
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(6, 4))
-    def forward(self, x):    # (n, 5, 4)
+
+    def forward(self, x):  # (n, 5, 4)
         y = torch.einsum('nti,oi->nto', x, self.weight)
         v = self.weight.mv(x[0, 0])
         return y + v.dot(v)
@@ -132,7 +140,7 @@ def test_recurrent_layers_by_hand(build, gates, both):
 @pytest.mark.parametrize('mask', [False, True])
 def test_encoder_layers_are_counted_in_every_mode(mask):
     "In evaluation mode PyTorch does all in one operation; with gradients it does not."
-    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0., batch_first=True)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
     net, x = nn.TransformerEncoder(layer, 2), torch.zeros(2, 5, 8)
     args = dict(src=x, src_key_padding_mask=torch.arange(5).expand(2, 5) > 3) if mask else x
     hand = 2 * 5 * (4 * 8 * 8 + 2 * 5 * 8 + 2 * 8 * 16)
@@ -142,34 +150,44 @@ def test_encoder_layers_are_counted_in_every_mode(mask):
 def test_under_inference_mode():
     "Operations come whole there, a linear layer as one."
     net, x = nn.Sequential(C(3, 4, 3), nn.Flatten(), L(4 * 7 * 6, 5)), image
+
     class Inside(nn.Module):
         def __init__(self):
             super().__init__()
             self.net = net
+
         @torch.inference_mode()
-        def forward(self, x): return self.net(x)
+        def forward(self, x):
+            return self.net(x)
+
     want = cost(net, x)
     assert want['macs'] == 3 * 4 * 9 * 7 * 6 + 4 * 7 * 6 * 5
     assert cost(Inside(), x) == want
-    with torch.inference_mode(): assert cost(net, x.clone()) == want
+    with torch.inference_mode():
+        assert cost(net, x.clone()) == want
 
 
 class Shared(nn.Module):
     "One layer called twice, and one weight in two layers."
+
     def __init__(self):
         super().__init__()
         self.first, self.twice, self.tied, self.last = L(6, 8), L(8, 8), L(8, 8), L(8, 2)
         self.tied.weight = self.twice.weight
+
     def forward(self, x):
-        for layer in (self.first, self.twice, self.twice, self.tied): x = layer(x).relu()
+        for layer in (self.first, self.twice, self.twice, self.tied):
+            x = layer(x).relu()
         return self.last(x)
 
 
 class TimeFirst(nn.Module):
     "Works on windows of steps, with time in front."
+
     def __init__(self):
         super().__init__()
         self.a, self.b = L(6, 8), L(8, 2)
+
     def forward(self, x):
         windows = x.transpose(0, 1).unflatten(0, (2, -1))
         return self.b(self.a(windows).relu()).flatten(0, 1).transpose(0, 1)
@@ -178,7 +196,8 @@ class TimeFirst(nn.Module):
 S, R, rows = nn.Sequential, nn.ReLU, torch.zeros(2, 6)
 
 
-def turned(groups): return S(C(3, 8, 1), R(), C(8, 8, 1), Up(8, 8, 3, 2, groups=groups), C(8, 4, 3))
+def turned(groups):
+    return S(C(3, 8, 1), R(), C(8, 8, 1), Up(8, 8, 3, 2, groups=groups), C(8, 4, 3))
 
 
 def decoder():
@@ -197,7 +216,8 @@ def parametrized():
     return S(L(6, 8), R(), weight_norm(L(8, 8)), R(), L(8, 6), R(), L(6, 3))
 
 
-def normed(between): return S(C(3, 8, 3), between, R(), C(8, 4, 3))
+def normed(between):
+    return S(C(3, 8, 3), between, R(), C(8, 4, 3))
 
 
 NETWORKS = {
@@ -223,7 +243,7 @@ def test_the_bill_is_the_cost_of_the_network_that_is_cut(name):
     net = build().eval()
     traced = trace(net, x)
     groups = [g for g in find_groups(traced) if not g.reason]
-    whole, r = bill(traced, groups), restore(net, x, ratio=.5, restorer=prune_only())
+    whole, r = bill(traced, groups), restore(net, x, ratio=0.5, restorer=prune_only())
     assert whole.total({}) == cost(net, x) == r.cost.loc['before'].to_dict()
     lost = {g.name: g.channels - len(r.plan[g.name]) for g in groups}
     assert any(lost.values())
@@ -239,28 +259,33 @@ def test_the_bill_of_what_is_shared():
     assert have == cost(net, rows) == hand
 
 
-@pytest.mark.parametrize('share', [.3, .5, .8])
+@pytest.mark.parametrize('share', [0.3, 0.5, 0.8])
 def test_budgets_of_decoders_are_met_by_hand(share):
     "Each layer by hand: what it reads, what it puts out, taps, and how often."
     torch.manual_seed(0)
     encoder = S(C(3, 32, 3, padding=1), R(), C(32, 32, 3, padding=1), R())
     net = S(*encoder, Up(32, 16, 4, 4), R(), C(16, 3, 1)).eval()
     x = torch.zeros(1, 3, 8, 8)
-    def by_hand(a, b, c): return 64 * 9 * 3 * a + 64 * 9 * a * b + 64 * 16 * b * c + 32 * 32 * c * 3
+
+    def by_hand(a, b, c):
+        return 64 * 9 * 3 * a + 64 * 9 * a * b + 64 * 16 * b * c + 32 * 32 * c * 3
+
     kept = [len(v) for v in budget(net, x, macs=share).values()]
     left = by_hand(*kept) / by_hand(32, 32, 16)
-    assert share - .1 < left <= share
+    assert share - 0.1 < left <= share
 
 
 class InPlace(nn.Module):
     "Works in place on its input, draws, writes into a buffer, and counts its calls."
+
     def __init__(self):
         super().__init__()
         self.layer, self.calls = L(6, 2), 0
         self.register_buffer('seen', torch.zeros(6))
+
     def forward(self, x):
         self.calls += 1
-        self.seen += x.sub_(.5).sum(0)
+        self.seen += x.sub_(0.5).sum(0)
         return self.layer(F.dropout(x))
 
 
@@ -285,9 +310,9 @@ def test_a_bill_needs_no_random_numbers_and_no_inputs():
 
 def test_samples():
     x = torch.zeros(3, 4)
-    for args in ((x, torch.zeros(8, 8)), (torch.tensor(2.), x), dict(scale=2., x=x)):
+    for args in ((x, torch.zeros(8, 8)), (torch.tensor(2.0), x), dict(scale=2.0, x=x)):
         assert samples(args) == 3
-    assert samples(()) == samples((2., torch.tensor(1.))) == 1
+    assert samples(()) == samples((2.0, torch.tensor(1.0))) == 1
 
 
 @pytest.mark.parametrize('n', [1, 3, 5])
@@ -299,27 +324,34 @@ def test_a_batch_of_any_size(n):
 
 def test_what_cannot_be_counted_is_refused():
     says = 'example_inputs: the model cannot be run on them: '
-    with pytest.raises(ValueError, match=says + 'RuntimeError'): cost(L(3, 5), rows)
-    with pytest.raises(ValueError, match=says + 'TypeError'): dry_run(L(6, 5), dict(y=rows))
+    with pytest.raises(ValueError, match=says + 'RuntimeError'):
+        cost(L(3, 5), rows)
+    with pytest.raises(ValueError, match=says + 'TypeError'):
+        dry_run(L(6, 5), dict(y=rows))
     net = L(6, 5)
     net.lock = threading.Lock()
-    with pytest.raises(ValueError, match='Linear: cannot be copied: TypeError'): cost(net, rows)
+    with pytest.raises(ValueError, match='Linear: cannot be copied: TypeError'):
+        cost(net, rows)
 
 
 def test_what_other_threads_print_arrives(monkeypatch):
     "Every line, while networks are counted: standard output belongs to the whole process."
     out, told, done = io.StringIO(), [], threading.Event()
     monkeypatch.setattr(sys, 'stdout', out)
+
     def talk():
         while not done.is_set():
             print('line')
             told.append(1)
+
     thread = threading.Thread(target=talk)
     thread.start()
     net = nn.Sequential(*[C(3, 3, 3, padding=1) for _ in range(50)])
     try:
-        for _ in range(5): cost(net, dict(input=image))
-        while not told: done.wait(.001)
+        for _ in range(5):
+            cost(net, dict(input=image))
+        while not told:
+            done.wait(0.001)
     finally:
         done.set()
         thread.join()
@@ -328,10 +360,14 @@ def test_what_other_threads_print_arrives(monkeypatch):
 
 class Waits(nn.Module):
     "Stops in the middle until all have arrived there."
+
     def __init__(self, width, gate):
         super().__init__()
         self.a, self.b, self.gate = L(6, width), L(width, 2), [gate]
-    def __deepcopy__(self, memo): return Waits(self.a.out_features, self.gate[0])
+
+    def __deepcopy__(self, memo):
+        return Waits(self.a.out_features, self.gate[0])
+
     def forward(self, x):
         y = self.a(x)
         self.gate[0].wait()
@@ -342,10 +378,15 @@ def test_threads_count_their_own():
     "All are in the middle of their networks at the same time."
     widths, counts = (3, 5, 9), {}
     gate = threading.Barrier(len(widths), timeout=60)
-    def work(w): counts[w] = cost(Waits(w, gate), rows)['macs']
+
+    def work(w):
+        counts[w] = cost(Waits(w, gate), rows)['macs']
+
     threads = [threading.Thread(target=work, args=(w,)) for w in widths]
-    for t in threads: t.start()
-    for t in threads: t.join()
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
     assert counts == {w: 6 * w + w * 2 for w in widths}
 
 

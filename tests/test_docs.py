@@ -1,14 +1,22 @@
 "The website up to Quarto's boundary: pages are processed, convert, and point at each other; the README is the index notebook."
-import importlib.util, json, os, re, shutil, sys
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import sys
 from html.parser import HTMLParser
 from urllib.parse import unquote
 
-import pypandoc, pytest, yaml
-from lbyl_nb import _modidx
-
+import pypandoc
+import pytest
+import yaml
 from conftest import BUILT, NBS, NOTEBOOKS, ROOT, call, cells, settings
 
-QUARTO = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))
+from lbyl_nb import _modidx
+
+QUARTO = yaml.safe_load((ROOT / '_quarto.yml').read_text(encoding='utf-8'))
 
 
 def load(path):
@@ -18,38 +26,48 @@ def load(path):
     return module
 
 
-docs = load(ROOT/'tools'/'docs.py')
+docs = load(ROOT / 'tools' / 'docs.py')
 
 
 def sidebar(entries):
     "Files that a sidebar's entries name, sections and all."
     for e in entries:
-        if isinstance(e, str): yield e
-        elif 'contents' in e: yield from sidebar(e['contents'])
-        else: yield e['href']
+        if isinstance(e, str):
+            yield e
+        elif 'contents' in e:
+            yield from sidebar(e['contents'])
+        else:
+            yield e['href']
 
 
 class Page(HTMLParser):
     "What a page of HTML refers to and what it holds."
+
     def __init__(self, html):
         super().__init__()
         self.ids, self.links, self.images, self.tags = set(), [], [], []
         self.feed(html)
+
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
         self.tags.append(tag)
-        if 'id' in attrs: self.ids.add(attrs['id'])
-        if tag == 'a' and attrs.get('href'): self.links.append(attrs['href'])
-        if tag == 'img': self.images.append(attrs.get('src', ''))
+        if 'id' in attrs:
+            self.ids.add(attrs['id'])
+        if tag == 'a' and attrs.get('href'):
+            self.links.append(attrs['href'])
+        if tag == 'img':
+            self.images.append(attrs.get('src', ''))
 
 
 @pytest.fixture(scope='session')
 def processed(tmp_path_factory):
     "The folder of processed notebooks, made as `make docs` makes it, in a copy of the project."
-    copy = shutil.copytree(ROOT, tmp_path_factory.mktemp('docs')/'project', ignore=BUILT, symlinks=True)
+    copy = shutil.copytree(
+        ROOT, tmp_path_factory.mktemp('docs') / 'project', ignore=BUILT, symlinks=True
+    )
     run = call(sys.executable, 'tools/docs.py', 'pages', cwd=copy)
     assert run.returncode == 0, run.stdout
-    return copy/'_proc'
+    return copy / '_proc'
 
 
 @pytest.fixture(scope='session')
@@ -59,23 +77,44 @@ def pages(processed, tmp_path_factory):
     Pandoc's own reader of notebooks wants a number at each result, where a clean notebook, and the format, have null."""
     media, made = tmp_path_factory.mktemp('media'), {}
     for name in NOTEBOOKS:
-        notebook, log = json.loads((processed/name).read_text(encoding='utf-8')), media/f'{name}.json'
-        for o in (o for c in notebook['cells'] for o in c.get('outputs', []) if o['output_type'] == 'execute_result'): o['execution_count'] = 0
-        html = pypandoc.convert_text(json.dumps(notebook), 'html', format='ipynb',
-                                     extra_args=['--mathml', f'--extract-media={media/name}', f'--log={log}'])
-        made[name] = html, Page(html), [m for m in json.loads(log.read_text()) if m['verbosity'] == 'WARNING']
+        notebook, log = (
+            json.loads((processed / name).read_text(encoding='utf-8')),
+            media / f'{name}.json',
+        )
+        for o in (
+            o
+            for c in notebook['cells']
+            for o in c.get('outputs', [])
+            if o['output_type'] == 'execute_result'
+        ):
+            o['execution_count'] = 0
+        html = pypandoc.convert_text(
+            json.dumps(notebook),
+            'html',
+            format='ipynb',
+            extra_args=['--mathml', f'--extract-media={media / name}', f'--log={log}'],
+        )
+        made[name] = (
+            html,
+            Page(html),
+            [m for m in json.loads(log.read_text()) if m['verbosity'] == 'WARNING'],
+        )
     return made
 
 
 def output_file(page):
     "Name that nbdev gives a page on the website: the notebook's, without its number."
     front = [c for c in cells(page, 'raw') if c['source'].startswith('---')]
-    return yaml.safe_load(front[0]['source'].strip().strip('-'))['output-file'] if front else page.with_suffix('.html').name
+    return (
+        yaml.safe_load(front[0]['source'].strip().strip('-'))['output-file']
+        if front
+        else page.with_suffix('.html').name
+    )
 
 
 def test_sidebar_is_the_notebooks():
     listed = list(sidebar(QUARTO['website']['sidebar']['contents']))
-    assert [n for n in listed if not (NBS/n).exists()] == []
+    assert [n for n in listed if not (NBS / n).exists()] == []
     assert [n for n in NOTEBOOKS if n not in listed] == []
     assert len(listed) == len(set(listed))
 
@@ -83,7 +122,10 @@ def test_sidebar_is_the_notebooks():
 def test_nbdev_finds_the_same_configuration():
     "nbdev looks for _quarto.yml in nbs/ only, and moves what Quarto made from the folder that its own settings name."
     from nbdev.config import get_config
-    assert (NBS/'_quarto.yml').is_symlink() and (NBS/'_quarto.yml').resolve() == ROOT/'_quarto.yml'
+
+    assert (NBS / '_quarto.yml').is_symlink() and (
+        NBS / '_quarto.yml'
+    ).resolve() == ROOT / '_quarto.yml'
     assert get_config(ROOT).doc_path.name == QUARTO['project']['output-dir']
     assert list(QUARTO['format']) == ['html']
     assert QUARTO['website']['title'] == get_config(ROOT).title == settings()['lib_name']
@@ -92,11 +134,21 @@ def test_nbdev_finds_the_same_configuration():
 @pytest.mark.parametrize('name', NOTEBOOKS)
 def test_page_is_the_notebook(name, processed):
     "Processing leaves out nothing but hidden cells: code, outputs and text are all there."
-    stored, page = cells(NBS/name, 'code'), cells(processed/name, 'code')
-    hidden = [c for c in stored if re.search(r'^#\|\s*(hide|default_exp|include:\s*false)\b', c['source'], re.M)]
+    stored, page = cells(NBS / name, 'code'), cells(processed / name, 'code')
+    hidden = [
+        c
+        for c in stored
+        if re.search(r'^#\|\s*(hide|default_exp|include:\s*false)\b', c['source'], re.M)
+    ]
     text = {re.sub(r'^#\|.*\n?', '', c['source'], flags=re.M).strip() for c in page}
-    assert [c['source'] for c in stored if c not in hidden and re.sub(r'^#\|.*\n?', '', c['source'], flags=re.M).strip() not in text] == []
-    assert sum(len(c['outputs']) for c in page) >= sum(len(c['outputs']) for c in stored if c not in hidden)
+    assert [
+        c['source']
+        for c in stored
+        if c not in hidden and re.sub(r'^#\|.*\n?', '', c['source'], flags=re.M).strip() not in text
+    ] == []
+    assert sum(len(c['outputs']) for c in page) >= sum(
+        len(c['outputs']) for c in stored if c not in hidden
+    )
 
 
 @pytest.mark.parametrize('name', NOTEBOOKS)
@@ -104,12 +156,24 @@ def test_page_converts(name, pages):
     "Pandoc reads every formula, quotation and figure of the notebook."
     html, page, warnings = pages[name]
     assert warnings == []
-    text = '\n\n'.join(re.sub(r'```.*?```|`[^`\n]*`', '', c['source'], flags=re.S) for c in cells(NBS/name, 'markdown'))
+    text = '\n\n'.join(
+        re.sub(r'```.*?```|`[^`\n]*`', '', c['source'], flags=re.S)
+        for c in cells(NBS / name, 'markdown')
+    )
     displayed = len(re.findall(r'\$\$.+?\$\$', text, re.S))
     assert page.tags.count('math') >= displayed and html.count('display="block"') == displayed
-    quotes = [c['source'] for c in cells(NBS/name, 'markdown') if re.search(r'^> ', c['source'], re.M) and not c['source'].startswith('# ')]
+    quotes = [
+        c['source']
+        for c in cells(NBS / name, 'markdown')
+        if re.search(r'^> ', c['source'], re.M) and not c['source'].startswith('# ')
+    ]
     assert ('blockquote' in page.tags) >= bool(quotes)
-    figures = [o for c in cells(NBS/name, 'code') for o in c['outputs'] if 'image/png' in o.get('data', {})]
+    figures = [
+        o
+        for c in cells(NBS / name, 'code')
+        for o in c['outputs']
+        if 'image/png' in o.get('data', {})
+    ]
     assert len(page.images) >= len(figures)
     assert '$$' not in re.sub(r'<(pre|code|annotation)\b.*?</\1>', '', html, flags=re.S)
 
@@ -119,61 +183,115 @@ def test_links_resolve(name, pages, processed):
     """Links between pages, to headings and to files lead somewhere, as do pictures.
 
     A link that nbdev makes of a symbol in backticks leads to the page that documents it; the symbol is no heading there."""
-    names = {output_file(processed/n): n for n in NOTEBOOKS} | {n: n for n in NOTEBOOKS}
-    symbols = {where.partition('#')[2] for module in _modidx.d['syms'].values() for where, _ in module.values()}
+    names = {output_file(processed / n): n for n in NOTEBOOKS} | {n: n for n in NOTEBOOKS}
+    symbols = {
+        where.partition('#')[2]
+        for module in _modidx.d['syms'].values()
+        for where, _ in module.values()
+    }
     _, page, _ = pages[name]
     broken = []
     for link in page.links:
-        if re.match(r'(https?|mailto):', link): continue
+        if re.match(r'(https?|mailto):', link):
+            continue
         target, _, anchor = unquote(link).lstrip('/').partition('#')
         if target and target not in names:
-            if not (NBS/target).resolve().exists(): broken.append(link)
-        elif anchor and anchor not in symbols and anchor not in pages[names[target] if target else name][1].ids: broken.append(link)
-    broken += [src for src in page.images if not re.match(r'https?:|data:', src) and not (NBS/unquote(src)).exists()]
+            if not (NBS / target).resolve().exists():
+                broken.append(link)
+        elif (
+            anchor
+            and anchor not in symbols
+            and anchor not in pages[names[target] if target else name][1].ids
+        ):
+            broken.append(link)
+    broken += [
+        src
+        for src in page.images
+        if not re.match(r'https?:|data:', src) and not (NBS / unquote(src)).exists()
+    ]
     assert broken == []
 
 
 def test_make_docs_says_that_quarto_is_missing(project):
     "Without Quarto, `make docs` processes the pages and then fails with one sentence, installing nothing."
-    if sys.prefix == sys.base_prefix: pytest.skip('the tests run outside a virtual environment, so there is none to lend to the copy')
-    env = project/'.venv'
+    if sys.prefix == sys.base_prefix:
+        pytest.skip(
+            'the tests run outside a virtual environment, so there is none to lend to the copy'
+        )
+    env = project / '.venv'
     env.mkdir()
-    for p in os.scandir(sys.prefix): (env/p.name).symlink_to(p.path)
+    for p in os.scandir(sys.prefix):
+        (env / p.name).symlink_to(p.path)
     for stamp in ('.place', '.installed', '.installed-dev'):
-        (env/stamp).unlink(missing_ok=True)
-        (env/stamp).write_text(f'{project}\n')
-    tools = project/'bin'                                   # a PATH with make's needs and no quarto
+        (env / stamp).unlink(missing_ok=True)
+        (env / stamp).write_text(f'{project}\n')
+    tools = project / 'bin'  # a PATH with make's needs and no quarto
     tools.mkdir()
-    for name in ('sh', 'make', 'sed', 'cat', 'test', 'env'): (tools/name).symlink_to(shutil.which(name))
-    run = call(tools/'make', '-s', 'docs', cwd=project, PATH=str(tools))
+    for name in ('sh', 'make', 'sed', 'cat', 'test', 'env'):
+        (tools / name).symlink_to(shutil.which(name))
+    run = call(tools / 'make', '-s', 'docs', cwd=project, PATH=str(tools))
     assert run.returncode
-    assert (project/'_proc'/'index.ipynb').exists()
-    assert not (project/'_docs').exists()
+    assert (project / '_proc' / 'index.ipynb').exists()
+    assert not (project / '_docs').exists()
     [sentence] = [l for l in run.stdout.splitlines() if 'quarto' in l]
     assert 'not on the PATH' in sentence
     assert 'Traceback' not in run.stdout and 'sudo' not in run.stdout
 
 
 def test_readme_is_the_index():
-    assert (ROOT/'README.md').read_text(encoding='utf-8') == docs.readme(NBS/'index.ipynb'), 'make readme writes it anew'
+    assert (ROOT / 'README.md').read_text(encoding='utf-8') == docs.readme(NBS / 'index.ipynb'), (
+        'make readme writes it anew'
+    )
 
 
 def test_readme_links_resolve():
-    page = Page(pypandoc.convert_text((ROOT/'README.md').read_text(encoding='utf-8'), 'html', format='gfm'))
+    page = Page(
+        pypandoc.convert_text(
+            (ROOT / 'README.md').read_text(encoding='utf-8'), 'html', format='gfm'
+        )
+    )
     local = [unquote(l) for l in page.links + page.images if not re.match(r'(https?|mailto):', l)]
-    assert [l for l in local if not (l.startswith('#') and l[1:] in page.ids) and not (ROOT/l.partition('#')[0]).exists()] == []
+    assert [
+        l
+        for l in local
+        if not (l.startswith('#') and l[1:] in page.ids)
+        and not (ROOT / l.partition('#')[0]).exists()
+    ] == []
 
 
 def test_readme_writer(tmp_path):
     "Links move with the text, code keeps its brackets, directives vanish, outputs become Markdown, hidden cells are left out."
-    def code(source, *outputs): return dict(cell_type='code', source=source, outputs=list(outputs))
-    def data(kind, text): return dict(output_type='execute_result', data={kind: text})
-    nb = tmp_path/'index.ipynb'
-    nb.write_text(json.dumps(dict(cells=[
-        dict(cell_type='markdown', source='# T\n\n[a](00_a.ipynb#x) ![i](images/i.png) [l](../LICENSE) [w](https://x.org) [h](#here)\n\n```sh\n[k](v)\n```'),
-        code('#| eval: false\nf[0](x)', data('text/plain', '3')), code('#| hide\nsecret'), code('', data('text/html', '<style>p</style><b>1</b>')),
-        code('#| echo: false\ng()', dict(output_type='stream', name='stdout', text=['out\n']))])))
-    assert docs.readme(nb) == ('# T\n\n[a](nbs/00_a.ipynb#x) ![i](nbs/images/i.png) [l](LICENSE) [w](https://x.org) [h](#here)\n\n```sh\n[k](v)\n```\n\n'
-                               '```python\nf[0](x)\n```\n\n```\n3\n```\n\n<b>1</b>\n\n```\nout\n```\n')
+
+    def code(source, *outputs):
+        return dict(cell_type='code', source=source, outputs=list(outputs))
+
+    def data(kind, text):
+        return dict(output_type='execute_result', data={kind: text})
+
+    nb = tmp_path / 'index.ipynb'
+    nb.write_text(
+        json.dumps(
+            dict(
+                cells=[
+                    dict(
+                        cell_type='markdown',
+                        source='# T\n\n[a](00_a.ipynb#x) ![i](images/i.png) [l](../LICENSE) [w](https://x.org) [h](#here)\n\n```sh\n[k](v)\n```',
+                    ),
+                    code('#| eval: false\nf[0](x)', data('text/plain', '3')),
+                    code('#| hide\nsecret'),
+                    code('', data('text/html', '<style>p</style><b>1</b>')),
+                    code(
+                        '#| echo: false\ng()',
+                        dict(output_type='stream', name='stdout', text=['out\n']),
+                    ),
+                ]
+            )
+        )
+    )
+    assert docs.readme(nb) == (
+        '# T\n\n[a](nbs/00_a.ipynb#x) ![i](nbs/images/i.png) [l](LICENSE) [w](https://x.org) [h](#here)\n\n```sh\n[k](v)\n```\n\n'
+        '```python\nf[0](x)\n```\n\n```\n3\n```\n\n<b>1</b>\n\n```\nout\n```\n'
+    )
     nb.write_text(json.dumps(dict(cells=[code('plot()', data('image/png', ''))])))
-    with pytest.raises(ValueError, match='figure'): docs.readme(nb)
+    with pytest.raises(ValueError, match='figure'):
+        docs.readme(nb)

@@ -1,4 +1,5 @@
 "Plans from masks: which filters they remove, and which masks say nothing of filters."
+
 import copy
 
 import pytest
@@ -12,7 +13,8 @@ from lbyl_nb.recover import lbyl_restore, prune_only
 KINDS = dict(
     conv=(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3), (3, 8, 8)),
     linear=(nn.Linear(3, 6), nn.Linear(6, 4), (3,)),
-    transposed=(nn.ConvTranspose2d(3, 6, 2), nn.ConvTranspose2d(6, 4, 2), (3, 5, 5)))
+    transposed=(nn.ConvTranspose2d(3, 6, 2), nn.ConvTranspose2d(6, 4, 2), (3, 5, 5)),
+)
 GONE = [1, 4]
 
 
@@ -42,7 +44,8 @@ def test_masks_of_weight_and_bias(kind, params):
     assert all(torch.equal(v, before[k]) for k, v in big.state_dict().items())
     assert not dense[0]._forward_pre_hooks and len(big[0]._forward_pre_hooks) == len(params)
     small = lbyl_restore(dense, x, keep=kept, restorer=prune_only())
-    if len(params) == 2: torch.testing.assert_close(small(x), big(x))
+    if len(params) == 2:
+        torch.testing.assert_close(small(x), big(x))
 
 
 def test_masks_made_in_several_steps():
@@ -57,7 +60,7 @@ def test_masks_made_in_several_steps():
 def test_a_bias_mask_that_removes_less():
     "Biases left to removed filters go with them; a mask of ones removes nothing."
     net, big, x = masked('conv', 'weight')
-    prune.custom_from_mask(big[0], 'bias', torch.tensor([1., 0, 1, 1, 1, 1]))
+    prune.custom_from_mask(big[0], 'bias', torch.tensor([1.0, 0, 1, 1, 1, 1]))
     prune.identity(big[2], 'bias')
     dense, kept = from_masks(big)
     assert kept == {'0': [0, 2, 3, 5]} and torch.equal(dense(x), net(x))
@@ -65,13 +68,23 @@ def test_a_bias_mask_that_removes_less():
 
 class Own(nn.Module):
     "A parameter that is no filter."
-    def __init__(self): super().__init__(); self.scale = nn.Parameter(torch.ones(4))
-    def forward(self, x): return x
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return x
 
 
 OTHERS = [
-    (nn.BatchNorm2d(4), 'weight'), (nn.BatchNorm2d(4), 'bias'), (Own(), 'scale'),
-    (nn.Conv2d(4, 4, 1), 'bias'), (nn.Embedding(4, 4), 'weight'), (nn.GRU(4, 4), 'weight_ih_l0')]
+    (nn.BatchNorm2d(4), 'weight'),
+    (nn.BatchNorm2d(4), 'bias'),
+    (Own(), 'scale'),
+    (nn.Conv2d(4, 4, 1), 'bias'),
+    (nn.Embedding(4, 4), 'weight'),
+    (nn.GRU(4, 4), 'weight_ih_l0'),
+]
 
 
 def beside(module, what, gone):
@@ -94,11 +107,13 @@ def test_masks_that_say_nothing_of_filters(module, what):
         from_masks(alone)
     both, alone = beside(module, what, [])
     assert from_masks(both)[1] == {'0': [0, 2, 3, 5]}
-    with pytest.raises(ValueError, match='no mask on any weight'): from_masks(alone)
+    with pytest.raises(ValueError, match='no mask on any weight'):
+        from_masks(alone)
 
 
 def test_a_bias_taken_from_a_kept_filter():
     _, big, _ = masked('conv', 'weight')
-    prune.custom_from_mask(big[0], 'bias', torch.tensor([1., 0, 0, 1, 1, 1]))
+    prune.custom_from_mask(big[0], 'bias', torch.tensor([1.0, 0, 0, 1, 1, 1]))
     why = r'^0.bias: its mask removes the bias of kept filters \[2\]'
-    with pytest.raises(ValueError, match=why): from_masks(big)
+    with pytest.raises(ValueError, match=why):
+        from_masks(big)

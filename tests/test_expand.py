@@ -1,4 +1,5 @@
 "Expansion and contraction over random layers, networks and settings, and bad input."
+
 import copy
 import io
 import warnings
@@ -6,7 +7,8 @@ import warnings
 import pytest
 import torch
 import torchvision
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
@@ -24,12 +26,19 @@ def convolutions(draw):
     "A random convolution and an input that it accepts, batched or not."
     dims, groups = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     per_axis = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(dims))
-    n, m, kernel, dilation = groups * draw(st.integers(1, 3)), groups * draw(st.integers(1, 3)), per_axis(1, 3), per_axis(1, 2)
+    n, m, kernel, dilation = (
+        groups * draw(st.integers(1, 3)),
+        groups * draw(st.integers(1, 3)),
+        per_axis(1, 3),
+        per_axis(1, 2),
+    )
     padding = draw(st.sampled_from(['same', 'valid', per_axis(0, 2), 1]))
     stride = 1 if padding == 'same' else per_axis(1, 2)
     mode = draw(st.sampled_from(['zeros', 'reflect', 'replicate', 'circular']))
     torch.manual_seed(draw(st.integers(0, 1000)))
-    layer = CONVOLUTIONS[dims](m, n, kernel, stride, padding, dilation, groups, draw(st.booleans()), mode)
+    layer = CONVOLUTIONS[dims](
+        m, n, kernel, stride, padding, dilation, groups, draw(st.booleans()), mode
+    )
     x = torch.randn(*draw(st.sampled_from([(), (1,), (3,)])), m, *per_axis(5, 7))
     return layer, x if mode == 'zeros' or x.ndim > dims + 1 else x[None]
 
@@ -50,31 +59,44 @@ def forms(net):
     "The network with all layers composed, and with all consecutive."
     for composed in (True, False, None):
         for m in net.modules():
-            if isinstance(m, Expanded): m.composed = composed
+            if isinstance(m, Expanded):
+                m.composed = composed
         yield net
 
 
 def condition(big):
     "By how much rounding may be magnified: product of the random factors' condition numbers; up to 100 is taken for granted. Few channels may be drawn badly."
-    worst = 1.
+    worst = 1.0
     for w in (big.first, big.last):
-        if w is None: continue
+        if w is None:
+            continue
         s = torch.linalg.svdvals(w.detach().double().reshape(big.groups, -1, w.shape[1]))
         worst *= (s[..., 0] / s[..., -1]).max().item()
-    return max(1., worst / 100)
+    return max(1.0, worst / 100)
 
 
 @FEW
-@given(st.one_of(convolutions(), linears()), st.floats(2, 4), st.sampled_from([2, 3]), st.integers(0, 99), st.sampled_from([(torch.float64, 1e-10), (torch.float32, 1e-5)]))
+@given(
+    st.one_of(convolutions(), linears()),
+    st.floats(2, 4),
+    st.sampled_from([2, 3]),
+    st.integers(0, 99),
+    st.sampled_from([(torch.float64, 1e-10), (torch.float32, 1e-5)]),
+)
 def test_any_layer(case, rate, factors, seed, precision):
     "Same output there and back, in all forms; same class, settings and state names."
     (layer, x), (dtype, bound) = case, precision
     layer, x = layer.to(dtype), x.to(dtype)
     big, y = expand(layer, rate, linear_rate=rate, linear_factors=factors, seed=seed), layer(x)
-    for net in forms(big): assert far(net(x), y) < bound * condition(big)
+    for net in forms(big):
+        assert far(net(x), y) < bound * condition(big)
     small = contract(big)
     assert far(small(x), y) < bound * condition(big)
-    assert type(small) is type(layer) and str(small) == str(layer) and list(small.state_dict()) == list(layer.state_dict())
+    assert (
+        type(small) is type(layer)
+        and str(small) == str(layer)
+        and list(small.state_dict()) == list(layer.state_dict())
+    )
 
 
 @FEW
@@ -87,29 +109,47 @@ def test_gradients_and_counts(case, rate, factors):
         inputs = [x.clone().requires_grad_(), *net.parameters()]
         grads.append(torch.autograd.grad(net(inputs[0]).sin().sum(), inputs))
     for other in grads[1:]:
-        for a, b in zip(grads[0], other): assert far(a, b) < 1e-10 * condition(big)
+        for a, b in zip(grads[0], other):
+            assert far(a, b) < 1e-10 * condition(big)
     cost = operations(big, x.shape)
-    assert is_composed(big, x.shape) == (cost['composed'] <= cost['consecutive']) and cost['compact'] <= cost['composed']
+    assert (
+        is_composed(big, x.shape) == (cost['composed'] <= cost['consecutive'])
+        and cost['compact'] <= cost['composed']
+    )
 
 
 class Shared(nn.Module):
     "One convolution used twice, one registered under two names, and two linear layers with one weight."
+
     def __init__(self):
         super().__init__()
-        self.twice, self.a, self.head, self.tail = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 4, 1), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.twice, self.a, self.head, self.tail = (
+            nn.Conv2d(3, 3, 3, padding=1),
+            nn.Conv2d(3, 4, 1),
+            nn.Linear(4, 4),
+            nn.Linear(4, 4),
+        )
         self.b, self.tail.weight = self.a, self.head.weight
-    def forward(self, x): return self.tail(self.head(self.a(self.twice(self.twice(x)).relu()).mean((2, 3))).relu())
+
+    def forward(self, x):
+        return self.tail(self.head(self.a(self.twice(self.twice(x)).relu()).mean((2, 3))).relu())
 
 
 def test_shared_layers_stay_one_and_tied_weights_are_left_alone():
     net, x = Shared().double(), torch.randn(2, 3, 5, 5, dtype=torch.float64)
-    assert expandable(net) == dict(twice='', a='', head='shares a parameter with another layer', tail='shares a parameter with another layer')
+    assert expandable(net) == dict(
+        twice='',
+        a='',
+        head='shares a parameter with another layer',
+        tail='shares a parameter with another layer',
+    )
     big = expand(net)
     assert big.a is big.b and isinstance(big.twice, Expanded) and big.head.weight is big.tail.weight
     for step in range(2):
         big(x).square().sum().backward()
         with torch.no_grad():
-            for p in big.parameters(): p -= .01 * p.grad
+            for p in big.parameters():
+                p -= 0.01 * p.grad
     small = contract(big)
     assert small.a is small.b and small.head.weight is small.tail.weight
     assert far(small(x), big(x)) < 1e-10 and far(small(x), net(x)) > 1e-3
@@ -123,33 +163,49 @@ def test_weights_tied_by_memory_are_seen():
     assert all(expandable(net).values())
 
 
-@pytest.mark.parametrize('spoil, reason', [
-    (lambda n: nn.utils.parametrizations.weight_norm(n), 'parametrised'),
-    (lambda n: nn.utils.spectral_norm(n), 'not a parameter'),
-    (lambda n: n.register_forward_hook(lambda *a: None) and n, 'hooks'),
-    (lambda n: nn.LazyConv2d(3, 3), 'a class of its own'),
-    (lambda n: nn.ConvTranspose2d(3, 3, 3), 'transposed'),
-    (lambda n: n.to('meta'), 'no values'),
-    (lambda n: n.to(torch.complex64), 'complex64')])
+@pytest.mark.parametrize(
+    'spoil, reason',
+    [
+        (lambda n: nn.utils.parametrizations.weight_norm(n), 'parametrised'),
+        (lambda n: nn.utils.spectral_norm(n), 'not a parameter'),
+        (lambda n: n.register_forward_hook(lambda *a: None) and n, 'hooks'),
+        (lambda n: nn.LazyConv2d(3, 3), 'a class of its own'),
+        (lambda n: nn.ConvTranspose2d(3, 3, 3), 'transposed'),
+        (lambda n: n.to('meta'), 'no values'),
+        (lambda n: n.to(torch.complex64), 'complex64'),
+    ],
+)
 def test_left_alone_with_reason(spoil, reason):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         net = nn.Sequential(spoil(nn.Conv2d(3, 3, 3)), nn.Linear(2, 2))
     assert reason in expandable(net)['0'] and expandable(net)['1'] == ''
     assert type(expand(net)[0]) is type(net[0])
-    with pytest.raises(ValueError, match='no layer to expand'): expand(net, layers=lambda name, m: name == '0')
+    with pytest.raises(ValueError, match='no layer to expand'):
+        expand(net, layers=lambda name, m: name == '0')
 
 
-@pytest.mark.parametrize('build, size', [(resnet20, 32), (digits_net, 8), (lambda: torchvision.models.mobilenet_v2(width_mult=.25), 32),
-                                         (lambda: torchvision.models.shufflenet_v2_x0_5(), 32)])
+@pytest.mark.parametrize(
+    'build, size',
+    [
+        (resnet20, 32),
+        (digits_net, 8),
+        (lambda: torchvision.models.mobilenet_v2(width_mult=0.25), 32),
+        (lambda: torchvision.models.shufflenet_v2_x0_5(), 32),
+    ],
+)
 def test_architectures(build, size):
     "Every layer is expanded; outputs agree; the state of the compact network loads after contraction; nothing happens to the model passed in."
     torch.manual_seed(0)
     net = build().double().eval()
-    x, before = torch.randn(2, 1 if build is digits_net else 3, size, size, dtype=torch.float64), copy.deepcopy(net.state_dict())
+    x, before = (
+        torch.randn(2, 1 if build is digits_net else 3, size, size, dtype=torch.float64),
+        copy.deepcopy(net.state_dict()),
+    )
     big = expand(net)
     assert not any(expandable(net).values()) and expandable(big) == {}
-    for b in forms(big): assert far(b(x), net(x)) < 1e-10
+    for b in forms(big):
+        assert far(b(x), net(x)) < 1e-10
     small = contract(big)
     assert far(small(x), net(x)) < 1e-10
     assert list(small.state_dict()) == list(before) and str(small) == str(net)
@@ -164,7 +220,8 @@ def test_transformer_reads_the_weight():
     net, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.randn(2, 5, 8)
     big = expand(net)
     assert [k for k, r in expandable(net).items() if r] == ['self_attn.out_proj']
-    with torch.no_grad(): fast = big(x)
+    with torch.no_grad():
+        fast = big(x)
     assert far(fast, net(x)) < 1e-5 and far(big.train().eval()(x), net(x)) < 1e-5
 
 
@@ -172,16 +229,20 @@ def test_training_on_a_pruned_network():
     "Real steps with batch norm in float32: contraction computes what the expanded network does."
     torch.manual_seed(0)
     net, x = resnet20(), torch.randn(16, 3, 32, 32)
-    big = expand(lbyl_restore(net.eval(), x[:1], ratio=.5)).train()
-    optimiser = torch.optim.SGD(big.parameters(), lr=.01, momentum=.9)
+    big = expand(lbyl_restore(net.eval(), x[:1], ratio=0.5)).train()
+    optimiser = torch.optim.SGD(big.parameters(), lr=0.01, momentum=0.9)
     for _ in range(3):
         optimiser.zero_grad()
         F.cross_entropy(big(x), torch.arange(16) % 10).backward()
         optimiser.step()
     assert all(p.grad.isfinite().all() for p in big.parameters())
     small = contract(big.eval())
-    with torch.no_grad(): assert far(small(x), big(x)) < 1e-5
-    assert not any(p.shape != q.shape for p, q in zip(small.parameters(), lbyl_restore(net, x[:1], ratio=.5).parameters()))
+    with torch.no_grad():
+        assert far(small(x), big(x)) < 1e-5
+    assert not any(
+        p.shape != q.shape
+        for p, q in zip(small.parameters(), lbyl_restore(net, x[:1], ratio=0.5).parameters())
+    )
 
 
 def test_state_of_an_expanded_network_and_whole_modules_are_files(tmp_path):
@@ -198,26 +259,41 @@ def test_state_of_an_expanded_network_and_whole_modules_are_files(tmp_path):
 def test_seed_decides():
     net = digits_net()
     same = lambda a, b: all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
-    torch.manual_seed(0); state = torch.get_rng_state()
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
     assert same(expand(net), expand(net)) and not same(expand(net, seed=1), expand(net))
     assert torch.equal(state, torch.get_rng_state())
 
 
-@pytest.mark.parametrize('rate', [.99, 0, -1, float('nan'), float('inf')])
+@pytest.mark.parametrize('rate', [0.99, 0, -1, float('nan'), float('inf')])
 def test_rate_too_small_names_the_layer(rate):
-    with pytest.raises(ValueError, match=r'conv1: no inverse exists at rate .* the least rate is 1'): expand(resnet20(), rate)
-    with pytest.raises(ValueError, match=r'linear: no inverse exists at rate .* the least rate is 1'): expand(resnet20(), 2, linear_rate=rate)
+    with pytest.raises(
+        ValueError, match=r'conv1: no inverse exists at rate .* the least rate is 1'
+    ):
+        expand(resnet20(), rate)
+    with pytest.raises(
+        ValueError, match=r'linear: no inverse exists at rate .* the least rate is 1'
+    ):
+        expand(resnet20(), 2, linear_rate=rate)
 
 
 def test_bad_input():
     net = digits_net()
-    with pytest.raises(ValueError, match='expanded already'): expand(expand(net))
-    with pytest.raises(ValueError, match='expanded already'): expand(expand(nn.Linear(2, 2)))
-    with pytest.warns(UserWarning, match='not expanded'): same = contract(net)
-    assert same is not net and all(torch.equal(a, b) for a, b in zip(same.parameters(), net.parameters()))
-    with torch.no_grad(): next(net.parameters()).fill_(float('nan'))
-    with pytest.raises(ValueError, match='holds NaN'): expand(net)
-    with pytest.raises(ValueError, match='no layer to expand'): expand(nn.ReLU())
+    with pytest.raises(ValueError, match='expanded already'):
+        expand(expand(net))
+    with pytest.raises(ValueError, match='expanded already'):
+        expand(expand(nn.Linear(2, 2)))
+    with pytest.warns(UserWarning, match='not expanded'):
+        same = contract(net)
+    assert same is not net and all(
+        torch.equal(a, b) for a, b in zip(same.parameters(), net.parameters())
+    )
+    with torch.no_grad():
+        next(net.parameters()).fill_(float('nan'))
+    with pytest.raises(ValueError, match='holds NaN'):
+        expand(net)
+    with pytest.raises(ValueError, match='no layer to expand'):
+        expand(nn.ReLU())
 
 
 HALVES = [torch.float16, torch.bfloat16]
@@ -235,7 +311,7 @@ def test_half_precision(dtype, how):
     for k, v in net.state_dict().items():
         tiny = 1e-6 * v.abs().max().item()
         torch.testing.assert_close(small.state_dict()[k], v, rtol=torch.finfo(dtype).eps, atol=tiny)
-        assert (small.state_dict()[k] == v).float().mean() > .99, k
+        assert (small.state_dict()[k] == v).float().mean() > 0.99, k
     eps = torch.finfo(dtype).eps
     for b in forms(big):
         bound = max(2 * far(net(x).double(), exact), eps)
@@ -255,7 +331,9 @@ def test_any_layer_in_half_precision(case, dtype, seed):
 
 
 @pytest.mark.parametrize('dtype', HALVES)
-@pytest.mark.parametrize('layer, shape', [(nn.Conv2d(8, 6, 3), (2, 8, 5, 5)), (nn.Linear(9, 5), (4, 9))])
+@pytest.mark.parametrize(
+    'layer, shape', [(nn.Conv2d(8, 6, 3), (2, 8, 5, 5)), (nn.Linear(9, 5), (4, 9))]
+)
 def test_factors_one_by_one_round_the_output_alone(layer, shape, dtype):
     "Every output, small ones too, is that of the same weight in float64, rounded once."
     layer, x = copy.deepcopy(layer).to(dtype), torch.randn(shape).to(dtype)
@@ -272,14 +350,16 @@ def test_half_precision_moves_and_trains(dtype):
     big = expand(net)
     other = expand(digits_net().eval().to(dtype), seed=5)
     other.load_state_dict(big.state_dict())
-    for b in (other, copy.deepcopy(big)): assert torch.equal(b(x), big(x))
+    for b in (other, copy.deepcopy(big)):
+        assert torch.equal(b(x), big(x))
     optimiser = torch.optim.SGD(big.parameters(), 1e-2)
     big(x).float().square().sum().backward()
     optimiser.step()
     small = contract(big)
     assert {p.dtype for p in small.parameters()} == {dtype}
     assert far(small(x).float(), net(x).float()) > 1e-3
-    for b in forms(big): assert far(b(x).float(), small(x).float()) < 8 * torch.finfo(dtype).eps
+    for b in forms(big):
+        assert far(b(x).float(), small(x).float()) < 8 * torch.finfo(dtype).eps
     wide = big.float()
     assert wide(x.float()).dtype == torch.float32
     assert {p.dtype for p in contract(wide).parameters()} == {torch.float32}
@@ -289,6 +369,7 @@ def test_half_precision_moves_and_trains(dtype):
 def test_gpu():
     net, x = resnet20().eval().cuda(), torch.randn(4, 3, 32, 32, device='cuda')
     with torch.backends.cudnn.flags(allow_tf32=False), torch.no_grad():
-        for b in forms(expand(net)): assert far(b(x), net(x)) < 1e-4
+        for b in forms(expand(net)):
+            assert far(b(x), net(x)) < 1e-4
         small = contract(expand(net))
     assert next(small.parameters()).device == x.device

@@ -1,5 +1,7 @@
 "Fine-tuning in two processes, killed for good, on the whole path; and what its schedule and order of images promise for any numbers."
-import signal, sys
+
+import signal
+import sys
 from dataclasses import replace
 from math import isclose
 
@@ -7,21 +9,34 @@ import pandas as pd
 import pytest
 import torch
 from accelerate import Accelerator
-from hypothesis import given, settings, strategies as st
+from conftest import ROOT, call
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
-from conftest import ROOT, call
 from lbyl_nb.data import digits, subset
-from lbyl_nb.finetune import FINETUNING, Recipe, batches, boost, finetune, fixed_norms, fresh, restore_and_boost, unchanged
 from lbyl_nb.files import read_safetensors
+from lbyl_nb.finetune import (
+    FINETUNING,
+    Recipe,
+    batches,
+    boost,
+    finetune,
+    fixed_norms,
+    fresh,
+    restore_and_boost,
+    unchanged,
+)
 from lbyl_nb.models import digits_net, initialised
 from lbyl_nb.recover import load_restored, prune_only
 
-pytestmark = pytest.mark.usefixtures('one_thread')    # bits are compared
-Accelerator(cpu=True)    # the first one decides for all: bits are compared here, and a GPU promises none
-SHORT = Recipe(epochs=3, lr=.01, milestones=(2,), batch=64)
-COMMON = '''
+pytestmark = pytest.mark.usefixtures('one_thread')  # bits are compared
+Accelerator(
+    cpu=True
+)  # the first one decides for all: bits are compared here, and a GPU promises none
+SHORT = Recipe(epochs=3, lr=0.01, milestones=(2,), batch=64)
+COMMON = """
 import os, signal, sys, torch
 from torch import nn
 from lbyl_nb.data import crop_flip, digits, subset
@@ -38,8 +53,10 @@ class Shift:
         self.calls += 1
         if self.calls == self.killed_at: os.kill(os.getpid(), signal.SIGKILL)
         return crop_flip(x, 1)
-'''
-TWO = COMMON + '''
+"""
+TWO = (
+    COMMON
+    + """
 from accelerate import Accelerator, debug_launcher
 teacher = initialised(lambda: digits_net(4), 2).double()
 RUNS = dict(linear=(linear, unchanged, None), fixed=(lambda: dense, fixed_norms, None), own=(lambda: dense, unchanged, teacher))
@@ -61,41 +78,70 @@ class Nan:
         if self.calls == 2: x[1] = float('nan')
         return x
 debug_launcher(main)
-'''
-KILLED = COMMON + '''
+"""
+)
+KILLED = (
+    COMMON
+    + """
 boost(dense, data, teacher=dense, recipe=short, sp_weight=30, augment=Shift(11), checkpoint=f'{out}/c.safetensors', every=2, eval_set=data)
-'''
-HALF = COMMON + '''
+"""
+)
+HALF = (
+    COMMON
+    + """
 finetune(dense, data, teacher=initialised(lambda: digits_net(4), 2), recipe=short, sp_weight=30).history.to_csv(f'{out}/half.csv', index=False)
-'''
+"""
+)
 
 
 class Shift:
     "The same shifts as in the scripts."
+
     def __call__(self, x):
         from lbyl_nb.data import crop_flip
+
         return crop_flip(x, 1)
 
 
 @pytest.fixture(scope='module')
-def data(): return subset(digits()[0], 256)
+def data():
+    return subset(digits()[0], 256)
 
 
 @pytest.fixture
-def dense(): return initialised(lambda: digits_net(4), 1)
+def dense():
+    return initialised(lambda: digits_net(4), 1)
 
 
-def linear(): return initialised(lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)), 0)
+def linear():
+    return initialised(
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)), 0
+    )
 
 
 def script(text, *args, **env):
     "Run a script on the CPU, with the project's modules."
-    return call(sys.executable, '-c', text, *args, cwd=ROOT, timeout=120, TQDM_DISABLE='1', CUDA_VISIBLE_DEVICES='', ACCELERATE_USE_CPU='true', **env)
+    return call(
+        sys.executable,
+        '-c',
+        text,
+        *args,
+        cwd=ROOT,
+        timeout=120,
+        TQDM_DISABLE='1',
+        CUDA_VISIBLE_DEVICES='',
+        ACCELERATE_USE_CPU='true',
+        **env,
+    )
 
 
 def apart(a, b):
     "Largest distance of two states, relative to the largest number."
-    return max(((a[k] - b[k]).abs().max() / b[k].abs().max().clamp(min=1)).item() for k in b if b[k].is_floating_point())
+    return max(
+        ((a[k] - b[k]).abs().max() / b[k].abs().max().clamp(min=1)).item()
+        for k in b
+        if b[k].is_floating_point()
+    )
 
 
 def test_two_processes(tmp_path, data, dense):
@@ -103,29 +149,50 @@ def test_two_processes(tmp_path, data, dense):
     run = script(TWO, tmp_path)
     assert run.returncode == 0, run.stdout
     teacher = initialised(lambda: digits_net(4), 2).double()
-    for name, net, norms, teacher in (('linear', linear(), unchanged, None), ('fixed', dense, fixed_norms, None), ('own', dense, unchanged, teacher)):
-        both = [load_file(tmp_path/f'{name}{i}.safetensors') for i in (0, 1)]
+    for name, net, norms, teacher in (
+        ('linear', linear(), unchanged, None),
+        ('fixed', dense, fixed_norms, None),
+        ('own', dense, unchanged, teacher),
+    ):
+        both = [load_file(tmp_path / f'{name}{i}.safetensors') for i in (0, 1)]
         assert all(torch.equal(both[0][k], both[1][k]) for k in both[0])
-        one = finetune(net.double(), data, teacher=teacher, sp_weight=3, recipe=SHORT, batch_norms=norms, augment=Shift(), eval_set=data)
+        one = finetune(
+            net.double(),
+            data,
+            teacher=teacher,
+            sp_weight=3,
+            recipe=SHORT,
+            batch_norms=norms,
+            augment=Shift(),
+            eval_set=data,
+        )
         moved = apart(net.state_dict(), one.model.state_dict())
-        if name == 'own': assert 1e-4 < apart(both[0], one.model.state_dict()) < moved    # shares have statistics of their own
-        else: assert apart(both[0], one.model.state_dict()) < 1e-12 < .01 < moved
-        rows = [pd.read_csv(tmp_path/f'{name}{i}.csv') for i in (0, 1)]
+        if name == 'own':
+            assert (
+                1e-4 < apart(both[0], one.model.state_dict()) < moved
+            )  # shares have statistics of their own
+        else:
+            assert apart(both[0], one.model.state_dict()) < 1e-12 < 0.01 < moved
+        rows = [pd.read_csv(tmp_path / f'{name}{i}.csv') for i in (0, 1)]
         pd.testing.assert_frame_equal(*rows)
-        if name == 'own': assert rows[0].similarity.gt(0).all()    # of images within a share
-        else: pd.testing.assert_frame_equal(rows[0], one.history, rtol=1e-6)
+        if name == 'own':
+            assert rows[0].similarity.gt(0).all()  # of images within a share
+        else:
+            pd.testing.assert_frame_equal(rows[0], one.history, rtol=1e-6)
 
 
 def test_killed(tmp_path, data, dense):
     "A process that ends by SIGKILL in the middle of a step; the same call in another process goes on to the same bits."
     run = script(KILLED, tmp_path)
     assert run.returncode == -signal.SIGKILL, run.stdout
-    path = tmp_path/'c.safetensors'
+    path = tmp_path / 'c.safetensors'
     assert read_safetensors(path)[1]['step'] == '10'
     how = dict(teacher=dense, recipe=SHORT, sp_weight=30, augment=Shift(), every=2, eval_set=data)
     rest, whole = boost(dense, data, checkpoint=path, **how), boost(dense, data, **how)
     assert len(rest.history) == 6 and rest.history.equals(whole.history)
-    assert all(torch.equal(v, whole.model.state_dict()[k]) for k, v in rest.model.state_dict().items())
+    assert all(
+        torch.equal(v, whole.model.state_dict()[k]) for k, v in rest.model.state_dict().items()
+    )
 
 
 def test_precision_that_accelerate_is_configured_with(tmp_path, data, dense):
@@ -133,18 +200,22 @@ def test_precision_that_accelerate_is_configured_with(tmp_path, data, dense):
     run = script(HALF, tmp_path, ACCELERATE_MIXED_PRECISION='bf16')
     assert run.returncode == 0, run.stdout
     how = dict(teacher=initialised(lambda: digits_net(4), 2), recipe=SHORT, sp_weight=30)
-    configured, asked, full = pd.read_csv(tmp_path/'half.csv'), *(finetune(dense, data, autocast=t, **how).history for t in (torch.bfloat16, None))
+    configured, asked, full = (
+        pd.read_csv(tmp_path / 'half.csv'),
+        *(finetune(dense, data, autocast=t, **how).history for t in (torch.bfloat16, None)),
+    )
     pd.testing.assert_frame_equal(configured, asked, rtol=1e-3)
     assert (asked.similarity != full.similarity).all()
 
 
 def test_truncated_anywhere(tmp_path, data, dense):
-    path = tmp_path/'c.safetensors'
-    finetune(dense, data, recipe=replace(SHORT, epochs=.25), checkpoint=path)
+    path = tmp_path / 'c.safetensors'
+    finetune(dense, data, recipe=replace(SHORT, epochs=0.25), checkpoint=path)
     whole = path.read_bytes()
     for n in (0, 1, 7, 8, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:n])
-        with pytest.raises(ValueError, match='truncated'): finetune(dense, data, recipe=replace(SHORT, epochs=.25), checkpoint=path)
+        with pytest.raises(ValueError, match='truncated'):
+            finetune(dense, data, recipe=replace(SHORT, epochs=0.25), checkpoint=path)
         assert path.read_bytes() == whole[:n]
 
 
@@ -152,9 +223,18 @@ def test_whole_path(tmp_path, data):
     "Networks passed in keep every bit; what is saved is what is returned."
     dense, image = initialised(lambda: digits_net(4), 0).eval(), torch.zeros(1, 1, 8, 8)
     before = {k: v.clone() for k, v in dense.state_dict().items()}
-    done = restore_and_boost(dense, image, data, restoring=dict(ratio=.5, restorer=prune_only()), path=tmp_path/'s.safetensors', recipe=SHORT)
-    assert all(torch.equal(v, before[k]) for k, v in dense.state_dict().items()) and not dense.training
-    loaded = load_restored(digits_net(4), image, tmp_path/'s.safetensors')
+    done = restore_and_boost(
+        dense,
+        image,
+        data,
+        restoring=dict(ratio=0.5, restorer=prune_only()),
+        path=tmp_path / 's.safetensors',
+        recipe=SHORT,
+    )
+    assert (
+        all(torch.equal(v, before[k]) for k, v in dense.state_dict().items()) and not dense.training
+    )
+    loaded = load_restored(digits_net(4), image, tmp_path / 's.safetensors')
     assert all(torch.equal(v, done.model.state_dict()[k]) for k, v in loaded.state_dict().items())
     assert {k: len(v) for k, v in done.plan.items()} and done.history.similarity.gt(0).all()
     assert type(done.model) is type(dense) and not done.model.training
@@ -164,25 +244,35 @@ def test_callers_generator_goes_on(data, dense):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    finetune(fresh(dense), data, recipe=replace(SHORT, epochs=.5), augment=Shift())
+    finetune(fresh(dense), data, recipe=replace(SHORT, epochs=0.5), augment=Shift())
     assert torch.equal(torch.rand(3), expected)
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(1, 50), st.integers(1, 12), st.integers(0, 9), st.integers(0, 30), st.integers(0, 20))
+@given(
+    st.integers(1, 50),
+    st.integers(1, 12),
+    st.integers(0, 9),
+    st.integers(0, 30),
+    st.integers(0, 20),
+)
 def test_order(images, batch, seed, first, more):
     "Any stretch of steps sees the images it would see in the whole run; no image comes twice in an epoch."
-    if batch > images: return
+    if batch > images:
+        return
     whole = [p.tolist() for _, p in batches(images, batch, seed, 0, first + more)]
-    assert [p.tolist() for _, p in batches(images, batch, seed, first, first + more)] == whole[first:]
+    assert [p.tolist() for _, p in batches(images, batch, seed, first, first + more)] == whole[
+        first:
+    ]
     per = images // batch
     for e in range(0, len(whole), per):
-        seen = [i for p in whole[e:e + per] for i in p]
-        assert len(set(seen)) == len(seen) and all(len(p) == batch for p in whole[e:e + per])
+        seen = [i for p in whole[e : e + per] for i in p]
+        assert len(set(seen)) == len(seen) and all(len(p) == batch for p in whole[e : e + per])
 
 
 @given(st.floats(1e-3, 10), st.floats(0, 149))
 def test_scaled_schedule(factor, epoch):
     "At the same fraction of the way the rate is the same."
-    if any(isclose(epoch, m, rel_tol=1e-9) for m in FINETUNING.milestones): return
+    if any(isclose(epoch, m, rel_tol=1e-9) for m in FINETUNING.milestones):
+        return
     assert FINETUNING.scaled(factor).rate(epoch * factor) == FINETUNING.rate(epoch)

@@ -1,6 +1,7 @@
 """What goes with a channel, beside Torch-Pruning's account of it, which follows autograd's graph.
 
 The package records labels of channels in a forward pass and knows nothing of that graph."""
+
 import pytest
 import torch
 import torch_pruning as tp
@@ -9,8 +10,15 @@ import torchvision
 from lbyl_nb.graph import find_groups
 from lbyl_nb.trace import LAYERS, trace
 
-NETWORKS = ['resnet18', 'vgg11_bn', 'mobilenet_v2', 'mobilenet_v3_small', 'densenet121', 'squeezenet1_1',
-            'mnasnet0_5']
+NETWORKS = [
+    'resnet18',
+    'vgg11_bn',
+    'mobilenet_v2',
+    'mobilenet_v3_small',
+    'densenet121',
+    'squeezenet1_1',
+    'mnasnet0_5',
+]
 
 
 def by_torch_pruning(net, graph, name, channel):
@@ -19,8 +27,11 @@ def by_torch_pruning(net, graph, name, channel):
     cut = graph.get_pruner_of_module(layer).prune_out_channels
     for item in graph.get_pruning_group(layer, cut, [channel]).items:
         module = item.dep.target.module
-        if module not in names: continue
-        outputs = graph.is_out_channel_pruning_fn(item.dep.handler) or not isinstance(module, LAYERS)
+        if module not in names:
+            continue
+        outputs = graph.is_out_channel_pruning_fn(item.dep.handler) or not isinstance(
+            module, LAYERS
+        )
         found.setdefault((names[module], outputs), set()).update(item.idxs)
     return found
 

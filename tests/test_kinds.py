@@ -1,4 +1,5 @@
 "Every kind of channel group: removed channels that repeat kept ones are restored without loss, whatever lies between producer and consumer."
+
 import copy
 
 import pytest
@@ -13,21 +14,31 @@ from lbyl_nb.recover import lbyl, lbyl_restore, merging, prune_only, restore
 from lbyl_nb.selection import least_lost
 from lbyl_nb.trace import trace
 
-EXACT = dict(merging=lambda s: merging(), lbyl=lambda s: lbyl(0, 0), probe=lambda s: probe(s, ridge=1e-9), channels=lambda s: probe(s, taps=False, ridge=1e-9),
-             layerwise=lambda s: layerwise(s, refit=False, ridge=1e-9))
+EXACT = dict(
+    merging=lambda s: merging(),
+    lbyl=lambda s: lbyl(0, 0),
+    probe=lambda s: probe(s, ridge=1e-9),
+    channels=lambda s: probe(s, taps=False, ridge=1e-9),
+    layerwise=lambda s: layerwise(s, refit=False, ridge=1e-9),
+)
 
 
 class Net(nn.Module):
     "Layers by name, and a function of them and of the input."
+
     def __init__(self, f, **layers):
         super().__init__()
         self.f, self.layers = f, nn.ModuleDict(layers)
-    def forward(self, x): return self.f(self.layers, x)
+
+    def forward(self, x):
+        return self.f(self.layers, x)
 
 
 class NormAct(nn.BatchNorm2d):
     "A batch norm with its activation inside, as timm has it."
-    def forward(self, x): return F.relu(super().forward(x))
+
+    def forward(self, x):
+        return F.relu(super().forward(x))
 
 
 class Own(nn.Conv2d):
@@ -42,13 +53,16 @@ def stream(l, x):
 
 def dense(l, x):
     x = l['stem'](x)
-    for k in 'abc': x = torch.cat([x, l[k](l['n' + k](x).relu())], 1)
+    for k in 'abc':
+        x = torch.cat([x, l[k](l['n' + k](x).relu())], 1)
     return l['fc'](x.relu().mean((2, 3)))
 
 
 def gated(l, x):
     x = l['dbn'](l['dw'](F.silu(l['bn'](l['expand'](x)))))
-    return l['out'](x * l['excite'](l['squeeze'](x.mean((2, 3), keepdim=True)).relu()).sigmoid()).mean((2, 3))
+    return l['out'](
+        x * l['excite'](l['squeeze'](x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+    ).mean((2, 3))
 
 
 def mlp(l, x):
@@ -58,20 +72,176 @@ def mlp(l, x):
 
 C, B = nn.Conv2d, nn.BatchNorm2d
 KINDS = dict(
-    stream=(lambda: Net(stream, stem=C(3, 8, 3, padding=1), bn0=B(8), a=C(8, 10, 3, padding=1), bn1=B(10), b=C(10, 8, 3, padding=1), bn2=B(8), c=C(8, 8, 1), fc=nn.Linear(8, 4)), (3, 8, 8)),
-    concatenation=(lambda: Net(dense, stem=C(3, 4, 1), na=B(4), a=C(4, 6, 3, padding=1), nb=B(10), b=C(10, 6, 3, padding=1), nc=B(16), c=C(16, 6, 3, padding=1), fc=nn.Linear(22, 4)), (3, 8, 8)),
-    gated_depthwise=(lambda: Net(gated, expand=C(3, 8, 1), bn=B(8), dw=C(8, 8, 3, padding=1, groups=8), dbn=B(8), squeeze=C(8, 6, 1), excite=C(6, 8, 1), out=C(8, 4, 1)), (3, 8, 8)),
-    grouped=(lambda: nn.Sequential(C(3, 12, 1), B(12), nn.ReLU(), C(12, 8, 3, padding=1, groups=2), B(8), nn.ReLU(), C(8, 8, 3, groups=4), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4)), (3, 8, 8)),
-    grouped_1d=(lambda: nn.Sequential(nn.Conv1d(3, 12, 1), nn.ReLU(), nn.Conv1d(12, 6, 3, groups=3), nn.ReLU(), nn.Conv1d(6, 2, 1)), (3, 12)),
-    separable=(lambda: nn.Sequential(C(3, 8, 3), B(8), nn.ReLU(), C(8, 6, 1), nn.ReLU(), C(6, 6, 3, padding=1, groups=6), B(6), nn.ReLU(), C(6, 4, 1)), (3, 8, 8)),
-    activation_in_norm=(lambda: nn.Sequential(C(3, 8, 3, padding=1), NormAct(8), C(8, 6, 3), NormAct(6), C(6, 4, 1)), (3, 8, 8)),
-    instance_norm=(lambda: nn.Sequential(C(3, 8, 3, padding=1), nn.InstanceNorm2d(8, affine=True), nn.LeakyReLU(.1), C(8, 6, 3), nn.InstanceNorm2d(6), nn.ReLU(), C(6, 4, 1)), (3, 8, 8)),
-    own_class=(lambda: nn.Sequential(Own(3, 8, 3, padding=1), B(8), nn.ReLU(), Own(8, 6, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.modules.linear.NonDynamicallyQuantizableLinear(54, 4)), (3, 8, 8)),
-    transposed=(lambda: nn.Sequential(C(3, 8, 3), B(8), nn.ReLU(), nn.ConvTranspose2d(8, 6, 3, stride=2), nn.ReLU(), nn.ConvTranspose2d(6, 6, 2, bias=False), nn.ReLU(), C(6, 2, 1)), (3, 8, 8)),
-    one_dimension=(lambda: nn.Sequential(nn.Conv1d(3, 8, 3, padding=1), nn.BatchNorm1d(8), nn.ReLU(), nn.Conv1d(8, 6, 5, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(36, 4)), (3, 16)),
-    three_dimensions=(lambda: nn.Sequential(nn.Conv3d(2, 8, 3, padding=1), nn.BatchNorm3d(8), nn.ReLU(), nn.MaxPool3d(2), nn.Conv3d(8, 6, 2), nn.ReLU(), nn.Flatten(), nn.Linear(48, 4)), (2, 6, 6, 6)),
-    transformer_mlp=(lambda: Net(mlp, norm=nn.LayerNorm(6), up=nn.Linear(6, 12), down=nn.Linear(12, 6), fc=nn.Linear(6, 3)), (5, 6)),
-    several_consumers=(lambda: Net(lambda l, x: (lambda y: l['b'](y).relu().mean((2, 3)) + l['c'](y)[:, :, 0, 0])(l['a'](x).relu()), a=C(3, 8, 3), b=C(8, 4, 3), c=C(8, 4, 1)), (3, 8, 8)))
+    stream=(
+        lambda: Net(
+            stream,
+            stem=C(3, 8, 3, padding=1),
+            bn0=B(8),
+            a=C(8, 10, 3, padding=1),
+            bn1=B(10),
+            b=C(10, 8, 3, padding=1),
+            bn2=B(8),
+            c=C(8, 8, 1),
+            fc=nn.Linear(8, 4),
+        ),
+        (3, 8, 8),
+    ),
+    concatenation=(
+        lambda: Net(
+            dense,
+            stem=C(3, 4, 1),
+            na=B(4),
+            a=C(4, 6, 3, padding=1),
+            nb=B(10),
+            b=C(10, 6, 3, padding=1),
+            nc=B(16),
+            c=C(16, 6, 3, padding=1),
+            fc=nn.Linear(22, 4),
+        ),
+        (3, 8, 8),
+    ),
+    gated_depthwise=(
+        lambda: Net(
+            gated,
+            expand=C(3, 8, 1),
+            bn=B(8),
+            dw=C(8, 8, 3, padding=1, groups=8),
+            dbn=B(8),
+            squeeze=C(8, 6, 1),
+            excite=C(6, 8, 1),
+            out=C(8, 4, 1),
+        ),
+        (3, 8, 8),
+    ),
+    grouped=(
+        lambda: nn.Sequential(
+            C(3, 12, 1),
+            B(12),
+            nn.ReLU(),
+            C(12, 8, 3, padding=1, groups=2),
+            B(8),
+            nn.ReLU(),
+            C(8, 8, 3, groups=4),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(288, 4),
+        ),
+        (3, 8, 8),
+    ),
+    grouped_1d=(
+        lambda: nn.Sequential(
+            nn.Conv1d(3, 12, 1),
+            nn.ReLU(),
+            nn.Conv1d(12, 6, 3, groups=3),
+            nn.ReLU(),
+            nn.Conv1d(6, 2, 1),
+        ),
+        (3, 12),
+    ),
+    separable=(
+        lambda: nn.Sequential(
+            C(3, 8, 3),
+            B(8),
+            nn.ReLU(),
+            C(8, 6, 1),
+            nn.ReLU(),
+            C(6, 6, 3, padding=1, groups=6),
+            B(6),
+            nn.ReLU(),
+            C(6, 4, 1),
+        ),
+        (3, 8, 8),
+    ),
+    activation_in_norm=(
+        lambda: nn.Sequential(
+            C(3, 8, 3, padding=1), NormAct(8), C(8, 6, 3), NormAct(6), C(6, 4, 1)
+        ),
+        (3, 8, 8),
+    ),
+    instance_norm=(
+        lambda: nn.Sequential(
+            C(3, 8, 3, padding=1),
+            nn.InstanceNorm2d(8, affine=True),
+            nn.LeakyReLU(0.1),
+            C(8, 6, 3),
+            nn.InstanceNorm2d(6),
+            nn.ReLU(),
+            C(6, 4, 1),
+        ),
+        (3, 8, 8),
+    ),
+    own_class=(
+        lambda: nn.Sequential(
+            Own(3, 8, 3, padding=1),
+            B(8),
+            nn.ReLU(),
+            Own(8, 6, 3, stride=2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.modules.linear.NonDynamicallyQuantizableLinear(54, 4),
+        ),
+        (3, 8, 8),
+    ),
+    transposed=(
+        lambda: nn.Sequential(
+            C(3, 8, 3),
+            B(8),
+            nn.ReLU(),
+            nn.ConvTranspose2d(8, 6, 3, stride=2),
+            nn.ReLU(),
+            nn.ConvTranspose2d(6, 6, 2, bias=False),
+            nn.ReLU(),
+            C(6, 2, 1),
+        ),
+        (3, 8, 8),
+    ),
+    one_dimension=(
+        lambda: nn.Sequential(
+            nn.Conv1d(3, 8, 3, padding=1),
+            nn.BatchNorm1d(8),
+            nn.ReLU(),
+            nn.Conv1d(8, 6, 5, stride=2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(36, 4),
+        ),
+        (3, 16),
+    ),
+    three_dimensions=(
+        lambda: nn.Sequential(
+            nn.Conv3d(2, 8, 3, padding=1),
+            nn.BatchNorm3d(8),
+            nn.ReLU(),
+            nn.MaxPool3d(2),
+            nn.Conv3d(8, 6, 2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(48, 4),
+        ),
+        (2, 6, 6, 6),
+    ),
+    transformer_mlp=(
+        lambda: Net(
+            mlp,
+            norm=nn.LayerNorm(6),
+            up=nn.Linear(6, 12),
+            down=nn.Linear(12, 6),
+            fc=nn.Linear(6, 3),
+        ),
+        (5, 6),
+    ),
+    several_consumers=(
+        lambda: Net(
+            lambda l, x: (lambda y: l['b'](y).relu().mean((2, 3)) + l['c'](y)[:, :, 0, 0])(
+                l['a'](x).relu()
+            ),
+            a=C(3, 8, 3),
+            b=C(8, 4, 3),
+            c=C(8, 4, 1),
+        ),
+        (3, 8, 8),
+    ),
+)
 
 
 def made(kind, double=True):
@@ -80,7 +250,11 @@ def made(kind, double=True):
     build, shape = KINDS[kind]
     net, x = build().eval(), torch.randn(64, *shape)
     for m in net.modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm): m.weight.data.uniform_(.5, 1.5); m.bias.data.normal_(); m.running_mean.normal_(); m.running_var.uniform_(.5, 2)
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            m.weight.data.uniform_(0.5, 1.5)
+            m.bias.data.normal_()
+            m.running_mean.normal_()
+            m.running_var.uniform_(0.5, 2)
     return (net.double(), x.double()) if double else (net, x)
 
 
@@ -92,7 +266,11 @@ def repeated(net, group):
     with torch.no_grad():
         for name, cut in group.cut:
             m = net.get_submodule(name)
-            for t in [by_output(m) if k == 'weight' and m.weight.ndim > 1 else v for k, v in [*m.named_parameters(), *m.named_buffers()] if v.ndim]:
+            for t in [
+                by_output(m) if k == 'weight' and m.weight.ndim > 1 else v
+                for k, v in [*m.named_parameters(), *m.named_buffers()]
+                if v.ndim
+            ]:
                 t[cut[last].flatten()] = t[cut[first].flatten()]
     return net, {group.name: at[:, :-half].flatten().tolist()}
 
@@ -106,7 +284,10 @@ def groups_of(kind):
 def test_repeated_channels_are_restored_exactly(kind, group):
     net, x = made(kind)
     net, keep = repeated(net, next(g for g in groups_of(kind) if g.name == group))
-    far = lambda restorer: (lbyl_restore(net, x, keep=keep, restorer=restorer)(x) - net(x)).abs().max().item() / net(x).abs().max().item()
+    far = lambda restorer: (
+        (lbyl_restore(net, x, keep=keep, restorer=restorer)(x) - net(x)).abs().max().item()
+        / net(x).abs().max().item()
+    )
     gaps = {k: far(f(calibration(x))) for k, f in EXACT.items()}
     assert max(gaps.values()) < 1e-5 < far(prune_only()), gaps
 
@@ -115,8 +296,16 @@ def test_repeated_channels_are_restored_exactly(kind, group):
 def test_all_groups_together(kind):
     "Everything pruned at once, by a ratio and an own kept set: it runs, is smaller, and is the better for restoration."
     net, x = made(kind, double=False)
-    r = {k: restore(net, x, ratio=.3, streams=True, criterion=least_lost(calibration(x)), restorer=f) for k, f in dict(pruned=prune_only(), restored=layerwise(calibration(x))).items()}
-    assert len(r['pruned'].plan) == len(groups_of(kind)) and r['restored'].model(x).shape == net(x).shape
+    r = {
+        k: restore(
+            net, x, ratio=0.3, streams=True, criterion=least_lost(calibration(x)), restorer=f
+        )
+        for k, f in dict(pruned=prune_only(), restored=layerwise(calibration(x))).items()
+    }
+    assert (
+        len(r['pruned'].plan) == len(groups_of(kind))
+        and r['restored'].model(x).shape == net(x).shape
+    )
     assert r['restored'].cost.params['after'] < r['restored'].cost.params['before']
     gap = {k: (v.model(x) - net(x)).norm().item() for k, v in r.items()}
     assert gap['restored'] < gap['pruned'] + 1e-4 * net(x).norm().item(), gap

@@ -1,10 +1,12 @@
 "Layer by layer: equal networks written differently, samples that are not alone, counts by hand."
+
 import copy
 import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from lbyl_nb.graph import find_groups
@@ -17,16 +19,19 @@ from lbyl_nb.trace import trace
 
 class Net(nn.Module):
     "Layers by name, and a function of them and of the input; it counts its forward passes."
+
     def __init__(self, f, **layers):
         super().__init__()
         self.f, self.layers, self.passes = f, nn.ModuleDict(layers), 0
+
     def forward(self, x):
         self.passes += 1
         return self.f(self.layers, x)
 
 
 def out(net, x):
-    with torch.no_grad(): return net(x)
+    with torch.no_grad():
+        return net(x)
 
 
 def far(net, small, x):
@@ -37,12 +42,16 @@ def far(net, small, x):
 
 # Which channels can be spared
 
+
 def dense(depth):
     "Each layer reads all layers before it."
+
     def forward(l, x):
         x = l['stem'](x)
-        for i in range(depth): x = torch.cat([x, l[f'l{i}'](x.relu())], 1)
+        for i in range(depth):
+            x = torch.cat([x, l[f'l{i}'](x.relu())], 1)
         return l['fc'](x.relu().mean((2, 3)))
+
     layers = {f'l{i}': nn.Conv2d(4 * (i + 1), 4, 3, padding=1) for i in range(depth)}
     return Net(forward, stem=nn.Conv2d(3, 4, 3), **layers, fc=nn.Linear(4 * (depth + 1), 3)).eval()
 
@@ -52,11 +61,13 @@ def test_choosing_takes_one_pass_of_the_probes():
     x, counts = torch.randn(8, 3, 6, 6), {}
     for depth in (2, 6):
         net, probed = dense(depth), []
+
         def source(model, args):
             probed.append(copy.deepcopy(model))
             probed[-1].passes = 0
             return Probes(probed[-1], (x,))
-        assert len(plan(net, x, .5, least_lost(source))) == depth + 1
+
+        assert len(plan(net, x, 0.5, least_lost(source))) == depth + 1
         counts[depth] = [p.passes for p in probed]
     assert counts == {2: [1], 6: [1]}
 
@@ -67,19 +78,21 @@ def test_errors_count_where_the_next_layer_reads_them():
     torch.manual_seed(0)
     a, b, x, kept = nn.Linear(4, 4), nn.Linear(4, 2), torch.randn(64, 4), {}
     with torch.no_grad():
-        a.weight.copy_(torch.eye(4)); a.bias.zero_()
-        b.weight.copy_(torch.tensor([[1., 1, 0, 0], [0, 0, 1, 1]])); b.bias.zero_()
+        a.weight.copy_(torch.eye(4))
+        a.bias.zero_()
+        b.weight.copy_(torch.tensor([[1.0, 1, 0, 0], [0, 0, 1, 1]]))
+        b.bias.zero_()
     for small in (0, 1):
         norm = nn.BatchNorm1d(2, eps=0)
-        norm.weight.data[small] = -.01
-        norm.running_var.copy_(torch.tensor([4., .25]))
+        norm.weight.data[small] = -0.01
+        norm.running_var.copy_(torch.tensor([4.0, 0.25]))
         factor = norm.weight.detach() / norm.running_var.sqrt()
         folded = copy.deepcopy(b)
         folded.weight.data *= factor[:, None]
         normed = nn.Sequential(a, nn.ReLU(), b, norm, nn.ReLU(), nn.Linear(2, 2)).eval()
         plain = nn.Sequential(a, nn.ReLU(), folded, nn.Identity(), nn.ReLU(), normed[-1]).eval()
         torch.testing.assert_close(out(normed, x), out(plain, x))
-        plans = [plan(n, x[:1], .5, least_lost(calibration(x)))['0'] for n in (normed, plain)]
+        plans = [plan(n, x[:1], 0.5, least_lost(calibration(x)))['0'] for n in (normed, plain)]
         assert plans[0] == plans[1]
         kept[small] = plans[0]
     assert kept == {0: [2, 3], 1: [0, 1]}
@@ -87,15 +100,26 @@ def test_errors_count_where_the_next_layer_reads_them():
 
 # The stream
 
+
 def test_a_tiny_scale_cannot_make_up_for_the_stream():
     """An output that the batch norm multiplies by nearly nothing keeps its own target: it comes
     out as it was, and not as what the shortcut lacks, divided by nearly nothing."""
     torch.manual_seed(0)
+
     def forward(l, x):
         x = l['stem'](x).relu()
         return l['fc']((l['n'](l['b'](l['a'](x).relu())) + l['up'](l['down'](x).relu())).relu())
-    net = Net(forward, stem=nn.Linear(8, 8), a=nn.Linear(8, 16), b=nn.Linear(16, 8),
-              n=nn.BatchNorm1d(8), down=nn.Linear(8, 16), up=nn.Linear(16, 8), fc=nn.Linear(8, 4))
+
+    net = Net(
+        forward,
+        stem=nn.Linear(8, 8),
+        a=nn.Linear(8, 16),
+        b=nn.Linear(16, 8),
+        n=nn.BatchNorm1d(8),
+        down=nn.Linear(8, 16),
+        up=nn.Linear(16, 8),
+        fc=nn.Linear(8, 4),
+    )
     net.eval()
     net.layers.n.weight.data[3] = 1e-6
     x, seen = torch.randn(128, 8), []
@@ -105,13 +129,14 @@ def test_a_tiny_scale_cannot_make_up_for_the_stream():
         m.layers.b.register_forward_hook(lambda layer, i, o: seen.append(o))
         out(m, x)
     missed = (seen[1] - seen[0]).norm(dim=0) / (seen[0] - seen[0].mean(0)).norm(dim=0)
-    assert missed[3] < .5, missed
+    assert missed[3] < 0.5, missed
     others = torch.cat([missed[:3], missed[4:]])
-    assert others.min() > missed[3]    # these do make up for the stream
+    assert others.min() > missed[3]  # these do make up for the stream
 
 
 class Branch(nn.Module):
     "A sum, written in one of many ways, of a pruned branch y and of a pruned shortcut h."
+
     def __init__(self, add, norm):
         super().__init__()
         self.add = add
@@ -119,39 +144,44 @@ class Branch(nn.Module):
         self.m, self.h = nn.Conv2d(6, 12, 3, padding=1), nn.Conv2d(12, 6, 1)
         self.a, self.y = nn.Conv2d(6, 12, 3, padding=1), nn.Conv2d(12, 6, 1)
         self.n = nn.BatchNorm2d(6) if norm else nn.Identity()
+
     def forward(self, x):
         x = self.stem(x).relu()
         h, y = self.h(self.m(x).relu()), self.n(self.y(self.a(x).relu()))
         return self.fc(self.add(h, y).relu().mean((2, 3)))
 
 
-def plus(h, y): return h + y
+def plus(h, y):
+    return h + y
 
 
-def flipped(h, y): return y + h
+def flipped(h, y):
+    return y + h
 
 
 def in_place(f):
     def add(h, y):
         f(h, y)
         return h
+
     return add
 
 
 # name: the sum, and what it multiplies h and y by; which of them is named first
 SUMS = {
-    'add': (lambda h, y: torch.add(h, y, alpha=-3.), 1, -3, plus),
-    'add.first': (lambda h, y: torch.add(y, h, alpha=.1), .1, 1, flipped),
-    'method': (lambda h, y: h.add(y, alpha=10.), 1, 10, plus),
-    'add_': (lambda h, y: h.add_(y, alpha=.5), 1, .5, plus),
+    'add': (lambda h, y: torch.add(h, y, alpha=-3.0), 1, -3, plus),
+    'add.first': (lambda h, y: torch.add(y, h, alpha=0.1), 0.1, 1, flipped),
+    'method': (lambda h, y: h.add(y, alpha=10.0), 1, 10, plus),
+    'add_': (lambda h, y: h.add_(y, alpha=0.5), 1, 0.5, plus),
     'add_.first': (lambda h, y: y.add_(h, alpha=2), 2, 1, flipped),
     'minus': (lambda h, y: h - y, 1, -1, plus),
     'minus.first': (lambda h, y: y - h, -1, 1, flipped),
-    'sub': (lambda h, y: torch.sub(h, y, alpha=.25), 1, -.25, plus),
-    'sub.first': (lambda h, y: torch.subtract(y, h, alpha=.25), -.25, 1, flipped),
+    'sub': (lambda h, y: torch.sub(h, y, alpha=0.25), 1, -0.25, plus),
+    'sub.first': (lambda h, y: torch.subtract(y, h, alpha=0.25), -0.25, 1, flipped),
     'rsub': (lambda h, y: torch.rsub(y, h, alpha=2), 1, -2, flipped),
     'sub_': (in_place(lambda h, y: h.sub_(y, alpha=-2)), 1, 2, plus),
-    'isub': (in_place(lambda h, y: h.__isub__(y)), 1, -1, plus)}
+    'isub': (in_place(lambda h, y: h.__isub__(y)), 1, -1, plus),
+}
 
 
 @pytest.mark.parametrize('norm', [False, True])
@@ -163,27 +193,30 @@ def test_factors_of_summands(name, norm):
     x = torch.randn(96, 3, 6, 6)
     net, folded = Branch(add, norm).eval(), Branch(order, norm).eval()
     if norm:
-        net.n.running_var.uniform_(.5, 2)
-        net.n.weight.data.uniform_(.5, 1.5)
+        net.n.running_var.uniform_(0.5, 2)
+        net.n.weight.data.uniform_(0.5, 1.5)
     folded.load_state_dict(net.state_dict())
     for m, factor in ((folded.h, of_h), (folded.n if norm else folded.y, of_y)):
         m.weight.data *= factor
         m.bias.data *= factor
     torch.testing.assert_close(out(net, x), out(folded, x), rtol=1e-4, atol=1e-5)
-    how = dict(keep=dict(m=range(5), a=range(10)), restorer=layerwise(calibration(x), ridge=.01))
+    how = dict(keep=dict(m=range(5), a=range(10)), restorer=layerwise(calibration(x), ridge=0.01))
     small, as_small = (lbyl_restore(n, x, **how) for n in (net, folded))
     torch.testing.assert_close(out(small, x), out(as_small, x), rtol=1e-3, atol=1e-4)
 
 
 # Samples that are not alone, or not first
 
+
 class Sequence(nn.Module):
     "An MLP beside a shortcut; `turn` puts time first, `mix` lets samples see each other."
+
     def __init__(self, turn=False, mix=lambda x: x, add=plus, hidden=16):
         super().__init__()
         self.turn, self.mix, self.add = turn, mix, add
         self.inp, self.fc = nn.Linear(6, 6), nn.Linear(6, 3)
         self.up, self.down = nn.Linear(6, hidden), nn.Linear(hidden, 6)
+
     def forward(self, x):
         turned = lambda v: v.transpose(0, 1) if self.turn else v
         x = turned(self.inp(x).relu())
@@ -199,7 +232,8 @@ def test_time_first_is_restored_like_samples_first(length):
     straight = Sequence()
     straight.load_state_dict(turned.state_dict())
     how = dict(keep=dict(up=range(6)), restorer=layerwise(calibration(x), ridge=None))
-    with pytest.warns(UserWarning, match='^down: '): small = lbyl_restore(turned, x[:2], **how)
+    with pytest.warns(UserWarning, match='^down: '):
+        small = lbyl_restore(turned, x[:2], **how)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         want = lbyl_restore(straight.eval(), x[:2], **how)
@@ -209,10 +243,12 @@ def test_time_first_is_restored_like_samples_first(length):
 
 class Twice(nn.Module):
     "Two MLPs in a row, each beside a shortcut; the second one lacks what the first MLP misses."
+
     def __init__(self, turn):
         super().__init__()
         self.turn, self.inp, self.fc = turn, nn.Linear(6, 6), nn.Linear(6, 3)
         self.up1, self.down1, self.up2, self.down2 = (nn.Linear(*d) for d in ((6, 16), (16, 6)) * 2)
+
     def forward(self, x):
         turned = lambda v: v.transpose(0, 1) if self.turn else v
         x = turned(self.inp(x))
@@ -228,7 +264,7 @@ def test_streams_with_time_first(size, monkeypatch):
     turned, straight, x = Twice(True).eval(), Twice(False).eval(), torch.randn(16, 5, 6)
     straight.load_state_dict(turned.state_dict())
     keep = dict(up1=range(5), up2=range(12))
-    how = dict(keep=keep, restorer=layerwise(calibration(x), ridge=.01))
+    how = dict(keep=keep, restorer=layerwise(calibration(x), ridge=0.01))
     with pytest.warns(UserWarning, match='^down1: gives'):
         small = lbyl_restore(turned, x[:2], **how)
     want = lbyl_restore(straight, x[:2], **how).state_dict()
@@ -238,26 +274,38 @@ def test_streams_with_time_first(size, monkeypatch):
 
 def test_a_recurrent_network_with_time_first():
     "Convolutions, an LSTM that has time first, and a linear layer at each step."
+
     class Reader(nn.Module):
         def __init__(self):
             super().__init__()
-            self.c = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
-                                   nn.Conv2d(8, 12, 3, padding=1), nn.ReLU())
+            self.c = nn.Sequential(
+                nn.Conv2d(1, 8, 3, padding=1),
+                nn.BatchNorm2d(8),
+                nn.ReLU(),
+                nn.Conv2d(8, 12, 3, padding=1),
+                nn.ReLU(),
+            )
             self.r, self.f = nn.LSTM(12, 8), nn.Linear(8, 5)
-        def forward(self, x): return self.f(self.r(self.c(x).mean(2).permute(2, 0, 1))[0])
+
+        def forward(self, x):
+            return self.f(self.r(self.c(x).mean(2).permute(2, 0, 1))[0])
+
     torch.manual_seed(0)
     net, x = Reader().eval(), torch.randn(16, 1, 8, 10)
     how = lambda restorer: lbyl_restore(net, x[:2], keep={'c.0': range(6)}, restorer=restorer)
-    with pytest.warns(UserWarning, match='^f: gives'): small = how(layerwise(calibration(x)))
+    with pytest.warns(UserWarning, match='^f: gives'):
+        small = how(layerwise(calibration(x)))
     y = out(net, x)
     gap = [(out(m, x) - y).norm() for m in (small, how(prune_only()))]
-    assert gap[0] < .5 * gap[1], gap
+    assert gap[0] < 0.5 * gap[1], gap
 
 
-def centred(x): return x - x.mean(0)
+def centred(x):
+    return x - x.mean(0)
 
 
-def from_first(x): return x - x[:1]
+def from_first(x):
+    return x - x[:1]
 
 
 def capped(x):
@@ -265,11 +313,13 @@ def capped(x):
     return torch.cat([x[:12], 0 * x[12:]])
 
 
-def by_number(x): return x * len(x) / 12
+def by_number(x):
+    return x * len(x) / 12
 
 
-MIXES = dict(alone=lambda x: x, centred=centred, from_first=from_first, capped=capped,
-             by_number=by_number)
+MIXES = dict(
+    alone=lambda x: x, centred=centred, from_first=from_first, capped=capped, by_number=by_number
+)
 
 
 @pytest.mark.parametrize('refit', [True, False])
@@ -279,9 +329,17 @@ def test_the_reported_error_is_what_the_network_misses(mix, refit):
     misses on the probes. It does only if what was taken for the two networks was them."""
     torch.manual_seed(0)
     x = torch.randn(24, 6).double()
-    def forward(l, x): return l['d'](l['c'](MIXES[mix](l['n'](l['b'](l['a'](x).relu())))).relu())
-    layers = dict(a=nn.Linear(6, 12), b=nn.Linear(12, 6, bias=False), n=nn.BatchNorm1d(6),
-                  c=nn.Linear(6, 10), d=nn.Linear(10, 4))
+
+    def forward(l, x):
+        return l['d'](l['c'](MIXES[mix](l['n'](l['b'](l['a'](x).relu())))).relu())
+
+    layers = dict(
+        a=nn.Linear(6, 12),
+        b=nn.Linear(12, 6, bias=False),
+        n=nn.BatchNorm1d(6),
+        c=nn.Linear(6, 10),
+        d=nn.Linear(10, 4),
+    )
     net = Net(forward, **layers).double().eval()
     net.layers.n.running_mean.normal_()
     keep = {'layers.a': range(7), 'layers.c': range(8)}
@@ -300,11 +358,19 @@ def test_batch_norms_without_running_statistics():
     "They take the statistics of the batch, which are not those of two networks together."
     torch.manual_seed(0)
     norm = lambda: nn.BatchNorm2d(8, track_running_stats=False)
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), norm(), nn.ReLU(), nn.Conv2d(8, 8, 3), norm(),
-                        nn.ReLU(), nn.Flatten(), nn.Linear(32, 4)).eval()
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        norm(),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3),
+        norm(),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32, 4),
+    ).eval()
     x = torch.randn(64, 3, 6, 6)
     with pytest.warns(UserWarning, match='depend on each other'):
-        how = layerwise(calibration(x), ridge=.01)
+        how = layerwise(calibration(x), ridge=0.01)
         r = restore(net, x, keep={'0': range(4), '3': range(4)}, restorer=how)
     y, got = out(net, x), out(r.model, x)
     want = (got - y).square().sum() / (y - y.mean(0)).square().sum()
@@ -319,12 +385,15 @@ def test_a_stream_behind_batch_norms_without_running_statistics():
     x, how = torch.randn(96, 3, 6, 6), dict(keep=dict(m=range(8), a=range(10)))
     with pytest.warns(UserWarning, match='depend on each other'):
         small = lbyl_restore(net.eval(), x, **how, restorer=layerwise(calibration(x)))
-    assert far(net, small, x) < .8 * far(net, lbyl_restore(net, x, **how, restorer=prune_only()), x)
+    assert far(net, small, x) < 0.8 * far(
+        net, lbyl_restore(net, x, **how, restorer=prune_only()), x
+    )
 
 
 class Experts(nn.Module):
     """Each token goes to the expert of its largest score, against the mean of the batch; an expert
     takes a third of the tokens of the batch, and those in `closed` take none."""
+
     def __init__(self, closed=()):
         super().__init__()
         self.closed = list(closed)
@@ -332,10 +401,12 @@ class Experts(nn.Module):
         self.ups = nn.ModuleList(nn.Linear(6, 12) for _ in range(3))
         self.downs = nn.ModuleList(nn.Linear(12, 6) for _ in range(3))
         self.fc = nn.Linear(6, 3)
+
     def tokens(self, scores, i):
         scores = scores - scores.mean(0)
         scores[:, self.closed] = -1e9
-        return (scores.argmax(-1) == i).nonzero().flatten()[:len(scores) // 3]
+        return (scores.argmax(-1) == i).nonzero().flatten()[: len(scores) // 3]
+
     def forward(self, x):
         t = self.pre(self.inp(x).relu()).flatten(0, 1)
         scores, y = self.gate(t), torch.zeros_like(t)
@@ -347,7 +418,9 @@ class Experts(nn.Module):
 
 class Choosing(Experts):
     "Experts take the tokens that they like best, in this order: as many in every network."
-    def tokens(self, scores, i): return scores[:, i].topk(len(scores) // 3).indices
+
+    def tokens(self, scores, i):
+        return scores[:, i].topk(len(scores) // 3).indices
 
 
 @pytest.mark.parametrize('length', [6, 7])
@@ -368,7 +441,7 @@ def test_experts(kind, seed, length):
     for i in range(3):
         expert = lambda net: nn.Sequential(net.ups[i], nn.ReLU(), net.downs[i])
         gap = {k: far(expert(net), expert(m), t) for k, m in small.items()}
-        assert gap['layerwise'] < 1.2 * gap['probe'] + .02, gap
+        assert gap['layerwise'] < 1.2 * gap['probe'] + 0.02, gap
 
 
 def test_an_expert_without_tokens_is_named():
@@ -396,14 +469,16 @@ def test_the_record_is_used_up_in_portions(monkeypatch):
 
 def test_random_numbers_are_the_same_in_both_passes():
     "Dropout that is always on: without copies of channels the network gives what it did."
+
     class Dropping(Sequence):
         def forward(self, x):
-            x = nn.functional.dropout(self.inp(x).relu(), .03)
+            x = nn.functional.dropout(self.inp(x).relu(), 0.03)
             return self.fc(self.down(self.up(x).relu()))
+
     torch.manual_seed(0)
     net, x = copied(Dropping().double().eval()), torch.randn(16, 4, 6).double()
     traced, ys = trace(net, x), []
-    group, = (g for g in find_groups(traced) if g.name == 'up')
+    (group,) = (g for g in find_groups(traced) if g.name == 'up')
     with pytest.warns(UserWarning, match='depend on each other'):
         layerwise(calibration(x), ridge=1e-9).rewrite(traced, [group], {'up': list(range(12))})
     assert not traced.model.down.weight[:, 12:].any()
@@ -416,46 +491,57 @@ def test_random_numbers_are_the_same_in_both_passes():
 def test_the_check_costs_one_forward_pass():
     "Both networks, on half of the probes each, beside the two that are run side by side."
     net, x, samples = Sequence().eval(), torch.randn(12, 4, 6), []
+
     def source(model, args):
         copied = copy.deepcopy(model)
         copied.register_forward_hook(lambda m, i, o: samples.append(len(i[0])))
         return Probes(copied, (x,))
-    lbyl_restore(net, x[:1], ratio=.5, restorer=layerwise(source))
+
+    lbyl_restore(net, x[:1], ratio=0.5, restorer=layerwise(source))
     assert samples == [24, 6, 6]
 
 
 @pytest.mark.parametrize('turn', [False, True])
 def test_probes_are_not_changed(turn):
     "Nor is the model, where a network works in place on what it is given."
+
     class Own(Sequence):
-        def forward(self, x): return super().forward(x.sub_(.5))
+        def forward(self, x):
+            return super().forward(x.sub_(0.5))
+
     net, x = Own(turn=turn).eval(), torch.randn(8, 4, 6)
     before, state = x.clone(), copy.deepcopy(net.state_dict())
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         source = lambda model, args: Probes(copy.deepcopy(model), (x,))
-        lbyl_restore(net, x[:1].clone(), ratio=.5, restorer=layerwise(source))
+        lbyl_restore(net, x[:1].clone(), ratio=0.5, restorer=layerwise(source))
     assert torch.equal(x, before)
-    for k, v in net.state_dict().items(): assert torch.equal(v, state[k]), k
+    for k, v in net.state_dict().items():
+        assert torch.equal(v, state[k]), k
 
 
 def test_arguments_without_samples():
     "A tensor that is no batch is given to both networks as it is."
+
     class Scaled(Sequence):
-        def forward(self, x, scale, table): return super().forward(x * scale + table.sum())
-    net, args = Scaled().eval(), (torch.randn(12, 4, 6), torch.full((1,), 2.), torch.arange(5.))
+        def forward(self, x, scale, table):
+            return super().forward(x * scale + table.sum())
+
+    net, args = Scaled().eval(), (torch.randn(12, 4, 6), torch.full((1,), 2.0), torch.arange(5.0))
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         how = layerwise(calibration(args))
         small = lbyl_restore(net, args, keep=dict(up=range(12)), restorer=how)
-    with torch.no_grad(): gap, size = (small(*args) - net(*args)).norm(), net(*args).norm()
-    assert gap < .1 * size
+    with torch.no_grad():
+        gap, size = (small(*args) - net(*args)).norm(), net(*args).norm()
+    assert gap < 0.1 * size
 
 
 def copied(net):
     "The network with the last four filters of `up` equal to the first four."
     with torch.no_grad():
-        for t in (net.up.weight, net.up.bias): t[-4:] = t[:4]
+        for t in (net.up.weight, net.up.bias):
+            t[-4:] = t[:4]
     return net
 
 
@@ -479,7 +565,8 @@ def test_copies_are_restored_exactly(case, refit, size):
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter('ignore')
         patch.setattr('lbyl_nb.layerwise.RECORD', size)
-        try: small = lbyl_restore(net, x, keep=dict(up=range(12)), restorer=restorer)
+        try:
+            small = lbyl_restore(net, x, keep=dict(up=range(12)), restorer=restorer)
         except ValueError as e:
             assert any(f'{k}: ' in str(e) for k, _ in net.named_children()), e
             return
@@ -492,35 +579,42 @@ def test_the_state_of_the_random_generator_is_left_alone():
         state = torch.get_rng_state()
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            lbyl_restore(net, x[:1], ratio=.5, restorer=layerwise(calibration(x)))
+            lbyl_restore(net, x[:1], ratio=0.5, restorer=layerwise(calibration(x)))
         assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_table_of_the_network_is_no_reason_for_a_warning():
     "What is made of it alone is solved for alone, and read by both networks."
+
     class Biased(nn.Module):
         def __init__(self):
             super().__init__()
             self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 3)
             self.up, self.down = nn.Linear(2, 16), nn.Linear(16, 6)
             self.register_buffer('table', torch.randn(1, 40, 2))
+
         def forward(self, x):
             return self.b(self.a(x).relu() + self.down(self.up(self.table).relu()).amax(1))
+
     torch.manual_seed(0)
     net, x = Biased().eval(), torch.randn(32, 6)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        small, pruned = (lbyl_restore(net, x, keep=dict(up=range(3)), restorer=how)
-                         for how in (layerwise(calibration(x)), prune_only()))
+        small, pruned = (
+            lbyl_restore(net, x, keep=dict(up=range(3)), restorer=how)
+            for how in (layerwise(calibration(x)), prune_only())
+        )
     assert far(net, small, x) < far(net, pruned, x)
 
 
 def test_a_sum_with_itself_is_no_stream():
     "y + y lacks nothing beside y: it is restored like a layer of twice the weights."
     torch.manual_seed(0)
+
     def doubled(l, x):
         y = l['b'](l['a'](l['stem'](x).relu()).relu())
         return l['fc']((y + y).relu())
+
     layers = dict(a=nn.Linear(6, 12), b=nn.Linear(12, 6), fc=nn.Linear(6, 3))
     net = Net(doubled, stem=nn.Linear(6, 6), **layers).eval()
     folded = copy.deepcopy(net)
@@ -529,7 +623,7 @@ def test_a_sum_with_itself_is_no_stream():
     folded.layers.b.bias.data *= 2
     x = torch.randn(64, 6)
     torch.testing.assert_close(out(net, x), out(folded, x))
-    how = dict(keep={'layers.a': range(7)}, restorer=layerwise(calibration(x), ridge=.01))
+    how = dict(keep={'layers.a': range(7)}, restorer=layerwise(calibration(x), ridge=0.01))
     ys = [out(lbyl_restore(n, x, **how), x) for n in (net, folded)]
     torch.testing.assert_close(*ys, rtol=1e-3, atol=1e-4)
 
@@ -541,6 +635,8 @@ def test_a_source_may_give_the_model_itself():
     sources = lambda model, args: Probes(model, (x,)), calibration(x)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        own, apart = (lbyl_restore(net, x, keep=dict(up=range(6)), restorer=layerwise(s))
-                      for s in sources)
-    for k, v in own.state_dict().items(): assert torch.equal(v, apart.state_dict()[k]), k
+        own, apart = (
+            lbyl_restore(net, x, keep=dict(up=range(6)), restorer=layerwise(s)) for s in sources
+        )
+    for k, v in own.state_dict().items():
+        assert torch.equal(v, apart.state_dict()[k]), k

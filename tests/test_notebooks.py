@@ -1,16 +1,23 @@
 "The notebooks are the source: modules are what they export, they run, they are clean, and they show what their code prints."
-import base64, io, json, re, shutil
+
+import base64
+import io
+import json
+import re
+import shutil
 
 import numpy as np
 import pytest
+from conftest import BUILT, LIB, NBS, NOTEBOOKS, ROOT, call, cells, command
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from conftest import BUILT, LIB, NBS, NOTEBOOKS, ROOT, call, cells, command
-
 THEORY = [n for n in NOTEBOOKS if n[:2].isdigit() and int(n[:2]) < 10]
-SAME_VERSION, OTHER_VERSION = .5, 6.      # mean absolute difference, of 255, that two drawings of one figure may have; other figures have 28 and more
-FIELDS = 16, 10                           # what figures are reduced to where versions differ
+SAME_VERSION, OTHER_VERSION = (
+    0.5,
+    6.0,
+)  # mean absolute difference, of 255, that two drawings of one figure may have; other figures have 28 and more
+FIELDS = 16, 10  # what figures are reduced to where versions differ
 EXPORT = re.compile(r'^#\|\s*exports?i?\b', re.M)
 CHECK = re.compile(r'\bassert|\btest_\w+\(|\braises\b|ExceptionExpected')
 
@@ -21,14 +28,23 @@ def code_lines(source):
 
 
 def python_files(folder):
-    return {p.relative_to(folder).as_posix(): p.read_text(encoding='utf-8') for p in folder.rglob('*.py')}
+    return {
+        p.relative_to(folder).as_posix(): p.read_text(encoding='utf-8')
+        for p in folder.rglob('*.py')
+    }
 
 
 def outputs(notebook):
     "Outputs of every code cell, as {mime type: text} or {stream name: text}."
+
     def kinds(o):
-        if o['output_type'] == 'stream': return {o['name']: ''.join(o['text'])}
-        return {kind: ''.join(v) if isinstance(v, (str, list)) else v for kind, v in o.get('data', {}).items()}
+        if o['output_type'] == 'stream':
+            return {o['name']: ''.join(o['text'])}
+        return {
+            kind: ''.join(v) if isinstance(v, (str, list)) else v
+            for kind, v in o.get('data', {}).items()
+        }
+
     return [(c['source'], [kinds(o) for o in c['outputs']]) for c in cells(notebook, 'code')]
 
 
@@ -47,35 +63,59 @@ def check_same_figure(stored, printed, where):
     Versions differ in the shapes and places of letters. What a figure says is still there when it is reduced to a few fields."""
     (a, drawn_by), (b, drawn_now_by) = picture(stored), picture(printed)
     size = f'{where} stores a figure of {a.width} x {a.height} pixels and draws one of {b.width} x {b.height}'
-    if drawn_by == drawn_now_by: assert a.size == b.size, size
+    if drawn_by == drawn_now_by:
+        assert a.size == b.size, size
     else:
-        assert abs(a.width/b.width - 1) < .02 and abs(a.height/b.height - 1) < .02, size
+        assert abs(a.width / b.width - 1) < 0.02 and abs(a.height / b.height - 1) < 0.02, size
         a, b = a.resize(FIELDS, Image.Resampling.BOX), b.resize(FIELDS, Image.Resampling.BOX)
     apart = abs(np.asarray(a, dtype=float) - np.asarray(b, dtype=float)).mean()
     bound = SAME_VERSION if drawn_by == drawn_now_by else OTHER_VERSION
-    assert apart <= bound, f'{where} stores another figure than it draws: they differ by {apart:.1f} of 255 on average, {bound} is allowed'
+    assert apart <= bound, (
+        f'{where} stores another figure than it draws: they differ by {apart:.1f} of 255 on average, {bound} is allowed'
+    )
 
 
 def check_same(stored, printed, where):
     "Fail unless two outputs of a cell are the same: text exactly, figures as `check_same_figure` says."
-    assert stored.keys() == printed.keys(), f'{where} stores {sorted(stored)} and prints {sorted(printed)}'
+    assert stored.keys() == printed.keys(), (
+        f'{where} stores {sorted(stored)} and prints {sorted(printed)}'
+    )
     for kind in stored:
-        if kind == 'image/png': check_same_figure(stored[kind], printed[kind], where)
-        else: assert stored[kind] == printed[kind], f'{where} stores another {kind} than it prints'
+        if kind == 'image/png':
+            check_same_figure(stored[kind], printed[kind], where)
+        else:
+            assert stored[kind] == printed[kind], f'{where} stores another {kind} than it prints'
 
 
 @pytest.fixture(scope='session')
 def executed(tmp_path_factory):
     "Runs a notebook once under nbdev's runner, in a copy of the project and in a process of its own; the run, the outputs stored before and the notebook it saved."
-    copy = shutil.copytree(ROOT, tmp_path_factory.mktemp('run')/'project', ignore=BUILT, symlinks=True)
-    no_data = str(tmp_path_factory.mktemp('no-data'))       # notebooks draw from results/; none may need images or weights that a reader may not have
+    copy = shutil.copytree(
+        ROOT, tmp_path_factory.mktemp('run') / 'project', ignore=BUILT, symlinks=True
+    )
+    no_data = str(
+        tmp_path_factory.mktemp('no-data')
+    )  # notebooks draw from results/; none may need images or weights that a reader may not have
     done = {}
+
     def run(name):
-        notebook = copy/'nbs'/name
+        notebook = copy / 'nbs' / name
         if name not in done:
             stored = outputs(notebook)
-            done[name] = call(command('nbdev-test'), '--save', notebook, cwd=copy, LBYL_DATA=no_data, LBYL_WEIGHTS=None, TQDM_DISABLE='1'), stored
+            done[name] = (
+                call(
+                    command('nbdev-test'),
+                    '--save',
+                    notebook,
+                    cwd=copy,
+                    LBYL_DATA=no_data,
+                    LBYL_WEIGHTS=None,
+                    TQDM_DISABLE='1',
+                ),
+                stored,
+            )
         return *done[name], notebook
+
     return run
 
 
@@ -88,35 +128,54 @@ def test_runs(name, executed):
 @pytest.mark.parametrize('name', THEORY)
 def test_stored_outputs_are_printed_again(name, executed):
     run, before, saved = executed(name)
-    if run.returncode: pytest.skip('the notebook does not run, see test_runs')
+    if run.returncode:
+        pytest.skip('the notebook does not run, see test_runs')
     assert call(command('nbdev-clean'), '--fname', saved, cwd=saved.parent).returncode == 0
     after = outputs(saved)
     assert [s for s, _ in before] == [s for s, _ in after]
     for (source, stored), (_, printed) in zip(before, after):
         where = f'{name}, the cell that begins {source.splitlines()[0]!r},' if source else name
-        assert len(stored) == len(printed), f'{where} stores {len(stored)} outputs and prints {len(printed)}'
-        for s, p in zip(stored, printed): check_same(s, p, where)
+        assert len(stored) == len(printed), (
+            f'{where} stores {len(stored)} outputs and prints {len(printed)}'
+        )
+        for s, p in zip(stored, printed):
+            check_same(s, p, where)
 
 
 def test_difference_in_outputs_is_found():
     "The comparison above notices another number, another kind of output, another size and another drawing, by the same program or by another."
+
     def figure(shade, width=200, by='matplotlib 1'):
         f, info = io.BytesIO(), PngInfo()
         info.add_text('Software', by)
-        Image.new('RGB', (width, 200), (shade,)*3).save(f, 'png', pnginfo=info)
+        Image.new('RGB', (width, 200), (shade,) * 3).save(f, 'png', pnginfo=info)
         return {'image/png': base64.b64encode(f.getvalue()).decode()}
+
     text, other = {'text/plain': '1'}, 'matplotlib 2'
-    for a, b in [(figure(100), figure(100)), (figure(100), figure(104, 201, by=other)), (text, text)]: check_same(a, b, 'cell')
-    for a, b in [(text, {'text/plain': '2'}), (text, {'text/html': '1'}), (figure(100), figure(102)), (figure(100), figure(100, 201)),
-                 (figure(100), figure(110, by=other)), (figure(100), figure(100, 220, by=other))]:
-        with pytest.raises(AssertionError): check_same(a, b, 'cell')
+    for a, b in [
+        (figure(100), figure(100)),
+        (figure(100), figure(104, 201, by=other)),
+        (text, text),
+    ]:
+        check_same(a, b, 'cell')
+    for a, b in [
+        (text, {'text/plain': '2'}),
+        (text, {'text/html': '1'}),
+        (figure(100), figure(102)),
+        (figure(100), figure(100, 201)),
+        (figure(100), figure(110, by=other)),
+        (figure(100), figure(100, 220, by=other)),
+    ]:
+        with pytest.raises(AssertionError):
+            check_same(a, b, 'cell')
 
 
 def test_modules_are_what_notebooks_export(project):
     "A module changed by hand, a notebook not exported, a module whose notebook is gone: each shows as a difference."
-    lib = project/'lbyl_nb'
+    lib = project / 'lbyl_nb'
     for p in lib.rglob('*.py'):
-        if p.name != '__init__.py': p.unlink()
+        if p.name != '__init__.py':
+            p.unlink()
     run = call(command('nbdev-export'), cwd=project)
     assert run.returncode == 0, run.stdout
     exported, committed = python_files(lib), python_files(LIB)
@@ -126,9 +185,12 @@ def test_modules_are_what_notebooks_export(project):
 
 def test_every_module_says_where_it_comes_from():
     for p in LIB.rglob('*.py'):
-        if p.name in ('__init__.py', '_modidx.py'): continue
+        if p.name in ('__init__.py', '_modidx.py'):
+            continue
         origin = re.search(r'File to edit: \.\./nbs/(\S+\.ipynb)', p.read_text(encoding='utf-8'))
-        assert origin and origin[1] in NOTEBOOKS, f'{p.name} names no notebook that it was exported from'
+        assert origin and origin[1] in NOTEBOOKS, (
+            f'{p.name} names no notebook that it was exported from'
+        )
 
 
 def test_notebooks_are_clean(project):
@@ -136,24 +198,33 @@ def test_notebooks_are_clean(project):
     for _ in range(2):
         run = call(command('nbdev-clean'), cwd=project)
         assert run.returncode == 0, run.stdout
-        assert [n for n in NOTEBOOKS if (project/'nbs'/n).read_bytes() != (NBS/n).read_bytes()] == []
+        assert [
+            n for n in NOTEBOOKS if (project / 'nbs' / n).read_bytes() != (NBS / n).read_bytes()
+        ] == []
 
 
 @pytest.mark.parametrize('name', NOTEBOOKS)
 def test_shape(name):
     "Short export cells, a check for every two of them, text, stored outputs, no errors kept, not too large."
-    code = [c for c in cells(NBS/name, 'code') if c['source'].strip()]
+    code = [c for c in cells(NBS / name, 'code') if c['source'].strip()]
     exported = [c['source'] for c in code if EXPORT.search(c['source'])]
     lengths = [code_lines(s) for s in exported]
     assert max(lengths, default=0) <= 40, f'lines of the export cells: {lengths}'
     checks = [c for c in code if not EXPORT.search(c['source']) and CHECK.search(c['source'])]
-    assert 2*len(checks) >= len(exported), f'{len(exported)} export cells and {len(checks)} cells that check something'
-    assert 2*len(cells(NBS/name, 'markdown')) >= len(code), 'more than two code cells for each cell of text'
+    assert 2 * len(checks) >= len(exported), (
+        f'{len(exported)} export cells and {len(checks)} cells that check something'
+    )
+    assert 2 * len(cells(NBS / name, 'markdown')) >= len(code), (
+        'more than two code cells for each cell of text'
+    )
     assert any(c['outputs'] for c in code), 'no stored output: run nbdev-test --save'
-    assert (NBS/name).stat().st_size < 600_000
+    assert (NBS / name).stat().st_size < 600_000
     kept = [o for c in code for o in c['outputs']]
     assert not [o for o in kept if o['output_type'] == 'error'], 'an error is stored as an output'
     assert 'Traceback (most recent call last)' not in json.dumps(kept)
-    assert '\\r' not in json.dumps(kept), 'a progress bar is stored, whose times nobody prints again: run with TQDM_DISABLE=1'
+    assert '\\r' not in json.dumps(kept), (
+        'a progress bar is stored, whose times nobody prints again: run with TQDM_DISABLE=1'
+    )
     for c in code:
-        if EXPORT.search(c['source']): assert 'import *' not in c['source']
+        if EXPORT.search(c['source']):
+            assert 'import *' not in c['source']

@@ -1,92 +1,131 @@
 "What comes out is a plain module: it is saved, copied, exported, compiled, trained alone and by several processes, in any precision."
-import copy, functools, pickle, shutil, sys
+
+import copy
+import functools
+import pickle
+import shutil
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT, call
 from safetensors.torch import load_file
+from test_kinds import KINDS, made
 from torch import nn
 
-from conftest import ROOT, call
 from lbyl_nb.layerwise import layerwise
 from lbyl_nb.probe import calibration
 from lbyl_nb.recover import load_restored, restore, save_restored
-from test_kinds import KINDS, made
 
-pytestmark = pytest.mark.usefixtures('one_thread')    # bits are compared
+pytestmark = pytest.mark.usefixtures('one_thread')  # bits are compared
 
-HALVES = {torch.bfloat16: 2**-5, torch.float16: 2**-8}    # with the error of a few roundings
+HALVES = {torch.bfloat16: 2**-5, torch.float16: 2**-8}  # with the error of a few roundings
 
 
 @functools.cache
 def small(kind):
     "A network of a kind without 30 % of its channels, residual streams too, every layer restored: dense network, inputs, `Restoration`."
     net, x = made(kind, double=False)
-    return net, x, restore(net, x, ratio=.3, streams=True, restorer=layerwise(calibration(x)))
+    return net, x, restore(net, x, ratio=0.3, streams=True, restorer=layerwise(calibration(x)))
 
 
 def out(net, x):
-    with torch.no_grad(): return net(x)
+    with torch.no_grad():
+        return net(x)
 
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_nothing_is_left_of_the_surgery(kind):
     "The same classes under the same names; parameters that autograd made nothing of; no hook of ours."
     net, _, r = small(kind)
-    assert [(k, type(m)) for k, m in r.model.named_modules()] == [(k, type(m)) for k, m in net.named_modules()]
-    assert all(type(p) is nn.Parameter and p.is_leaf and p.requires_grad and p.grad is None and p.is_contiguous() for p in r.model.parameters())
-    assert not any(getattr(m, k) for m in r.model.modules() for k in ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'))
+    assert [(k, type(m)) for k, m in r.model.named_modules()] == [
+        (k, type(m)) for k, m in net.named_modules()
+    ]
+    assert all(
+        type(p) is nn.Parameter
+        and p.is_leaf
+        and p.requires_grad
+        and p.grad is None
+        and p.is_contiguous()
+        for p in r.model.parameters()
+    )
+    assert not any(
+        getattr(m, k)
+        for m in r.model.modules()
+        for k in ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+    )
 
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_files(kind, tmp_path):
     "Into a network of the same architecture with other weights, and from there once more."
     _, x, r = small(kind)
-    save_restored(r.model, r.plan, tmp_path/'a.safetensors')
-    loaded = load_restored(KINDS[kind][0]().train(), x, tmp_path/'a.safetensors')
+    save_restored(r.model, r.plan, tmp_path / 'a.safetensors')
+    loaded = load_restored(KINDS[kind][0]().train(), x, tmp_path / 'a.safetensors')
     assert loaded.training and torch.equal(out(loaded.eval(), x), out(r.model, x))
-    save_restored(loaded, r.plan, tmp_path/'b.safetensors')
-    a, b = (load_file(tmp_path/f'{k}.safetensors') for k in 'ab')
-    assert a.keys() == b.keys() == r.model.state_dict().keys() and all(torch.equal(a[k], b[k]) for k in a)
+    save_restored(loaded, r.plan, tmp_path / 'b.safetensors')
+    a, b = (load_file(tmp_path / f'{k}.safetensors') for k in 'ab')
+    assert a.keys() == b.keys() == r.model.state_dict().keys() and all(
+        torch.equal(a[k], b[k]) for k in a
+    )
 
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_copies(kind):
     "A deep copy and, where the network can be pickled, what comes back from there; both live on without the original."
     _, x, r = small(kind)
-    copies = [copy.deepcopy(r.model)] + ([] if kind == 'several_consumers' else [pickle.loads(pickle.dumps(r.model))])    # a lambda can not
+    copies = [copy.deepcopy(r.model)] + (
+        [] if kind == 'several_consumers' else [pickle.loads(pickle.dumps(r.model))]
+    )  # a lambda can not
     want = out(r.model, x)
     for net in copies:
-        assert torch.equal(out(net, x), want) and not {p.data_ptr() for p in net.parameters()} & {p.data_ptr() for p in r.model.parameters()}
+        assert torch.equal(out(net, x), want) and not {p.data_ptr() for p in net.parameters()} & {
+            p.data_ptr() for p in r.model.parameters()
+        }
         with torch.no_grad():
-            for p in net.parameters(): p.zero_()
+            for p in net.parameters():
+                p.zero_()
     assert torch.equal(out(r.model, x), want)
 
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_export(kind):
     _, x, r = small(kind)
-    torch.testing.assert_close(out(torch.export.export(r.model, (x,)).module(), x), out(r.model, x), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        out(torch.export.export(r.model, (x,)).module(), x), out(r.model, x), rtol=1e-6, atol=1e-6
+    )
 
 
-@pytest.mark.filterwarnings('ignore')    # the exporter's own
-@pytest.mark.parametrize('kind', ['stream', 'concatenation', 'gated_depthwise', 'transposed', 'transformer_mlp'])
+@pytest.mark.filterwarnings('ignore')  # the exporter's own
+@pytest.mark.parametrize(
+    'kind', ['stream', 'concatenation', 'gated_depthwise', 'transposed', 'transformer_mlp']
+)
 def test_onnx(kind, tmp_path):
-    for name in ('onnx', 'onnxscript', 'onnxruntime'): pytest.importorskip(name, reason=f'{name} is not installed')
+    for name in ('onnx', 'onnxscript', 'onnxruntime'):
+        pytest.importorskip(name, reason=f'{name} is not installed')
     import onnxruntime
+
     _, x, r = small(kind)
-    torch.onnx.export(r.model, (x,), tmp_path/'small.onnx', dynamo=True, verbose=False)
-    session = onnxruntime.InferenceSession(tmp_path/'small.onnx', providers=['CPUExecutionProvider'])
-    y, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.onnx.export(r.model, (x,), tmp_path / 'small.onnx', dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(
+        tmp_path / 'small.onnx', providers=['CPUExecutionProvider']
+    )
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(y), out(r.model, x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('kind, backend', [(k, 'aot_eager') for k in KINDS] + [('stream', 'inductor')])
+@pytest.mark.parametrize(
+    'kind, backend', [(k, 'aot_eager') for k in KINDS] + [('stream', 'inductor')]
+)
 def test_compile(kind, backend):
-    if backend == 'inductor' and not any(map(shutil.which, ('c++', 'g++', 'clang++'))): pytest.skip('no C++ compiler')
+    if backend == 'inductor' and not any(map(shutil.which, ('c++', 'g++', 'clang++'))):
+        pytest.skip('no C++ compiler')
     _, x, r = small(kind)
     torch._dynamo.reset()
-    torch.testing.assert_close(out(torch.compile(r.model, backend=backend), x), out(r.model, x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        out(torch.compile(r.model, backend=backend), x), out(r.model, x), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -98,14 +137,20 @@ def test_training_goes_on(kind):
     before = loss()
     before.backward()
     assert all(p.grad is not None and p.grad.any() for p in student.parameters())
-    torch.optim.SGD(student.parameters(), 1e-3 / max(p.grad.norm().item() for p in student.parameters())).step()
+    torch.optim.SGD(
+        student.parameters(), 1e-3 / max(p.grad.norm().item() for p in student.parameters())
+    ).step()
     assert loss() < before
     state = copy.deepcopy(student.state_dict())
     out(student.train(), x)
-    assert all(torch.equal(v, state[k]) != k.endswith(('running_mean', 'running_var', 'num_batches_tracked')) for k, v in student.state_dict().items())
+    assert all(
+        torch.equal(v, state[k])
+        != k.endswith(('running_mean', 'running_var', 'num_batches_tracked'))
+        for k, v in student.state_dict().items()
+    )
 
 
-DDP = '''
+DDP = """
 import sys, torch
 import torch.distributed as dist, torch.multiprocessing as mp
 import torch.nn.functional as F
@@ -133,7 +178,7 @@ if __name__ == '__main__':
     save_file(net.state_dict(), f'{folder}/before.safetensors')
     trained(net, *batch())
     save_file(net.state_dict(), f'{folder}/alone.safetensors')
-'''
+"""
 
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='processes are forked')
@@ -141,7 +186,9 @@ def test_two_processes(tmp_path):
     "DistributedDataParallel: two processes with half a batch each end where one ends with the whole."
     run = call(sys.executable, '-c', DDP, tmp_path, cwd=ROOT, timeout=120, CUDA_VISIBLE_DEVICES='')
     assert run.returncode == 0, run.stdout
-    before, alone, *both = (load_file(tmp_path/f'{k}.safetensors') for k in ('before', 'alone', 0, 1))
+    before, alone, *both = (
+        load_file(tmp_path / f'{k}.safetensors') for k in ('before', 'alone', 0, 1)
+    )
     for k, v in alone.items():
         assert torch.equal(both[0][k], both[1][k])
         torch.testing.assert_close(both[0][k], v)
@@ -155,11 +202,23 @@ def test_half_precision(kind, dtype):
     net, x, r = small(kind)
     net, x = copy.deepcopy(net).to(dtype), x.to(dtype)
     how = dict(keep=r.plan, restorer=layerwise(calibration(x)))
-    low, full = restore(net, x, **how).model, restore(copy.deepcopy(net).float(), x.float(), **how | dict(restorer=layerwise(calibration(x.float())))).model
-    assert {v.dtype for v in low.state_dict().values() if v.is_floating_point()} == {dtype} and out(low, x).dtype == dtype
+    low, full = (
+        restore(net, x, **how).model,
+        restore(
+            copy.deepcopy(net).float(),
+            x.float(),
+            **how | dict(restorer=layerwise(calibration(x.float()))),
+        ).model,
+    )
+    assert {v.dtype for v in low.state_dict().values() if v.is_floating_point()} == {dtype} and out(
+        low, x
+    ).dtype == dtype
     want = out(full, x.float())
-    assert (out(copy.deepcopy(low).float(), x.float()) - want).abs().max() <= HALVES[dtype] * want.abs().max()
-    for k, v in full.state_dict().items(): torch.testing.assert_close(low.state_dict()[k], v.to(dtype) if v.is_floating_point() else v)
+    assert (out(copy.deepcopy(low).float(), x.float()) - want).abs().max() <= HALVES[
+        dtype
+    ] * want.abs().max()
+    for k, v in full.state_dict().items():
+        torch.testing.assert_close(low.state_dict()[k], v.to(dtype) if v.is_floating_point() else v)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
@@ -167,6 +226,8 @@ def test_half_precision(kind, dtype):
 def test_gpu(kind):
     "Restored where it lies; close to what comes out on the CPU."
     net, x, r = small(kind)
-    on = restore(copy.deepcopy(net).cuda(), x.cuda(), keep=r.plan, restorer=layerwise(calibration(x)))
+    on = restore(
+        copy.deepcopy(net).cuda(), x.cuda(), keep=r.plan, restorer=layerwise(calibration(x))
+    )
     assert {v.device.type for v in on.model.state_dict().values()} == {'cuda'}
     torch.testing.assert_close(out(on.model, x.cuda()).cpu(), out(r.model, x), rtol=1e-2, atol=1e-2)

@@ -1,4 +1,5 @@
 "Restorers that run the network: properties, edges, bad input, and trained networks on real images."
+
 import copy
 import math
 from collections import UserDict
@@ -8,19 +9,34 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
+from test_recover import FEW, networks, out
 from torch import nn
 
 from lbyl_nb import bench, data, models
 from lbyl_nb.distilled import distil, distilled
 from lbyl_nb.layerwise import layerwise, probe, probed_lbyl
 from lbyl_nb.probe import (
-    RIDGES, as_args, calibration, held_out_error, held_out_ridge, in_turn, look, noise, pin,
-    row_moments)
+    RIDGES,
+    as_args,
+    calibration,
+    held_out_error,
+    held_out_ridge,
+    in_turn,
+    look,
+    noise,
+    pin,
+    row_moments,
+)
 from lbyl_nb.recover import lbyl_restore, merging, plan, prune_only, restore
 from lbyl_nb.selection import least_lost
-from test_recover import FEW, networks, out
 
-MAKE = dict(channels=lambda s: probe(s, taps=False), taps=probe, consumers=lambda s: layerwise(s, refit=False), every_layer=layerwise, lbyl=probed_lbyl)
+MAKE = dict(
+    channels=lambda s: probe(s, taps=False),
+    taps=probe,
+    consumers=lambda s: layerwise(s, refit=False),
+    every_layer=layerwise,
+    lbyl=probed_lbyl,
+)
 
 
 @pytest.mark.parametrize('name', MAKE)
@@ -29,10 +45,16 @@ MAKE = dict(channels=lambda s: probe(s, taps=False), taps=probe, consumers=lambd
 def test_random_networks(name, drawn):
     "Any ratio gives a network of the wanted widths with finite outputs, and the model passed in is what it was."
     net, x = drawn
-    state, r = copy.deepcopy(net.state_dict()), restore(net, x, ratio=.5, restorer=MAKE[name](noise(8)))
+    state, r = (
+        copy.deepcopy(net.state_dict()),
+        restore(net, x, ratio=0.5, restorer=MAKE[name](noise(8))),
+    )
     assert out(r.model, x).isfinite().all() and out(r.model, x).shape == out(net, x).shape
-    for k, v in net.state_dict().items(): assert torch.equal(v, state[k]), k
-    assert {k: r.model.get_submodule(k).weight.shape[0] for k in r.plan} == {k: len(v) for k, v in r.plan.items()}
+    for k, v in net.state_dict().items():
+        assert torch.equal(v, state[k]), k
+    assert {k: r.model.get_submodule(k).weight.shape[0] for k in r.plan} == {
+        k: len(v) for k, v in r.plan.items()
+    }
 
 
 @pytest.mark.parametrize('name', MAKE)
@@ -50,12 +72,20 @@ def test_nothing_removed(name, drawn):
 def test_criterion(drawn):
     "The criterion gives every group a plan of the right size."
     net, x = drawn
-    kept = plan(net, x, .5, least_lost(noise(8)))
-    assert {k: len(v) for k, v in kept.items()} == {k: len(v) for k, v in plan(net, x, .5).items()}
+    kept = plan(net, x, 0.5, least_lost(noise(8)))
+    assert {k: len(v) for k, v in kept.items()} == {k: len(v) for k, v in plan(net, x, 0.5).items()}
 
 
 def simple(norm=True):
-    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8) if norm else nn.Identity(), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(216, 4)]
+    layers = [
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8) if norm else nn.Identity(),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(216, 4),
+    ]
     return nn.Sequential(*layers).eval()
 
 
@@ -63,8 +93,9 @@ def simple(norm=True):
 def test_without_batch_norm(name):
     "Noise cannot be pinned there, and everything still works; distillation says that it cannot."
     net, x = simple(norm=False), torch.randn(2, 3, 8, 8)
-    assert out(lbyl_restore(net, x, ratio=.5, restorer=MAKE[name](noise(16))), x).isfinite().all()
-    with pytest.raises(ValueError, match='no batch norm with running statistics'): lbyl_restore(net, x, ratio=.5, restorer=MAKE[name](distilled(4)))
+    assert out(lbyl_restore(net, x, ratio=0.5, restorer=MAKE[name](noise(16))), x).isfinite().all()
+    with pytest.raises(ValueError, match='no batch norm with running statistics'):
+        lbyl_restore(net, x, ratio=0.5, restorer=MAKE[name](distilled(4)))
 
 
 @pytest.mark.parametrize('name', MAKE)
@@ -72,24 +103,37 @@ def test_frozen_batch_norm(name):
     "A batch norm that does not learn and stays in evaluation mode is pinned like any other, and stays frozen."
     net, x = simple().train(), torch.randn(2, 3, 8, 8)
     net[1].eval().requires_grad_(False)
-    small = lbyl_restore(net, x, ratio=.5, restorer=MAKE[name](noise(16)))
-    assert not small[1].training and not small[1].weight.requires_grad and small[0].training and small[0].weight.requires_grad
+    small = lbyl_restore(net, x, ratio=0.5, restorer=MAKE[name](noise(16)))
+    assert (
+        not small[1].training
+        and not small[1].weight.requires_grad
+        and small[0].training
+        and small[0].weight.requires_grad
+    )
 
 
 class Several(nn.Module):
     "Tokens and an image."
+
     def __init__(self):
         super().__init__()
         self.tokens, self.image = nn.Embedding(10, 8), simple()
         self.a, self.b = nn.Linear(12, 9), nn.Linear(9, 2)
-    def forward(self, tokens, image): return self.b(self.a(torch.cat([self.tokens(tokens).mean(1), self.image(image)], 1)).relu())
+
+    def forward(self, tokens, image):
+        return self.b(self.a(torch.cat([self.tokens(tokens).mean(1), self.image(image)], 1)).relu())
 
 
 @pytest.mark.parametrize('name', MAKE)
 @pytest.mark.parametrize('named', [True, False])
 def test_several_inputs(name, named):
-    net, given_ = Several().eval(), dict(tokens=torch.tensor([[0, 9, 3]]), image=torch.randn(1, 3, 8, 8))
-    small = lbyl_restore(net, given_ if named else tuple(given_.values()), ratio=.5, restorer=MAKE[name](noise(12)))
+    net, given_ = (
+        Several().eval(),
+        dict(tokens=torch.tensor([[0, 9, 3]]), image=torch.randn(1, 3, 8, 8)),
+    )
+    small = lbyl_restore(
+        net, given_ if named else tuple(given_.values()), ratio=0.5, restorer=MAKE[name](noise(12))
+    )
     assert small(**given_).isfinite().all() and small.a.out_features == 4
 
 
@@ -99,8 +143,12 @@ def test_dtypes(dtype):
     net = simple()
     net[1].weight.data.fill_(3e4)
     net, x = net.to(dtype), torch.randn(2, 3, 8, 8).to(dtype)
-    small = lbyl_restore(net, x, ratio=.5, restorer=layerwise(noise(16)))
-    assert all(v.dtype == dtype and v.isfinite().all() for v in small.state_dict().values() if v.is_floating_point())
+    small = lbyl_restore(net, x, ratio=0.5, restorer=layerwise(noise(16)))
+    assert all(
+        v.dtype == dtype and v.isfinite().all()
+        for v in small.state_dict().values()
+        if v.is_floating_point()
+    )
 
 
 @pytest.mark.parametrize('name', MAKE)
@@ -108,20 +156,31 @@ def test_dead_channels_and_few_probes(name):
     "A dead channel gives a zero row in the Gram matrix, two probes far fewer equations than unknowns; the answer is finite."
     net, x = simple(), torch.randn(2, 3, 8, 8)
     net[1].weight.data[:4], net[1].bias.data[:4] = 0, -1
-    for p in net.parameters(): assert p.isfinite().all()
-    small = lbyl_restore(net, x, ratio=.5, restorer=MAKE[name](noise(2)))
+    for p in net.parameters():
+        assert p.isfinite().all()
+    small = lbyl_restore(net, x, ratio=0.5, restorer=MAKE[name](noise(2)))
     assert out(small, x).isfinite().all()
 
 
 def test_nan_names_the_layer():
     net = simple()
     with pytest.raises(ValueError, match='^3: NaN or infinity met while probing'):
-        lbyl_restore(net, torch.zeros(1, 3, 8, 8), ratio=.5, restorer=layerwise(calibration(torch.full((4, 3, 8, 8), float('nan')))))
+        lbyl_restore(
+            net,
+            torch.zeros(1, 3, 8, 8),
+            ratio=0.5,
+            restorer=layerwise(calibration(torch.full((4, 3, 8, 8), float('nan')))),
+        )
 
 
 def test_wrong_images():
     with pytest.raises((ValueError, RuntimeError), match='channels'):
-        lbyl_restore(simple(), torch.zeros(1, 3, 8, 8), ratio=.5, restorer=layerwise(calibration(torch.zeros(4, 1, 8, 8))))
+        lbyl_restore(
+            simple(),
+            torch.zeros(1, 3, 8, 8),
+            ratio=0.5,
+            restorer=layerwise(calibration(torch.zeros(4, 1, 8, 8))),
+        )
 
 
 @pytest.fixture(scope='module')
@@ -134,8 +193,19 @@ def resnet(data_dir, weights_dir):
 def test_noise_restores_resnet20(resnet):
     "Half of the channels gone: noise through the pinned network, layer by layer, is far beyond neuron merging, and distilled probes beyond noise."
     net, images = resnet
-    def right(r): return bench.accuracy(lbyl_restore(net, torch.zeros(1, 3, 32, 32), ratio=.5, restorer=r), images, *data.STATS['imagenet'])[0]
-    merged, noisy, made = right(merging()), right(layerwise(noise(64), refit=False)), right(layerwise(distilled(64, steps=20, reflect=True)))
+
+    def right(r):
+        return bench.accuracy(
+            lbyl_restore(net, torch.zeros(1, 3, 32, 32), ratio=0.5, restorer=r),
+            images,
+            *data.STATS['imagenet'],
+        )[0]
+
+    merged, noisy, made = (
+        right(merging()),
+        right(layerwise(noise(64), refit=False)),
+        right(layerwise(distilled(64, steps=20, reflect=True))),
+    )
     assert noisy > merged + 150 and made > noisy + 30, (merged, noisy, made)
 
 
@@ -143,36 +213,52 @@ def test_noise_restores_resnet20(resnet):
 def test_the_search_for_a_ridge_ends_at_the_best(resnet, make, monkeypatch):
     "For every regression of a trained network, walking downhill from the middle finds what trying all ridges finds."
     search, found = held_out_ridge, []
+
     def both(halves, prior):
-        found.append((search(halves, prior), min(RIDGES, key=lambda r: held_out_error(halves, prior, r))))
+        found.append(
+            (search(halves, prior), min(RIDGES, key=lambda r: held_out_error(halves, prior, r)))
+        )
         return found[-1][0]
+
     monkeypatch.setattr('lbyl_nb.probe.held_out_ridge', both)
-    lbyl_restore(resnet[0], torch.zeros(1, 3, 32, 32), ratio=.5, restorer=make(noise(64)))
-    assert len(found) >= 9 and len({a for a, _ in found}) > 1 and all(a == b for a, b in found), found
+    lbyl_restore(resnet[0], torch.zeros(1, 3, 32, 32), ratio=0.5, restorer=make(noise(64)))
+    assert len(found) >= 9 and len({a for a, _ in found}) > 1 and all(a == b for a, b in found), (
+        found
+    )
 
 
 def test_distillation_matches_statistics(resnet):
     "The loss falls by a factor of more than five in twenty steps."
     log = []
-    distil(resnet[0], (torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(0)),), 20, log=log)
+    distil(
+        resnet[0],
+        (torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(0)),),
+        20,
+        log=log,
+    )
     assert log[-1][1] < log[0][1] / 5
 
 
 class Tokens(nn.Module):
     "Reads integers in one way or another; the second half of `up` repeats the first."
+
     def __init__(self, read, **tables):
         super().__init__()
         self.read, self.tables = read, nn.ModuleDict(tables)
         self.up, self.down, self.fc = nn.Linear(8, 32), nn.Linear(32, 8), nn.Linear(8, 3)
         with torch.no_grad():
-            for v in self.up.parameters(): v[16:] = v[:16]
+            for v in self.up.parameters():
+                v[16:] = v[:16]
+
     def forward(self, t, mask=None):
         h = self.read(self.tables, t)
-        if mask is not None: h = h * mask[..., None]
+        if mask is not None:
+            h = h * mask[..., None]
         return self.fc(h + self.down(self.up(h).relu()))
 
 
-def table(rows): return nn.Embedding(rows, 8)
+def table(rows):
+    return nn.Embedding(rows, 8)
 
 
 READ = dict(
@@ -182,7 +268,8 @@ READ = dict(
     converted=(lambda l, t: l['e'](t.long().t().clone()).transpose(0, 1), dict(e=table(40)), 40),
     by_index=(lambda l, t: l['e'].weight[t], dict(e=table(40)), 40),
     by_function=(lambda l, t: F.embedding(t, l['e'].weight), dict(e=table(40)), 40),
-    in_bags=(lambda l, t: l['e'](t)[:, None], dict(e=nn.EmbeddingBag(40, 8)), 40))
+    in_bags=(lambda l, t: l['e'](t)[:, None], dict(e=nn.EmbeddingBag(40, 8)), 40),
+)
 
 
 @pytest.mark.parametrize('name', READ)
@@ -221,10 +308,16 @@ def test_tokens_beside_an_image(source):
 
 def test_probes_that_are_all_the_same_are_refused():
     net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+
     class Halves(nn.Module):
-        def __init__(self): super().__init__(); self.net = net
-        def forward(self, counts): return self.net(counts / 2)
-    how = dict(ratio=.5, restorer=probe())
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, counts):
+            return self.net(counts / 2)
+
+    how = dict(ratio=0.5, restorer=probe())
     for value in (0, 1, 7):
         with pytest.raises(ValueError, match=r"example_inputs\['counts'\]: all 128 probes"):
             lbyl_restore(Halves(), dict(counts=torch.full((2, 4), value)), **how)
@@ -237,11 +330,11 @@ def test_pinned_statistics_are_those_of_all_probes(sizes):
     g = torch.Generator().manual_seed(0)
     x = torch.randn(66, 3, 5, generator=g, dtype=torch.float64)
     x[60:] = 4 * x[60:] + 10
-    net = nn.Sequential(nn.BatchNorm1d(3, momentum=.3)).double()
+    net = nn.Sequential(nn.BatchNorm1d(3, momentum=0.3)).double()
     norm = pin(net, [(v,) for v in x.split(sizes)])[0]
     torch.testing.assert_close(norm.running_mean, x.mean((0, 2)))
     torch.testing.assert_close(norm.running_var, x.transpose(0, 1).flatten(1).var(1))
-    assert norm.momentum == .3 and net[0].running_mean.eq(0).all()
+    assert norm.momentum == 0.3 and net[0].running_mean.eq(0).all()
 
 
 @pytest.mark.parametrize('n', [2, 3, 64, 65, 66, 67, 129, 130])
@@ -250,17 +343,22 @@ def test_any_number_of_probes(n):
     torch.manual_seed(0)
     layers = [nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.BatchNorm1d(8)]
     net = nn.Sequential(*layers).eval()
-    for m in (net[1], net[4]): m.weight.data.uniform_(.5, 2); m.bias.data.normal_()
+    for m in (net[1], net[4]):
+        m.weight.data.uniform_(0.5, 2)
+        m.bias.data.normal_()
     probes = noise(n)(net, (torch.zeros(1, 4),))
-    sizes = [len(v) for v, in probes.batches()]
+    sizes = [len(v) for (v,) in probes.batches()]
     assert sum(sizes) == n and 2 <= min(sizes) <= max(sizes) <= 64
-    with torch.no_grad(): y = probes.model[:2](probes.args[0])
+    with torch.no_grad():
+        y = probes.model[:2](probes.args[0])
     torch.testing.assert_close(y.mean(0), net[1].bias.data, rtol=0, atol=1e-4)
-    if n > 3: torch.testing.assert_close(y.std(0), net[1].weight.data.abs(), rtol=1e-2, atol=1e-3)
+    if n > 3:
+        torch.testing.assert_close(y.std(0), net[1].weight.data.abs(), rtol=1e-2, atol=1e-3)
     if n > 64:
-        with torch.no_grad(): z = probes.model(probes.args[0])
-        torch.testing.assert_close(z.mean(0), net[4].bias.data, rtol=0, atol=.1)
-        torch.testing.assert_close(z.std(0), net[4].weight.data.abs(), rtol=.1, atol=0)
+        with torch.no_grad():
+            z = probes.model(probes.args[0])
+        torch.testing.assert_close(z.mean(0), net[4].bias.data, rtol=0, atol=0.1)
+        torch.testing.assert_close(z.std(0), net[4].weight.data.abs(), rtol=0.1, atol=0)
 
 
 def test_a_batch_norm_that_is_not_called_keeps_its_statistics():
@@ -268,7 +366,10 @@ def test_a_batch_norm_that_is_not_called_keeps_its_statistics():
         def __init__(self):
             super().__init__()
             self.used, self.spare = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
-        def forward(self, x): return self.used(x)
+
+        def forward(self, x):
+            return self.used(x)
+
     net = Spare()
     net.spare.running_var.fill_(7)
     pinned = pin(net, [(torch.randn(9, 3),)])
@@ -280,25 +381,35 @@ def test_images_and_their_mirror_images_are_never_apart(n):
     "In whatever batches they pass, no image is in one half and its mirror image in the other."
     number = torch.arange(float(n)).view(n, 1, 1, 1).expand(n, 1, 2, 2)
     halves = [], []
-    for v, in calibration(number, reflect=True)(nn.Identity(), (number,)).batches():
+    for (v,) in calibration(number, reflect=True)(nn.Identity(), (number,)).batches():
         parts = in_turn(lambda v: v[:, 0, 0, 0].tolist(), v)
-        for half, part in zip(halves, parts): half.extend(part)
+        for half, part in zip(halves, parts):
+            half.extend(part)
     assert not {*halves[0]} & {*halves[1]} and {*halves[0], *halves[1]} == {*range(n)}
     assert len(halves[0]) + len(halves[1]) == 2 * n - n % 2
 
 
 class Noisy(nn.Module):
     "Draws random numbers, also in evaluation mode."
-    def __init__(self, net): super().__init__(); self.net = net
-    def forward(self, x): return self.net(F.dropout(x, .1, training=True))
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(F.dropout(x, 0.1, training=True))
 
 
 SOURCES = dict(
-    noise=lambda x: noise(8), calibration=calibration, distilled=lambda x: distilled(8, steps=2))
+    noise=lambda x: noise(8), calibration=calibration, distilled=lambda x: distilled(8, steps=2)
+)
 RUNS = dict(
-    least_lost=lambda net, x, s: plan(net, x, .5, least_lost(s)),
-    **{k: lambda net, x, s, f=f: lbyl_restore(net, x, ratio=.5, restorer=f(s))
-       for k, f in MAKE.items()})
+    least_lost=lambda net, x, s: plan(net, x, 0.5, least_lost(s)),
+    **{
+        k: lambda net, x, s, f=f: lbyl_restore(net, x, ratio=0.5, restorer=f(s))
+        for k, f in MAKE.items()
+    },
+)
 
 
 @pytest.mark.parametrize('run', RUNS)
@@ -306,15 +417,19 @@ RUNS = dict(
 def test_global_generator(source, run):
     "It is neither moved nor needed: with another seed everything comes out the same."
     net, x = simple(), torch.randn(16, 3, 8, 8)
+
     def done(seed):
         torch.manual_seed(seed)
         before = torch.get_rng_state()
         out = RUNS[run](net, x, SOURCES[source](x))
         assert torch.equal(before, torch.get_rng_state())
         return out
+
     a, b = map(done, (1, 2))
-    if run == 'least_lost': assert a == b
-    else: assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
+    if run == 'least_lost':
+        assert a == b
+    else:
+        assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
 
 
 @pytest.mark.parametrize('source', SOURCES)
@@ -328,8 +443,13 @@ def test_networks_that_draw_random_numbers(source):
 
 class InPlace(nn.Module):
     "Normalises its input, in place or not."
-    def __init__(self, net, inside): super().__init__(); self.net, self.inside = net, inside
-    def forward(self, x): return self.net(x.sub_(.5).mul_(2) if self.inside else (x - .5) * 2)
+
+    def __init__(self, net, inside):
+        super().__init__()
+        self.net, self.inside = net, inside
+
+    def forward(self, x):
+        return self.net(x.sub_(0.5).mul_(2) if self.inside else (x - 0.5) * 2)
 
 
 @pytest.mark.parametrize('make', [probe, layerwise])
@@ -347,7 +467,8 @@ def test_networks_that_work_in_place_on_their_input(source, make):
         assert torch.equal(probes.args[0], kept) and torch.equal(x, before)
         how = dict(keep={'net.0': [0, 1, 2]}, restorer=make(s))
         states.append(lbyl_restore(one, torch.rand(2, 3, 8, 8), **how).state_dict())
-    for k, v in states[0].items(): torch.testing.assert_close(v, states[1][k])
+    for k, v in states[0].items():
+        torch.testing.assert_close(v, states[1][k])
 
 
 class Subclass(torch.Tensor):
@@ -355,12 +476,17 @@ class Subclass(torch.Tensor):
 
 
 def inferred(x):
-    with torch.inference_mode(): return x.clone()
+    with torch.inference_mode():
+        return x.clone()
 
 
 DRESSED = dict(
-    subclass=lambda x: x.as_subclass(Subclass), inferred=inferred, parameter=nn.Parameter,
-    mapping=lambda x: UserDict(input=x), list=lambda x: [x])
+    subclass=lambda x: x.as_subclass(Subclass),
+    inferred=inferred,
+    parameter=nn.Parameter,
+    mapping=lambda x: UserDict(input=x),
+    list=lambda x: [x],
+)
 
 
 @pytest.mark.parametrize('name', DRESSED)
@@ -368,7 +494,7 @@ DRESSED = dict(
 def test_inputs_in_other_clothes(name, restorer):
     "Subclasses, tensors of inference mode, mappings that are no dicts: as the plain tensor."
     net, x = simple(), torch.randn(2, 3, 8, 8)
-    how = dict(ratio=.5, restorer=restorer)
+    how = dict(ratio=0.5, restorer=restorer)
     a, b = (lbyl_restore(net, v, **how).state_dict() for v in (x, DRESSED[name](x)))
     assert all(torch.equal(v, b[k]) for k, v in a.items())
 
@@ -376,39 +502,45 @@ def test_inputs_in_other_clothes(name, restorer):
 def test_no_inputs():
     none, one = torch.zeros(0, 3, 8, 8), torch.zeros(1, 3, 8, 8)
     with pytest.raises(ValueError, match='example_inputs: there are none'):
-        restore(simple(), none, ratio=.5)
+        restore(simple(), none, ratio=0.5)
     with pytest.raises(ValueError, match='images: there are none'):
-        restore(simple(), one, ratio=.5, restorer=probe(calibration(none)))
+        restore(simple(), one, ratio=0.5, restorer=probe(calibration(none)))
     ragged = torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(4, 3)], layout=torch.jagged)
     with pytest.raises(ValueError, match='example_inputs: nested tensors'):
-        restore(nn.Linear(3, 2), ragged, ratio=.5)
+        restore(nn.Linear(3, 2), ragged, ratio=0.5)
 
 
 class Scaled(nn.Module):
     "A second argument that is no sample, at some depth or none."
-    def __init__(self): super().__init__(); self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
     def forward(self, x, scale):
-        while not isinstance(scale, (float, torch.Tensor)): scale = scale[0]
+        while not isinstance(scale, (float, torch.Tensor)):
+            scale = scale[0]
         return self.b((self.a(x) * scale).relu())
 
 
 ROWS = torch.randn(130, 4, generator=torch.Generator().manual_seed(0))
-TWO, ONE_TWO = torch.tensor(2.), torch.tensor([2.])
+TWO, ONE_TWO = torch.tensor(2.0), torch.tensor([2.0])
 
 
 @pytest.mark.parametrize('scale', [TWO, ONE_TWO, [TWO], ([ONE_TWO],)])
 @pytest.mark.parametrize('batch', [1, 3])
-@pytest.mark.parametrize('source', [noise(130), calibration((ROWS, 2.))])
+@pytest.mark.parametrize('source', [noise(130), calibration((ROWS, 2.0))])
 def test_arguments_without_samples(scale, batch, source):
     "They reach the network as they are, in whatever batches: as if the number stood there."
     torch.manual_seed(0)
     net, x = Scaled().eval(), torch.randn(batch, 4)
-    how = dict(ratio=.5, restorer=probe(source))
-    a, b = (lbyl_restore(net, (x, v), **how).state_dict() for v in (2., scale))
+    how = dict(ratio=0.5, restorer=probe(source))
+    a, b = (lbyl_restore(net, (x, v), **how).state_dict() for v in (2.0, scale))
     assert all(torch.equal(v, b[k]) for k, v in a.items())
     probes = calibration((ROWS, scale))(net, (x, scale))
     assert len(probes) == 130
-    for v, s in probes.batches(): assert len(v) <= 64 and str(s) == str(scale)
+    for v, s in probes.batches():
+        assert len(v) <= 64 and str(s) == str(scale)
 
 
 def test_inputs_without_a_batch():
@@ -421,8 +553,10 @@ def neighbours(x):
     "Mean difference of neighbouring pixels, one after the other."
     gaps = {-2: [], -1: []}
     for image in x.flatten(0, 1).tolist():
-        for above, below in zip(image, image[1:]): gaps[-2] += map(abs, map(sub, above, below))
-        for row in image: gaps[-1] += map(abs, map(sub, row, row[1:]))
+        for above, below in zip(image, image[1:]):
+            gaps[-2] += map(abs, map(sub, above, below))
+        for row in image:
+            gaps[-1] += map(abs, map(sub, row, row[1:]))
     return sum(sum(v) / len(v) for v in gaps.values())
 
 
@@ -430,14 +564,16 @@ def test_distilled_probes_are_smooth():
     "One step goes against the slope of divergence plus difference of neighbours, pixel by pixel."
     torch.manual_seed(0)
     norm = nn.BatchNorm2d(1).double().eval()
-    norm.running_mean.fill_(.3)
-    norm.running_var.fill_(2.)
-    x, weight, h = torch.randn(1, 1, 3, 4, dtype=torch.float64), .7, 1e-6
+    norm.running_mean.fill_(0.3)
+    norm.running_var.fill_(2.0)
+    x, weight, h = torch.randn(1, 1, 3, 4, dtype=torch.float64), 0.7, 1e-6
+
     def objective(x):
         v, m = x.var(correction=0).item() + norm.eps, x.mean().item()
-        stored = 2. + norm.eps
-        divergence = .5 * (v / stored - 1 - math.log(v / stored) + (m - .3)**2 / stored)
+        stored = 2.0 + norm.eps
+        divergence = 0.5 * (v / stored - 1 - math.log(v / stored) + (m - 0.3) ** 2 / stored)
         return divergence + weight * neighbours(x)
+
     step = distil(norm, (x,), steps=1, lr=1e-3, smooth=weight)[0] - x
     for i in range(12):
         up, down = x.clone(), x.clone()

@@ -1,40 +1,72 @@
 "The project as a whole: its commands, and that it speaks of itself alone."
-import os, re, shutil, stat, subprocess
+
+import os
+import re
+import shutil
+import stat
+import subprocess
 from pathlib import Path
 
 import pytest
-
 from conftest import BUILT, NOTEBOOKS, ROOT, call, settings
 
-USERS = re.compile(r'(?<![\w.$~}-])/(?:home|root|Users|tmp|mnt)/[\w.-]|[A-Z]:\\\\?Users')     # folders that only one machine has
-SYSTEM = ['sh', 'make', 'sed', 'cat', 'test', 'env', 'tail', 'tee', 'mktemp', 'rm', 'dirname', 'bash', 'expand']
+USERS = re.compile(
+    r'(?<![\w.$~}-])/(?:home|root|Users|tmp|mnt)/[\w.-]|[A-Z]:\\\\?Users'
+)  # folders that only one machine has
+SYSTEM = [
+    'sh',
+    'make',
+    'sed',
+    'cat',
+    'test',
+    'env',
+    'tail',
+    'tee',
+    'mktemp',
+    'rm',
+    'dirname',
+    'bash',
+    'expand',
+]
 
 
 def committed():
     "Files of the project: those that git knows, or in a copy without git all that were not built."
-    if (ROOT/'.git').exists():
-        listed = subprocess.run(['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'], cwd=ROOT, capture_output=True, text=True).stdout
-        return [ROOT/n for n in listed.split('\0') if n and (ROOT/n).is_file()]
+    if (ROOT / '.git').exists():
+        listed = subprocess.run(
+            ['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        ).stdout
+        return [ROOT / n for n in listed.split('\0') if n and (ROOT / n).is_file()]
     found = []
     for folder, folders, files in os.walk(ROOT):
         left_out = BUILT(folder, folders + files)
         folders[:] = [f for f in folders if f not in left_out]
-        found += [Path(folder)/f for f in files if f not in left_out]
+        found += [Path(folder) / f for f in files if f not in left_out]
     return found
 
 
 def texts():
     for p in committed():
-        try: yield p, p.read_text(encoding='utf-8')
-        except UnicodeDecodeError: pass
+        try:
+            yield p, p.read_text(encoding='utf-8')
+        except UnicodeDecodeError:
+            pass
 
 
 def test_no_path_of_one_machine():
     "No file, and no output stored in a notebook, tells where somebody's files lie."
-    here = {str(d)+'/' for d in (ROOT, ROOT.parent, Path.home()) if len(d.parts) > 1}
+    here = {str(d) + '/' for d in (ROOT, ROOT.parent, Path.home()) if len(d.parts) > 1}
     assert [(p.name, h) for p, text in texts() for h in here if h in text] == []
-    assert [(p.name, m[0]) for p, text in texts() if p.suffix in ('.py', '.ipynb', '.md', '.ini', '.toml', '.yml', '.csv') and p != Path(__file__)
-            for m in USERS.finditer(text)] == []
+    assert [
+        (p.name, m[0])
+        for p, text in texts()
+        if p.suffix in ('.py', '.ipynb', '.md', '.ini', '.toml', '.yml', '.csv')
+        and p != Path(__file__)
+        for m in USERS.finditer(text)
+    ] == []
 
 
 def test_notebooks_are_numbered_once():
@@ -45,19 +77,24 @@ def test_notebooks_are_numbered_once():
 
 
 def test_help_lists_every_target():
-    makefile = (ROOT/'Makefile').read_text(encoding='utf-8')
+    makefile = (ROOT / 'Makefile').read_text(encoding='utf-8')
     phony = set(re.search(r'^\.PHONY: (.*)', makefile, re.M)[1].split()) - {'moved'}
     run = call('make', '-s', 'help', cwd=ROOT)
     assert run.returncode == 0
-    assert {l.split()[1] for l in run.stdout.splitlines()} == phony >= {'demo', 'test', 'lab', 'docs', 'bench', 'clean', 'help'}
+    assert (
+        {l.split()[1] for l in run.stdout.splitlines()}
+        == phony
+        >= {'demo', 'test', 'lab', 'docs', 'bench', 'clean', 'help'}
+    )
 
 
 @pytest.fixture
 def tools(tmp_path):
     "A folder for PATH that holds only what make and the shell need, and stand-ins that a test puts there."
-    folder = tmp_path/'tools'
+    folder = tmp_path / 'tools'
     folder.mkdir()
-    for name in SYSTEM: (folder/name).symlink_to(shutil.which(name))
+    for name in SYSTEM:
+        (folder / name).symlink_to(shutil.which(name))
     return folder
 
 
@@ -72,16 +109,22 @@ def dressed(project, tools):
     """A copy of the project whose `python3` and whose .venv's Python only note what they are asked to do, in calls.txt.
 
     Making a virtual environment puts such a Python into .venv; asking for a module `fails` names makes it fail."""
-    log = project/'calls.txt'
+    log = project / 'calls.txt'
     log.touch()
     inner = f'echo "$@" >> {log}\nif [ -e {project}/fails ] && echo "$@" | grep -q "$(cat {project}/fails)"; then exit 7; fi\n'
-    stand_in(project/'inner', inner)
-    stand_in(tools/'python3', f'echo "$@" >> {log}\nif [ "$2" = venv ]; then mkdir -p .venv/bin; cp inner .venv/bin/python; cp inner .venv/bin/lbyl-demo; fi\n')
-    for name in ('mkdir', 'cp', 'touch', 'grep'): (tools/name).symlink_to(shutil.which(name))
+    stand_in(project / 'inner', inner)
+    stand_in(
+        tools / 'python3',
+        f'echo "$@" >> {log}\nif [ "$2" = venv ]; then mkdir -p .venv/bin; cp inner .venv/bin/python; cp inner .venv/bin/lbyl-demo; fi\n',
+    )
+    for name in ('mkdir', 'cp', 'touch', 'grep'):
+        (tools / name).symlink_to(shutil.which(name))
+
     def make(*args):
         log.write_text('')
-        run = call(tools/'make', *args, cwd=project, PATH=str(tools))
+        run = call(tools / 'make', *args, cwd=project, PATH=str(tools))
         return run, log.read_text()
+
     make.project = project
     return make
 
@@ -97,7 +140,8 @@ def test_demo_installs_without_tools_and_only_once(dressed):
 
 def test_what_make_was_told_stays_outside(dressed, monkeypatch):
     "`make test PYTHON=... ARGS=...` hands both on to everything below it, so the commands that tests run must not hear of them."
-    for name, value in dict(PYTHON='nowhere', ARGS='-k x', MAKEFLAGS=' -- PYTHON=nowhere').items(): monkeypatch.setenv(name, value)
+    for name, value in dict(PYTHON='nowhere', ARGS='-k x', MAKEFLAGS=' -- PYTHON=nowhere').items():
+        monkeypatch.setenv(name, value)
     run, calls = dressed('test')
     assert run.returncode == 0 and '-m pytest\n' in calls
 
@@ -105,7 +149,12 @@ def test_what_make_was_told_stays_outside(dressed, monkeypatch):
 def test_tests_add_the_tools_and_only_once(dressed):
     dressed('demo')
     run, calls = dressed('test')
-    assert run.returncode == 0 and 'venv' not in calls and 'install --editable .[dev]' in calls and '-m pytest' in calls
+    assert (
+        run.returncode == 0
+        and 'venv' not in calls
+        and 'install --editable .[dev]' in calls
+        and '-m pytest' in calls
+    )
     for target in ('test', 'demo'):
         run, calls = dressed(target)
         assert run.returncode == 0 and 'install' not in calls
@@ -113,41 +162,46 @@ def test_tests_add_the_tools_and_only_once(dressed):
 
 def test_changed_settings_install_again(dressed):
     dressed('test')
-    after = (dressed.project/'.venv'/'.installed-dev').stat().st_mtime + 5
-    os.utime(dressed.project/'settings.ini', (after, after))
+    after = (dressed.project / '.venv' / '.installed-dev').stat().st_mtime + 5
+    os.utime(dressed.project / 'settings.ini', (after, after))
     _, calls = dressed('test')
     assert 'install --editable .[dev]' in calls and 'venv' not in calls
 
 
 def test_interrupted_installation_is_taken_up_again(dressed):
-    (dressed.project/'fails').write_text('install')
+    (dressed.project / 'fails').write_text('install')
     run, _ = dressed('test')
     assert run.returncode
-    (dressed.project/'fails').unlink()
+    (dressed.project / 'fails').unlink()
     run, calls = dressed('test')
     assert run.returncode == 0 and 'install --editable .[dev]' in calls
 
 
 def test_moved_environment_is_made_anew(dressed):
     dressed('test')
-    (dressed.project/'.venv'/'.place').write_text('elsewhere\n')
+    (dressed.project / '.venv' / '.place').write_text('elsewhere\n')
     _, calls = dressed('test')
     assert '-m venv --clear' in calls and 'install --editable .[dev]' in calls
 
 
 def test_failing_tests_fail_make_and_ci(dressed, tools):
     assert call('.ci/run', cwd=dressed.project, PATH=str(tools)).returncode == 0
-    (dressed.project/'fails').write_text('pytest')
+    (dressed.project / 'fails').write_text('pytest')
     run, _ = dressed('test')
     assert run.returncode
     run = call('.ci/run', cwd=dressed.project, PATH=str(tools))
-    assert run.returncode and run.stdout.count('Running all tests') == 2, 'the closing lines stand at the end once more'
+    assert run.returncode and run.stdout.count('Running all tests') == 2, (
+        'the closing lines stand at the end once more'
+    )
 
 
 def test_old_python_is_refused(dressed, tools):
-    stand_in(tools/'python3', 'case "$1" in --version) echo Python 3.8.1;; *) exit 1;; esac\n')
+    stand_in(tools / 'python3', 'case "$1" in --version) echo Python 3.8.1;; *) exit 1;; esac\n')
     run, calls = dressed('test')
     assert run.returncode and calls == ''
-    assert f'needs Python {settings()["min_python"]} or newer' in run.stdout and 'Python 3.8.1' in run.stdout
+    assert (
+        f'needs Python {settings()["min_python"]} or newer' in run.stdout
+        and 'Python 3.8.1' in run.stdout
+    )
     run, _ = dressed('test', 'PYTHON=nowhere')
     assert run.returncode and 'There is no nowhere on the PATH' in run.stdout

@@ -1,12 +1,17 @@
 "Trained networks on real images: published numbers to the digit, and unpruned accuracies exactly."
+
 import pytest
 import torch
 
 from lbyl_nb import bench, data, models
 from lbyl_nb.recover import lbyl, lbyl_restore, merging, prune_only
 
-LENET = {   # ratio: lambda2 and the published accuracies of LBYL, merging and pruning alone, in percent
-    .5: (.3, 88.83, 88.38, 87.86), .6: (.6, 87.75, 88.07, 83.03), .7: (.3, 83.92, 83.27, 71.21), .8: (1e-6, 78.05, 77.11, 63.90)}
+LENET = {  # ratio: lambda2 and the published accuracies of LBYL, merging and pruning alone, in percent
+    0.5: (0.3, 88.83, 88.38, 87.86),
+    0.6: (0.6, 87.75, 88.07, 83.03),
+    0.7: (0.3, 83.92, 83.27, 71.21),
+    0.8: (1e-6, 78.05, 77.11, 63.90),
+}
 
 
 @pytest.fixture(scope='module')
@@ -22,19 +27,24 @@ def percent(net, images, stats):
     return round(100 * right / n, 2)
 
 
-def test_lenet_unpruned(lenet): assert percent(*lenet, 'half') == 89.80
+def test_lenet_unpruned(lenet):
+    assert percent(*lenet, 'half') == 89.80
 
 
 @pytest.mark.parametrize('ratio', LENET)
 def test_lenet_table(lenet, ratio):
     net, images = lenet
     lam2, *published = LENET[ratio]
-    ours = [percent(lbyl_restore(net, torch.zeros(1, 784), ratio=ratio, restorer=f), images, 'half')
-            for f in (lbyl(lam2=lam2), merging(cos_weight=1., threshold=.45), prune_only())]
+    ours = [
+        percent(lbyl_restore(net, torch.zeros(1, 784), ratio=ratio, restorer=f), images, 'half')
+        for f in (lbyl(lam2=lam2), merging(cos_weight=1.0, threshold=0.45), prune_only())
+    ]
     assert ours == published
 
 
-@pytest.mark.parametrize('name, published', [('resnet20_cifar10', 91.73), ('resnet56_cifar10', 93.39)])
+@pytest.mark.parametrize(
+    'name, published', [('resnet20_cifar10', 91.73), ('resnet56_cifar10', 93.39)]
+)
 def test_resnets_unpruned(data_dir, weights_dir, monkeypatch, name, published):
     monkeypatch.setenv('LBYL_WEIGHTS', str(weights_dir))
     net = models.pretrained(name).to(memory_format=torch.channels_last)

@@ -1,5 +1,6 @@
 """What comes back is right, or it is refused: random small networks that contain what once made a
 network wrong without a word, with removed channels that repeat kept ones."""
+
 import copy
 from collections import deque
 from collections.abc import ValuesView
@@ -8,7 +9,8 @@ from dataclasses import dataclass, fields
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from lbyl_nb import recover
@@ -19,19 +21,25 @@ from lbyl_nb.recover import lbyl, merging, plan, prune_only, restore
 
 FEW = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 EXACT = dict(
-    merging=lambda x: merging(), lbyl=lambda x: lbyl(0, 0),
+    merging=lambda x: merging(),
+    lbyl=lambda x: lbyl(0, 0),
     probe=lambda x: probe(calibration(x), ridge=1e-9),
-    layerwise=lambda x: layerwise(calibration(x), refit=False, ridge=1e-9))
+    layerwise=lambda x: layerwise(calibration(x), refit=False, ridge=1e-9),
+)
 exact = st.sampled_from(sorted(EXACT))
 
 
 class Net(nn.Module):
     "A function of named layers and of the input."
+
     def __init__(self, f, **layers):
         super().__init__()
         self.f = f
-        for k, m in layers.items(): setattr(self, k, m)
-    def forward(self, *x): return self.f(self, *x)
+        for k, m in layers.items():
+            setattr(self, k, m)
+
+    def forward(self, *x):
+        return self.f(self, *x)
 
 
 def gap(a, b):
@@ -40,7 +48,8 @@ def gap(a, b):
 
 
 def out(net, *x):
-    with torch.no_grad(): return net(*x)
+    with torch.no_grad():
+        return net(*x)
 
 
 @torch.no_grad()
@@ -48,13 +57,16 @@ def repeat(*modules):
     "Let the second half of the channels of modules be the first half once more."
     for m in modules:
         for t in [*m.parameters(recurse=False), *m.buffers(recurse=False)]:
-            if t.ndim: t[len(t) // 2:] = t[:len(t) // 2]
+            if t.ndim:
+                t[len(t) // 2 :] = t[: len(t) // 2]
 
 
-def first_half(layer): return list(range(len(layer.weight) // 2))
+def first_half(layer):
+    return list(range(len(layer.weight) // 2))
 
 
 # Outputs
+
 
 @dataclass
 class Data:
@@ -68,51 +80,81 @@ class Slots:
 
 
 class Thing:
-    def __init__(self, value): self.value = value
+    def __init__(self, value):
+        self.value = value
 
 
 WRAPS = dict(
-    tuple=lambda v: (v, 1), list=lambda v: ['a', v], dict=lambda v: dict(b=v), data=Data,
-    slots=Slots, deque=lambda v: deque([v]), values=lambda v: {1: v}.values())
+    tuple=lambda v: (v, 1),
+    list=lambda v: ['a', v],
+    dict=lambda v: dict(b=v),
+    data=Data,
+    slots=Slots,
+    deque=lambda v: deque([v]),
+    values=lambda v: {1: v}.values(),
+)
 
 
 def inside(v):
     "All tensors of an output, in order."
-    if isinstance(v, torch.Tensor): return [v]
-    if isinstance(v, (Data, Slots)): v = [getattr(v, f.name) for f in fields(v)]
-    elif isinstance(v, Thing): v = [v.value]
-    elif isinstance(v, dict): v = list(v.values())
-    elif not isinstance(v, (tuple, list, deque, ValuesView)): return []
+    if isinstance(v, torch.Tensor):
+        return [v]
+    if isinstance(v, (Data, Slots)):
+        v = [getattr(v, f.name) for f in fields(v)]
+    elif isinstance(v, Thing):
+        v = [v.value]
+    elif isinstance(v, dict):
+        v = list(v.values())
+    elif not isinstance(v, (tuple, list, deque, ValuesView)):
+        return []
     return [t for w in v for t in inside(w)]
 
 
 def shown(h, how):
     "A hidden tensor as a network puts it out."
     for k in how['wraps']:
-        if k == 'detach': h = h.detach()
-        if k == 'spatial mean': h = h.mean((2, 3))
-        if k == 'half': h = h[:, 1::2]
-    for k in how['containers']: h = WRAPS[k](h)
+        if k == 'detach':
+            h = h.detach()
+        if k == 'spatial mean':
+            h = h.mean((2, 3))
+        if k == 'half':
+            h = h[:, 1::2]
+    for k in how['containers']:
+        h = WRAPS[k](h)
     return Thing(h) if how['thing'] else h
 
 
-hidden_output = st.fixed_dictionaries(dict(
-    layer=st.integers(0, 2), containers=st.lists(st.sampled_from(sorted(WRAPS)), max_size=12),
-    wraps=st.lists(st.sampled_from(['detach', 'spatial mean', 'half']), unique=True, max_size=3),
-    first=st.booleans(), thing=st.booleans(), before=st.booleans()))
+hidden_output = st.fixed_dictionaries(
+    dict(
+        layer=st.integers(0, 2),
+        containers=st.lists(st.sampled_from(sorted(WRAPS)), max_size=12),
+        wraps=st.lists(
+            st.sampled_from(['detach', 'spatial mean', 'half']), unique=True, max_size=3
+        ),
+        first=st.booleans(),
+        thing=st.booleans(),
+        before=st.booleans(),
+    )
+)
 
 
 def showing(outputs):
     "Four convolutions; hidden tensors are put out before or after their ReLU."
+
     def f(net, x):
         seen = []
         for k in 'abc':
             z = getattr(net, k)(x)
             x = z.relu()
             seen.append((z, x))
-        y, parts = net.d(x), lambda first: tuple(
-            shown(seen[o['layer']][not o['before']], o) for o in outputs if o['first'] == first)
+        y, parts = (
+            net.d(x),
+            lambda first: tuple(
+                shown(seen[o['layer']][not o['before']], o) for o in outputs if o['first'] == first
+            ),
+        )
         return (*parts(True), y, *parts(False))
+
     torch.manual_seed(0)
     sizes = dict(a=(3, 8), b=(8, 6), c=(6, 8), d=(8, 4))
     net = Net(f, **{k: nn.Conv2d(*s, 3, padding=1) for k, s in sizes.items()}).double().eval()
@@ -131,18 +173,18 @@ def one_output(**how):
 def test_one_output(kind, depth):
     "However deep it lies, the layer is left alone, and no other one."
     net, x = one_output(containers=[kind] * depth)
-    assert restore(net, x, ratio=.5, restorer=prune_only()).plan.keys() == {'a', 'c'}
+    assert restore(net, x, ratio=0.5, restorer=prune_only()).plan.keys() == {'a', 'c'}
 
 
 def test_a_part_of_a_layer_that_is_put_out():
     "What the layer reads is not to blame for the slice behind it."
     net, x = one_output(wraps=['half'], before=True)
-    r = restore(net, x, ratio=.5, restorer=prune_only())
+    r = restore(net, x, ratio=0.5, restorer=prune_only())
     assert r.plan.keys() == {'a', 'c'} and out(r.model, x)[0].shape[1] == 3
 
 
 @FEW
-@given(st.lists(hidden_output, max_size=2), exact, st.floats(.1, .7))
+@given(st.lists(hidden_output, max_size=2), exact, st.floats(0.1, 0.7))
 def test_outputs(outputs, name, ratio):
     "Whatever is put out, at any depth, is what the dense network puts out; the rest is pruned."
     net, x = showing(outputs)
@@ -153,34 +195,39 @@ def test_outputs(outputs, name, ratio):
         return
     want = inside(out(net, x))
     r = restore(net, x, ratio=ratio)
-    assert {k for k in r.plan if '[' not in k} == free    # the other channels of a layer may go
+    assert {k for k in r.plan if '[' not in k} == free  # the other channels of a layer may go
     assert [v.shape for v in inside(out(r.model, x))] == [v.shape for v in want]
     keep = {k: first_half(getattr(net, k)) for k in free}
     found = inside(out(restore(net, x, keep=keep, restorer=EXACT[name](x)).model, x))
     assert len(found) == len(want) == 1 + len(outputs)
-    for a, b in zip(found, want): assert a.shape == b.shape and gap(a, b) < 1e-4
+    for a, b in zip(found, want):
+        assert a.shape == b.shape and gap(a, b) < 1e-4
 
 
 # Cuts
 
-def ramp(y): return torch.linspace(.5, 1.5, y.shape[1], dtype=y.dtype).view(1, -1, 1, 1)
+
+def ramp(y):
+    return torch.linspace(0.5, 1.5, y.shape[1], dtype=y.dtype).view(1, -1, 1, 1)
 
 
-WIDTH = dict(   # what a network makes of the layer in front and of the next one, by its width
+WIDTH = dict(  # what a network makes of the layer in front and of the next one, by its width
     nothing=lambda y, z: (y, z),
-    scaled=lambda y, z: (y, z / y.shape[1]**.5),
+    scaled=lambda y, z: (y, z / y.shape[1] ** 0.5),
     in_front=lambda y, z: (y * y.shape[1], z),
     branch=lambda y, z: (y, z if y.shape[1] > 6 else -z),
     slices=lambda y, z: (torch.cat([y[:, :4], 2 * y[:, 4:]], 1), z),
     view=lambda y, z: (y.view(len(y), 2, -1, *y.shape[2:]).flip(1).flatten(1, 2), z),
     fixed_view=lambda y, z: (y.view(-1, 4, *y.shape[2:]).relu().view(y.shape), z),
     places=lambda y, z: (y * ramp(y), z),
-    shifted=lambda y, z: (y.roll(1, 1).roll(-1, 1), z + y.shape[1]))
-SEEN = {'scaled', 'in_front', 'branch', 'places', 'shifted'}    # the labels say nothing of them
+    shifted=lambda y, z: (y.roll(1, 1).roll(-1, 1), z + y.shape[1]),
+)
+SEEN = {'scaled', 'in_front', 'branch', 'places', 'shifted'}  # the labels say nothing of them
 
 
 def by_width(kinds, end, side):
     "Three convolutions and a linear layer; `kinds` stand behind the first and the second one."
+
     def f(net, x):
         widths = []
         for k, nxt, kind in (('a', 'b', kinds[0]), ('b', 'c', kinds[1])):
@@ -190,8 +237,10 @@ def by_width(kinds, end, side):
             _, x = WIDTH[kind](y, z)
             widths.append(y.shape[1])
         y = net.o(x.relu().mean((2, 3)))
-        if end: y = y * widths[0]**-.5
+        if end:
+            y = y * widths[0] ** -0.5
         return (y, y.sum(1) * widths[1]) if side else (y,)
+
     torch.manual_seed(0)
     layers = dict(a=nn.Conv2d(3, 8, 3, padding=1), b=nn.Conv2d(8, 8, 1), c=nn.Conv2d(8, 8, 1))
     net = Net(f, **layers, o=nn.Linear(8, 4)).double().eval()
@@ -214,7 +263,8 @@ widths = st.tuples(*[st.sampled_from(sorted(WIDTH))] * 2)
 def unequal(kinds, end, side, ratio):
     "By how much a pruned network and the silenced one differ; the plan. None where refused."
     net, x = by_width(kinds, end, side)
-    try: r = restore(net, x, ratio=ratio, restorer=prune_only())
+    try:
+        r = restore(net, x, ratio=ratio, restorer=prune_only())
     except ValueError as e:
         assert str(e).startswith('Net has nothing to prune (')
         return None, {}
@@ -223,7 +273,7 @@ def unequal(kinds, end, side, ratio):
 
 
 @FEW
-@given(widths, st.booleans(), st.booleans(), st.sampled_from([.25, .5, .75]))
+@given(widths, st.booleans(), st.booleans(), st.sampled_from([0.25, 0.5, 0.75]))
 def test_cuts(kinds, end, side, ratio):
     "A layer is cut if that changes nothing but what it is for, and left alone otherwise."
     far, kept = unequal(kinds, end, side, ratio)
@@ -235,50 +285,73 @@ def test_cuts(kinds, end, side, ratio):
 @pytest.mark.parametrize('end, side', [(False, False), (True, False), (False, True), (True, True)])
 def test_behind_the_last_layer(end, side):
     "What is done with the width where no layer follows shows in the outputs alone."
-    far, kept = unequal(('nothing', 'nothing'), end, side, .75)
+    far, kept = unequal(('nothing', 'nothing'), end, side, 0.75)
     assert far < 1e-4 and kept.keys() == {'a', 'b', 'c'} - set('a' * end + 'b' * side)
 
 
 @pytest.mark.parametrize('kind', sorted(SEEN))
 def test_it_is_the_check_that_finds_them(kind, monkeypatch):
     "Without it they come out wrong."
-    assert (unequal((kind, 'nothing'), False, False, .75)[0] or 0) < 1e-4
+    assert (unequal((kind, 'nothing'), False, False, 0.75)[0] or 0) < 1e-4
     monkeypatch.setattr(recover, 'differing', lambda *_: None)
-    assert unequal((kind, 'nothing'), False, False, .75)[0] > 1e-3
+    assert unequal((kind, 'nothing'), False, False, 0.75)[0] > 1e-3
 
 
 # Arithmetic on the way
 
-KNOWN = dict(relu=torch.relu, silu=F.silu, gelu=F.gelu, tanh=torch.tanh, none=lambda x: x,
-             leaky=lambda x: F.leaky_relu(x, .3), hardswish=F.hardswish)
-SCALES = dict(times=lambda x: x * 1.7, over=lambda x: x / -3, neg=lambda x: -x,
-              flipped=lambda x: .5 * x)
-UNKNOWN = dict(square=lambda x: x**2, power=lambda x: (x.abs() + 1)**1.5,
-               exp=lambda x: (-x**2).exp(),
-               swish=lambda x: x * torch.sigmoid(x), shift=lambda x: x + 1,
-               hardswish=lambda x: x * F.relu6(x + 3) / 6, less=lambda x: 2 - x,
-               gelu=lambda x: .5 * x * (1 + torch.erf(x / 2**.5)),
-               relu=lambda x: x * (x > 0), maximum=lambda x: torch.maximum(x, x * 0),
-               inverse=lambda x: 1 / (2 + x**2), absolute=torch.abs, twice=lambda x: x + F.relu(x),
-               then_silu=F.silu, then_relu=torch.relu, clamp=lambda x: x.clamp(-1, .5))
-MODULES = dict(prelu=lambda: nn.PReLU(8, .3), layer_scale=lambda: Scale(8))
+KNOWN = dict(
+    relu=torch.relu,
+    silu=F.silu,
+    gelu=F.gelu,
+    tanh=torch.tanh,
+    none=lambda x: x,
+    leaky=lambda x: F.leaky_relu(x, 0.3),
+    hardswish=F.hardswish,
+)
+SCALES = dict(
+    times=lambda x: x * 1.7, over=lambda x: x / -3, neg=lambda x: -x, flipped=lambda x: 0.5 * x
+)
+UNKNOWN = dict(
+    square=lambda x: x**2,
+    power=lambda x: (x.abs() + 1) ** 1.5,
+    exp=lambda x: (-(x**2)).exp(),
+    swish=lambda x: x * torch.sigmoid(x),
+    shift=lambda x: x + 1,
+    hardswish=lambda x: x * F.relu6(x + 3) / 6,
+    less=lambda x: 2 - x,
+    gelu=lambda x: 0.5 * x * (1 + torch.erf(x / 2**0.5)),
+    relu=lambda x: x * (x > 0),
+    maximum=lambda x: torch.maximum(x, x * 0),
+    inverse=lambda x: 1 / (2 + x**2),
+    absolute=torch.abs,
+    twice=lambda x: x + F.relu(x),
+    then_silu=F.silu,
+    then_relu=torch.relu,
+    clamp=lambda x: x.clamp(-1, 0.5),
+)
+MODULES = dict(prelu=lambda: nn.PReLU(8, 0.3), layer_scale=lambda: Scale(8))
 
 
 class Scale(nn.Module):
     "A factor for each channel."
+
     def __init__(self, m):
         super().__init__()
         self.factor = nn.Parameter(torch.randn(1, m, 1, 1))
-    def forward(self, x): return x * self.factor
+
+    def forward(self, x):
+        return x * self.factor
 
 
 def arithmetic(first, steps, seed):
     "A network with a chain of operations behind a batch norm, two of whose channels are constant."
+
     def f(net, x):
         x = KNOWN[first](net.norm(net.a(x)))
         for i, k in enumerate(steps):
             x = getattr(net, f's{i}')(x) if k in MODULES else (SCALES | UNKNOWN)[k](x)
         return net.o(x)
+
     torch.manual_seed(seed)
     own = {f's{i}': MODULES[k]() for i, k in enumerate(steps) if k in MODULES}
     net = Net(f, a=nn.Conv2d(3, 8, 3), norm=nn.BatchNorm2d(8), **own, o=nn.Conv2d(8, 4, 1))
@@ -294,17 +367,21 @@ steps = st.lists(st.sampled_from(sorted(SCALES | UNKNOWN | MODULES)), max_size=3
 
 def check_constants(first, steps, name, seed, value=None):
     net, x = arithmetic(first, steps, seed)
-    if value is not None: net.norm.bias.data[[2, 5]] = value
+    if value is not None:
+        net.norm.bias.data[[2, 5]] = value
     keep, restorers = {'a': [0, 1, 3, 4, 6, 7]}, dict(lbyl=lbyl(), merging=merging())
     far = lambda f: gap(out(restore(net, x, keep=keep, restorer=f).model, x), out(net, x))
     found = far(restorers[name])
-    if set(steps) <= SCALES.keys() | {'layer_scale'}: assert found < 1e-4
-    else: assert found <= far(prune_only()) * (1 + 1e-6) + 1e-9
+    if set(steps) <= SCALES.keys() | {'layer_scale'}:
+        assert found < 1e-4
+    else:
+        assert found <= far(prune_only()) * (1 + 1e-6) + 1e-9
 
 
 @settings(FEW, max_examples=60)
-@given(st.sampled_from(sorted(KNOWN)), steps, st.sampled_from(['lbyl', 'merging']),
-       st.integers(0, 9))
+@given(
+    st.sampled_from(sorted(KNOWN)), steps, st.sampled_from(['lbyl', 'merging']), st.integers(0, 9)
+)
 def test_constants_on_their_way(first, steps, name, seed):
     "Constant channels are made up for where their way to a reader is known, else no harm is done."
     check_constants(first, steps, name, seed)
@@ -312,16 +389,24 @@ def test_constants_on_their_way(first, steps, name, seed):
 
 @pytest.mark.parametrize('step', sorted(SCALES | UNKNOWN | MODULES))
 def test_constants_behind_one_step(step):
-    for seed in range(3): check_constants('leaky', [step], 'lbyl', seed)
+    for seed in range(3):
+        check_constants('leaky', [step], 'lbyl', seed)
 
 
-@pytest.mark.parametrize('first, steps', [
-    ('hardswish', ['then_silu']), ('none', ['neg', 'then_relu']), ('tanh', ['clamp', 'then_relu']),
-    ('none', ['over', 'layer_scale', 'then_relu'])])
-@pytest.mark.parametrize('value', [-4., 3.])
+@pytest.mark.parametrize(
+    'first, steps',
+    [
+        ('hardswish', ['then_silu']),
+        ('none', ['neg', 'then_relu']),
+        ('tanh', ['clamp', 'then_relu']),
+        ('none', ['over', 'layer_scale', 'then_relu']),
+    ],
+)
+@pytest.mark.parametrize('value', [-4.0, 3.0])
 def test_constants_that_one_function_makes_and_another_takes(first, steps, value):
     "What is zero behind both is not made up for by what one of them alone would make."
-    for seed in range(3): check_constants(first, steps, 'lbyl', seed, value)
+    for seed in range(3):
+        check_constants(first, steps, 'lbyl', seed, value)
 
 
 @FEW
@@ -329,12 +414,14 @@ def test_constants_that_one_function_makes_and_another_takes(first, steps, value
 def test_copies_on_their_way(steps, name):
     "Whatever is done to channels one by one, a copy is a copy; scales of copies may differ."
     net, x = arithmetic('relu', steps, 0)
-    net.norm.weight.data.uniform_(.5, 2)
+    net.norm.weight.data.uniform_(0.5, 2)
     repeat(net.a, net.norm)
     for k in ('s0', 's1', 's2'):
-        if isinstance(getattr(net, k, None), nn.PReLU): repeat(getattr(net, k))
+        if isinstance(getattr(net, k, None), nn.PReLU):
+            repeat(getattr(net, k))
     keep = dict(a=[0, 1, 2, 3])
-    if 'layer_scale' in steps and set(steps) & (UNKNOWN.keys() | {'prelu'}): return
+    if 'layer_scale' in steps and set(steps) & (UNKNOWN.keys() | {'prelu'}):
+        return
     r = restore(net, x, keep=keep, restorer=EXACT[name](x))
     assert r.model.a.out_channels == 4 and gap(out(r.model, x), out(net, x)) < 1e-4
 
@@ -349,28 +436,40 @@ def test_side_by_side():
 
 # Tokens
 
+
 @settings(FEW, max_examples=8)
-@given(st.integers(5, 40), st.integers(4, 12), st.integers(0, 99), st.booleans(),
-       st.sampled_from([probe, layerwise]))
+@given(
+    st.integers(5, 40),
+    st.integers(4, 12),
+    st.integers(0, 99),
+    st.booleans(),
+    st.sampled_from([probe, layerwise]),
+)
 def test_tokens(rows, width, seed, padded, restorer):
     "Example tokens that are all zero restore as well as random ones."
+
     def f(net, t):
         h = net.table(t)
         return net.o(h + net.down(net.up(h).relu()))
+
     torch.manual_seed(seed)
     table = nn.Embedding(rows, width, padding_idx=0 if padded else None)
-    net = Net(f, table=table, up=nn.Linear(width, 32), down=nn.Linear(32, width),
-              o=nn.Linear(width, 3)).eval()
+    net = Net(
+        f, table=table, up=nn.Linear(width, 32), down=nn.Linear(32, width), o=nn.Linear(width, 3)
+    ).eval()
     real = torch.randint(rows, (64, 12))
+
     def missed(example):
-        small = restore(net, example, ratio=.5, restorer=restorer(noise())).model
+        small = restore(net, example, ratio=0.5, restorer=restorer(noise())).model
         return (out(small, real) - out(net, real)).norm().item()
-    pruned = restore(net, real[:1], ratio=.5, restorer=prune_only()).model
+
+    pruned = restore(net, real[:1], ratio=0.5, restorer=prune_only()).model
     zeros = missed(torch.zeros(1, 12, dtype=torch.long))
     assert zeros <= 2 * missed(real[:1]) and zeros < (out(pruned, real) - out(net, real)).norm()
 
 
 # Half precision
+
 
 @FEW
 @given(st.floats(5e3, 6e4), st.integers(2, 4))
@@ -380,14 +479,17 @@ def test_half_precision(size, copies):
     net = nn.Sequential(nn.Conv2d(3, 2 * copies, 1), nn.ReLU(), nn.Conv2d(2 * copies, 2, 1)).eval()
     with torch.no_grad():
         for i in range(copies):
-            for t in (net[0].weight, net[0].bias): t[2 * i:2 * i + 2] = t[:2]
+            for t in (net[0].weight, net[0].bias):
+                t[2 * i : 2 * i + 2] = t[:2]
         net[2].weight.fill_(size)
     net, limit = net.half(), 65504 / copies
-    if abs(size / limit - 1) < .01: return    # rounded up or down
+    if abs(size / limit - 1) < 0.01:
+        return  # rounded up or down
     x, how = torch.zeros(1, 3, 4, 4).half(), dict(keep={'0': [0, 1]}, restorer=lbyl(0, 0))
     go = lambda: restore(net, x, **how).model
     if size > limit:
-        with pytest.raises(ValueError, match=r'2\.weight: .* too large for torch.float16'): go()
+        with pytest.raises(ValueError, match=r'2\.weight: .* too large for torch.float16'):
+            go()
     else:
         want = torch.full((2, 2, 1, 1), copies * size)
         torch.testing.assert_close(go()[2].weight.float(), want, rtol=1e-3, atol=0)
@@ -400,18 +502,26 @@ image = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 
 def chain(norm=nn.BatchNorm2d, inplace=False, conv=nn.Conv2d):
     torch.manual_seed(0)
-    net = nn.Sequential(conv(3, 8, 3), norm(8), nn.ReLU(inplace), conv(8, 6, 3), norm(6),
-                        nn.ReLU(inplace), conv(6, 4, 1)).eval()
+    net = nn.Sequential(
+        conv(3, 8, 3),
+        norm(8),
+        nn.ReLU(inplace),
+        conv(8, 6, 3),
+        norm(6),
+        nn.ReLU(inplace),
+        conv(6, 4, 1),
+    ).eval()
     for m in net:
         for k, v in [*m.named_parameters(), *m.named_buffers()]:
-            if isinstance(m, nn.Conv2d) or not v.is_floating_point(): continue
-            v.data.uniform_(.5, 2)
+            if isinstance(m, nn.Conv2d) or not v.is_floating_point():
+                continue
+            v.data.uniform_(0.5, 2)
     return net
 
 
 def both(a, b, x=image, y=None, **how):
     "Two networks restored in the same way: the same plan, all layers of theirs cut."
-    r, s = restore(a, x, ratio=.5, **how), restore(b, x if y is None else y, ratio=.5, **how)
+    r, s = restore(a, x, ratio=0.5, **how), restore(b, x if y is None else y, ratio=0.5, **how)
     assert r.plan == s.plan and r.cost.params.equals(s.cost.params)
     return r, s
 
@@ -432,8 +542,9 @@ def test_channels_last():
 def test_channels_last_through_a_flattening():
     "What stands in front of a flattening is cut as in the usual format."
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
-                        nn.Linear(32, 4)).eval()
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 4)
+    ).eval()
     last = copy.deepcopy(net).to(memory_format=torch.channels_last)
     r, s = both(net, last)
     where = image.to(memory_format=torch.channels_last)
@@ -463,12 +574,15 @@ def test_instance_norm_and_relu_in_place(affine):
 
 class Conv1D(nn.Module):
     "The linear layer of GPT-2: its weight stands the other way."
+
     def __init__(self, nf, nx):
         super().__init__()
         self.nf, self.nx = nf, nx
         self.weight = nn.Parameter(torch.randn(nx, nf))
         self.bias = nn.Parameter(torch.randn(nf))
-    def forward(self, x): return x @ self.weight + self.bias
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
 
 
 def test_linear_layers_that_stand_the_other_way():
@@ -476,7 +590,8 @@ def test_linear_layers_that_stand_the_other_way():
     rows = torch.randn(4, 6)
     net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
     twin = nn.Sequential(Conv1D(8, 6), nn.ReLU(), Conv1D(3, 8)).eval()
-    for i in (0, 2): twin[i].weight.data, twin[i].bias.data = net[i].weight.T.clone(), net[i].bias
+    for i in (0, 2):
+        twin[i].weight.data, twin[i].bias.data = net[i].weight.T.clone(), net[i].bias
     r, s = both(net, twin, rows)
     assert type(s.model[0]) is Conv1D and (s.model[0].nf, s.model[2].nx) == (4, 4)
     torch.testing.assert_close(out(s.model, rows), out(r.model, rows))
@@ -485,31 +600,38 @@ def test_linear_layers_that_stand_the_other_way():
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_autocast_around_the_call(dtype):
     net = chain()
-    want = restore(net, image, ratio=.5)
-    with torch.autocast('cpu', dtype=dtype): found = restore(net, image, ratio=.5)
+    want = restore(net, image, ratio=0.5)
+    with torch.autocast('cpu', dtype=dtype):
+        found = restore(net, image, ratio=0.5)
     assert found.plan == want.plan and found.plan.keys() == {'0', '3'}
-    for k, v in want.model.state_dict().items(): assert torch.equal(found.model.state_dict()[k], v)
+    for k, v in want.model.state_dict().items():
+        assert torch.equal(found.model.state_dict()[k], v)
 
 
 def with_noise(kind):
     "What a network does to hidden channels, at random; a function of them."
     return dict(
-        none=lambda x: x, dropout=lambda x: F.dropout(x, .3),
-        spatial=lambda x: F.dropout2d(x, .3), noise=lambda x: x + .1 * torch.randn_like(x),
-        mask=lambda x: x * (torch.rand_like(x) > .2),
-        drawn=lambda x: x + torch.normal(torch.zeros_like(x), .1),
-        bernoulli=lambda x: x * torch.bernoulli(torch.full_like(x, .8)))[kind]
+        none=lambda x: x,
+        dropout=lambda x: F.dropout(x, 0.3),
+        spatial=lambda x: F.dropout2d(x, 0.3),
+        noise=lambda x: x + 0.1 * torch.randn_like(x),
+        mask=lambda x: x * (torch.rand_like(x) > 0.2),
+        drawn=lambda x: x + torch.normal(torch.zeros_like(x), 0.1),
+        bernoulli=lambda x: x * torch.bernoulli(torch.full_like(x, 0.8)),
+    )[kind]
 
 
 @pytest.mark.parametrize('kind', ['dropout', 'spatial', 'noise', 'mask', 'drawn', 'bernoulli'])
 def test_random_numbers_in_the_forward_pass(kind):
     "They are no reason to leave channels alone, and restore without probes as if there were none."
+
     def net(kind):
         torch.manual_seed(0)
         f = lambda n, x: n.c(with_noise(kind)(n.b(with_noise(kind)(n.a(x).relu())).relu()))
         layers = dict(a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(8, 6, 3), c=nn.Conv2d(6, 4, 1))
         return Net(f, **layers).eval()
-    random, still = (restore(net(k), image, ratio=.5, restorer=merging()) for k in (kind, 'none'))
+
+    random, still = (restore(net(k), image, ratio=0.5, restorer=merging()) for k in (kind, 'none'))
     assert random.plan == still.plan and random.plan.keys() == {'a', 'b'}
     for k, v in still.model.state_dict().items():
         if k.startswith('a') or kind in ('dropout', 'spatial', 'mask', 'bernoulli'):
@@ -519,12 +641,13 @@ def test_random_numbers_in_the_forward_pass(kind):
 def test_an_activation_that_a_hook_keeps():
     "It has a history, which cannot be copied; the network can."
     net = chain()
-    want = restore(net, image, ratio=.5).model
+    want = restore(net, image, ratio=0.5).model
     net[0].register_forward_hook(lambda m, i, o: setattr(m, 'seen', o))
     net(image)
     assert net[0].seen.grad_fn is not None
-    found = restore(net, image, ratio=.5).model
-    for k, v in want.state_dict().items(): assert torch.equal(found.state_dict()[k], v)
+    found = restore(net, image, ratio=0.5).model
+    for k, v in want.state_dict().items():
+        assert torch.equal(found.state_dict()[k], v)
     assert net[0].seen.grad_fn is not None and net[0].seen.shape[1] == 8
 
 
@@ -534,10 +657,12 @@ def test_a_network_that_casts_to_a_dtype_that_it_holds(dtype):
         net = Net(f, n=chain())
         net.dtype = dtype
         return net.to(dtype).eval()
+
     casts, plain = build(lambda net, x: net.n(x.to(net.dtype))), build(lambda net, x: net.n(x))
     r, s = both(plain, casts, image.to(dtype), image)
     assert s.model.dtype == dtype and s.plan.keys() == {'n.0', 'n.3'}
-    for k, v in r.model.state_dict().items(): assert torch.equal(s.model.state_dict()[k], v)
+    for k, v in r.model.state_dict().items():
+        assert torch.equal(s.model.state_dict()[k], v)
 
 
 def test_an_input_without_a_batch():
@@ -545,33 +670,44 @@ def test_an_input_without_a_batch():
     net = chain(norm=lambda m: nn.Identity())
     r, s = both(net, net, image[:1], image[0])
     assert s.plan.keys() == {'0', '3'}
-    for k, v in r.model.state_dict().items(): assert torch.equal(s.model.state_dict()[k], v)
+    for k, v in r.model.state_dict().items():
+        assert torch.equal(s.model.state_dict()[k], v)
 
 
 def test_one_bad_group_of_twenty(monkeypatch):
     "It is found from what differs, not by trying groups one after the other."
+
     def f(net, x):
         for i, layer in enumerate(net.layers):
             x = layer(x).relu()
-            if i == 7: x = x.view(-1, 8)
+            if i == 7:
+                x = x.view(-1, 8)
         return x
+
     count, trace = [], recover.trace
     monkeypatch.setattr(recover, 'trace', lambda *a: count.append(1) or trace(*a))
     torch.manual_seed(0)
     layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(20)])
-    r = restore(Net(f, layers=layers).eval(), torch.randn(2, 8), ratio=.5)
+    r = restore(Net(f, layers=layers).eval(), torch.randn(2, 8), ratio=0.5)
     assert r.plan.keys() == {f'layers.{i}' for i in range(19)} - {'layers.7'}
     assert len(count) <= 4
 
 
 def grouped():
     "A group norm of four groups; a layer in two pieces, of which one is read by another layer."
+
     def f(net, x):
         u, v = net.b(net.norm(net.a(x)).relu()).relu().chunk(2, 1)
         return net.c(torch.cat([u, v, net.d(v).relu()], 1))
+
     torch.manual_seed(0)
-    layers = dict(a=nn.Conv2d(3, 16, 3), norm=nn.GroupNorm(4, 16), b=nn.Conv2d(16, 12, 3),
-                  d=nn.Conv2d(6, 4, 1), c=nn.Conv2d(16, 4, 1))
+    layers = dict(
+        a=nn.Conv2d(3, 16, 3),
+        norm=nn.GroupNorm(4, 16),
+        b=nn.Conv2d(16, 12, 3),
+        d=nn.Conv2d(6, 4, 1),
+        c=nn.Conv2d(16, 4, 1),
+    )
     return Net(f, **layers).eval()
 
 
@@ -581,8 +717,10 @@ def pieces(kept, n, of):
 
 
 CHOICES = dict(
-    ratio=lambda net: plan(net, image, .4), params=lambda net: budget(net, image, params=.5),
-    macs=lambda net: budget(net, image, macs=.6))
+    ratio=lambda net: plan(net, image, 0.4),
+    params=lambda net: budget(net, image, params=0.5),
+    macs=lambda net: budget(net, image, macs=0.6),
+)
 
 
 @pytest.mark.parametrize('choice', CHOICES)
@@ -591,14 +729,16 @@ def test_pieces_that_must_stay_equal(choice):
     net = grouped()
     small = restore(net, image, keep=CHOICES[choice](net), restorer=prune_only()).model
     was = lambda k: [(getattr(net, k).bias == v).nonzero().item() for v in getattr(small, k).bias]
-    a, b, d = map(was, 'abd')    # which channels they were
+    a, b, d = map(was, 'abd')  # which channels they were
     assert len(a) < 16 and len(b) < 12
     assert len(set(pieces(a, 16, 4))) == 1 and len(set(pieces(b, 12, 2))) == 1
-    written = copy.deepcopy(net)    # by hand: the same layers with the kept channels
+    written = copy.deepcopy(net)  # by hand: the same layers with the kept channels
+
     def layer(m, rows, columns):
         new = nn.Conv2d(len(columns), len(rows), m.kernel_size)
         new.weight, new.bias = nn.Parameter(m.weight[rows][:, columns]), nn.Parameter(m.bias[rows])
         return new
+
     written.a, written.b = layer(net.a, a, range(3)), layer(net.b, b, a)
     written.norm = nn.GroupNorm(4, len(a))
     written.d = layer(net.d, d, [i - 6 for i in b if i >= 6])

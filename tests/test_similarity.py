@@ -1,9 +1,11 @@
 "The similarity-preserving loss over random activations and networks, against loops, and bad input."
+
 import copy
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
@@ -15,13 +17,15 @@ from lbyl_nb.similarity import paired, similarities, similarity, similarity_loss
 
 def naive(pairs):
     "The loss by loops over images."
-    total = 0.
+    total = 0.0
     for T, S in pairs:
         rows = []
         for A in (T, S):
             G = [[float((a * b).sum()) for b in A] for a in A]
-            rows.append([[g / max(sum(v * v for v in row)**.5, 1e-12) for g in row] for row in G])
-        total += sum((a - b)**2 for r, q in zip(*rows) for a, b in zip(r, q)) / len(T)**2
+            rows.append(
+                [[g / max(sum(v * v for v in row) ** 0.5, 1e-12) for g in row] for row in G]
+            )
+        total += sum((a - b) ** 2 for r, q in zip(*rows) for a, b in zip(r, q)) / len(T) ** 2
     return total / len(pairs)
 
 
@@ -29,31 +33,48 @@ shapes = st.lists(st.integers(1, 4), max_size=3)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 6), st.lists(st.tuples(shapes, shapes), min_size=1, max_size=3), st.integers(0, 99))
+@given(
+    st.integers(1, 6),
+    st.lists(st.tuples(shapes, shapes), min_size=1, max_size=3),
+    st.integers(0, 99),
+)
 def test_against_loops(b, pairs, seed):
     "Any number of pairs, with activations of different shapes in teacher and student."
     gen = torch.Generator().manual_seed(seed)
-    pairs = [tuple(torch.randn(b, *s, generator=gen, dtype=torch.float64) for s in pair) for pair in pairs]
+    pairs = [
+        tuple(torch.randn(b, *s, generator=gen, dtype=torch.float64) for s in pair)
+        for pair in pairs
+    ]
     matrices = [{str(i): [similarities(p[k])] for i, p in enumerate(pairs)} for k in (0, 1)]
     assert similarity_loss(*matrices).item() == pytest.approx(naive(pairs), rel=1e-10, abs=1e-14)
 
 
-def hooks(*nets): return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for n in nets for m in n.modules())
+def hooks(*nets):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for n in nets for m in n.modules())
 
 
-@pytest.mark.parametrize('student', [lambda n, x: n, lambda n, x: expand(n), lambda n, x: expand(n, composed=False), lambda n, x: expand(lbyl_restore(n, x[:1], ratio=.5))])
+@pytest.mark.parametrize(
+    'student',
+    [
+        lambda n, x: n,
+        lambda n, x: expand(n),
+        lambda n, x: expand(n, composed=False),
+        lambda n, x: expand(lbyl_restore(n, x[:1], ratio=0.5)),
+    ],
+)
 def test_training_step(student):
     "Gradients reach every factor; hooks are gone; the contracted student has the same loss."
     torch.manual_seed(0)
     teacher, x = digits_net(8).eval(), torch.randn(6, 1, 8, 8)
     net = student(copy.deepcopy(teacher), x)
     with torch.no_grad():
-        for p in net.parameters(): p += .02 * torch.randn_like(p)
+        for p in net.parameters():
+            p += 0.02 * torch.randn_like(p)
     with similarity(teacher, net) as similar:
         net(x)
         loss = similar(x)
         loss.backward()
-    assert 0 < loss <= 4/6 and hooks(teacher, net) == 0
+    assert 0 < loss <= 4 / 6 and hooks(teacher, net) == 0
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
     if 'Expanded' in str(net):
         with similarity(teacher, small := contract(net)) as similar:
@@ -65,11 +86,13 @@ def test_evaluation_in_between_changes_nothing():
     "What counts is the last forward pass; other passes inside the block leave nothing behind."
     torch.manual_seed(0)
     teacher, x = digits_net(8).eval(), torch.randn(6, 1, 8, 8)
-    net = lbyl_restore(teacher, x[:1], ratio=.5)
+    net = lbyl_restore(teacher, x[:1], ratio=0.5)
     with similarity(teacher, net) as similar:
         net(x)
         first = similar(x)
-        with torch.no_grad(): net(x[:2]); teacher(x[:3])
+        with torch.no_grad():
+            net(x[:2])
+            teacher(x[:3])
         net(x)
         assert torch.equal(similar(x), first)
 
@@ -77,21 +100,25 @@ def test_evaluation_in_between_changes_nothing():
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_half_precision_activations_do_not_overflow(dtype):
     "Sums of squares beyond float16's largest number."
-    A = torch.full((3, 20000), 60., dtype=dtype)
+    A = torch.full((3, 20000), 60.0, dtype=dtype)
     assert similarities(A).dtype == torch.float32
-    torch.testing.assert_close(similarities(A), torch.full((3, 3), 3**-.5))
+    torch.testing.assert_close(similarities(A), torch.full((3, 3), 3**-0.5))
 
 
 def test_amp_with_gradient_scaling():
     "Autocast and a gradient scaler: gradients are float32 and finite."
     torch.manual_seed(0)
     teacher, x = digits_net(8).eval(), torch.randn(6, 1, 8, 8)
-    net, scaler = expand(lbyl_restore(teacher, x[:1], ratio=.5)), torch.amp.GradScaler('cpu', init_scale=2.**10)
-    optimiser = torch.optim.SGD(net.parameters(), lr=.01)
+    net, scaler = (
+        expand(lbyl_restore(teacher, x[:1], ratio=0.5)),
+        torch.amp.GradScaler('cpu', init_scale=2.0**10),
+    )
+    optimiser = torch.optim.SGD(net.parameters(), lr=0.01)
     with similarity(teacher, net) as similar:
         for _ in range(2):
             optimiser.zero_grad()
-            with torch.autocast('cpu', torch.bfloat16): loss = F.cross_entropy(net(x), torch.arange(6)) + 3000 * similar(x)
+            with torch.autocast('cpu', torch.bfloat16):
+                loss = F.cross_entropy(net(x), torch.arange(6)) + 3000 * similar(x)
             scaler.scale(loss).backward()
             scaler.step(optimiser)
             scaler.update()
@@ -100,14 +127,24 @@ def test_amp_with_gradient_scaling():
 
 def test_bad_input():
     teacher, net, x = digits_net(8).eval(), digits_net(4).eval(), torch.randn(6, 1, 8, 8)
-    with pytest.raises(ValueError, match="student has no layer 'features.3x'; similar: .*features.3"): paired(teacher, net, ['features.3x'])
-    with pytest.raises(ValueError, match='teacher has no layer'): paired(nn.Sequential(nn.Linear(2, 2)), net)
+    with pytest.raises(
+        ValueError, match="student has no layer 'features.3x'; similar: .*features.3"
+    ):
+        paired(teacher, net, ['features.3x'])
+    with pytest.raises(ValueError, match='teacher has no layer'):
+        paired(nn.Sequential(nn.Linear(2, 2)), net)
     with similarity(teacher, net) as similar:
-        with pytest.raises(ValueError, match='student has not run'): similar(x)
+        with pytest.raises(ValueError, match='student has not run'):
+            similar(x)
         net(x)
-        with pytest.raises(ValueError, match='5 images in the teacher and 6 in the student'): similar(x[:5])
+        with pytest.raises(ValueError, match='5 images in the teacher and 6 in the student'):
+            similar(x[:5])
+
     class Pair(nn.Module):
-        def forward(self, x): return x, x
+        def forward(self, x):
+            return x, x
+
     with pytest.raises(TypeError, match='0: gives tuple'):
-        with watched(p := nn.Sequential(Pair()), ['0']): p(x)
+        with watched(p := nn.Sequential(Pair()), ['0']):
+            p(x)
     assert hooks(teacher, net, p) == 0

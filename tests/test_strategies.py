@@ -1,11 +1,14 @@
 "Strategies in networks of many shapes, against loops and sums by hand; what ADMM does to weights; and bad input."
-import copy, itertools
+
+import copy
+import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from lbyl_nb.bench import accuracy, train
@@ -19,31 +22,59 @@ from lbyl_nb.models import digits_net, initialised, resnet20
 from lbyl_nb.probe import calibration
 from lbyl_nb.recover import plan, prune_only, restore
 from lbyl_nb.selection import least_lost
-from lbyl_nb.strategies import (Split, adaptive_bn, admm, contribution_gram, eagleeye, greedy_order, hrank, joined, mac_fraction, map_ranks,
-                                projected, thinet, within_budget)
+from lbyl_nb.strategies import (
+    Split,
+    adaptive_bn,
+    admm,
+    contribution_gram,
+    eagleeye,
+    greedy_order,
+    hrank,
+    joined,
+    mac_fraction,
+    map_ranks,
+    projected,
+    thinet,
+    within_budget,
+)
 from lbyl_nb.trace import trace
 
-Accelerator(cpu=True)    # the first one decides for all
+Accelerator(cpu=True)  # the first one decides for all
 
 
 def randomised(net, seed=0):
     "The network in evaluation mode, with batch norms that do something."
     gen = torch.Generator().manual_seed(seed)
-    rand = lambda v, low, high: v.data.copy_(low + (high - low) * torch.rand(v.shape, generator=gen))
+    rand = lambda v, low, high: v.data.copy_(
+        low + (high - low) * torch.rand(v.shape, generator=gen)
+    )
     for m in net.modules():
-        if isinstance(m, nn.BatchNorm2d): rand(m.weight, .5, 1.5), rand(m.bias, -.5, .5), rand(m.running_mean, -.3, .3), rand(m.running_var, .5, 2)
+        if isinstance(m, nn.BatchNorm2d):
+            (
+                rand(m.weight, 0.5, 1.5),
+                rand(m.bias, -0.5, 0.5),
+                rand(m.running_mean, -0.3, 0.3),
+                rand(m.running_var, 0.5, 2),
+            )
     return net.eval()
 
 
 class Joined(nn.Module):
     "Two branches added, two concatenated, a depthwise and a transposed convolution, PReLU, a flattening."
+
     def __init__(self):
         super().__init__()
-        conv = lambda m, n, k=3, **kw: nn.Sequential(nn.Conv2d(m, n, k, padding=k // 2, bias=False, **kw), nn.BatchNorm2d(n))
+        conv = lambda m, n, k=3, **kw: nn.Sequential(
+            nn.Conv2d(m, n, k, padding=k // 2, bias=False, **kw), nn.BatchNorm2d(n)
+        )
         self.stem, self.a, self.b = conv(2, 6), conv(6, 6), conv(6, 6, 1)
         self.wide, self.depth, self.act = conv(6, 8), conv(8, 8, groups=8), nn.PReLU(8)
-        self.up, self.other = nn.ConvTranspose2d(8, 5, 2, 2), nn.Conv2d(8, 4, 3, 2, 1, padding_mode='reflect')
+        self.up, self.other = (
+            nn.ConvTranspose2d(8, 5, 2, 2),
+            nn.Conv2d(8, 4, 3, 2, 1, padding_mode='reflect'),
+        )
         self.last, self.head = nn.Conv2d(9, 3, 1), nn.Linear(3 * 16, 10)
+
     def forward(self, x):
         x = F.relu(self.stem(x))
         x = F.relu(self.a(x) + self.b(x))
@@ -53,10 +84,23 @@ class Joined(nn.Module):
 
 
 def plain():
-    return nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(6 * 9, 7), nn.ReLU(), nn.Linear(7, 3))
+    return nn.Sequential(
+        nn.Conv2d(2, 6, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(6 * 9, 7),
+        nn.ReLU(),
+        nn.Linear(7, 3),
+    )
 
 
-NETWORKS = {'joined': (Joined, (2, 8, 8)), 'plain': (plain, (2, 8, 8)), 'resnet20': (resnet20, (3, 8, 8)), 'digits': (lambda: digits_net(3), (1, 8, 8))}
+NETWORKS = {
+    'joined': (Joined, (2, 8, 8)),
+    'plain': (plain, (2, 8, 8)),
+    'resnet20': (resnet20, (3, 8, 8)),
+    'digits': (lambda: digits_net(3), (1, 8, 8)),
+}
 
 
 @pytest.fixture(params=NETWORKS)
@@ -72,9 +116,14 @@ def case(request):
 def inputs_of(net, names, x):
     "What layers read."
     seen = {}
-    hooks = [net.get_submodule(k).register_forward_hook(lambda m, i, o, k=k: seen.update({k: i[0]})) for k in names]
-    with torch.no_grad(): net(x)
-    for h in hooks: h.remove()
+    hooks = [
+        net.get_submodule(k).register_forward_hook(lambda m, i, o, k=k: seen.update({k: i[0]}))
+        for k in names
+    ]
+    with torch.no_grad():
+        net(x)
+    for h in hooks:
+        h.remove()
     return seen
 
 
@@ -86,7 +135,9 @@ def contributions(net, group, x):
         for c in group.consumers:
             layer, v = net.get_submodule(c.name), read[c.name]
             dim = -1 if isinstance(layer, nn.Linear) else 1
-            only = torch.zeros_like(v).index_copy(dim, c.columns[j], v.index_select(dim, c.columns[j]))
+            only = torch.zeros_like(v).index_copy(
+                dim, c.columns[j], v.index_select(dim, c.columns[j])
+            )
             parts.append((layer(only) - layer(0 * v)).flatten())
         rows.append(torch.cat(parts))
     return torch.stack(rows).detach()
@@ -120,7 +171,9 @@ def test_greedy_order(m, d, seed):
     gone = order.argsort().tolist()
     for n in range(m):
         least = min(y[[*gone[:n], j]].sum(0).square().sum() for j in gone[n:])
-        assert y[gone[:n + 1]].sum(0).square().sum().item() == pytest.approx(least.item(), rel=1e-6, abs=1e-9)
+        assert y[gone[: n + 1]].sum(0).square().sum().item() == pytest.approx(
+            least.item(), rel=1e-6, abs=1e-9
+        )
 
 
 def test_layers_too_wide_for_one_gram_matrix(monkeypatch):
@@ -139,20 +192,30 @@ def test_hrank_by_hand():
     net = randomised(initialised(Joined, 0), 3).double()
     x = torch.randn(5, 2, 8, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     x[:, :, 3:] = x[:, :, 2:3]
-    rank = lambda z: torch.stack([torch.stack([torch.linalg.matrix_rank(c) for c in image]) for image in z]).double().mean(0)
+    rank = lambda z: (
+        torch.stack([torch.stack([torch.linalg.matrix_rank(c) for c in image]) for image in z])
+        .double()
+        .mean(0)
+    )
     with torch.no_grad():
         stem = F.relu(net.stem(x))
         added = F.relu(net.a(stem) + net.b(stem))
         wide = net.depth(F.relu(net.wide(added)))
-        want = {'stem.0': rank(stem), 'a.0': (rank(F.relu(net.a(stem))) + rank(F.relu(net.b(stem)))) / 2, 'up': rank(F.relu(net.up(net.act(wide))))}
+        want = {
+            'stem.0': rank(stem),
+            'a.0': (rank(F.relu(net.a(stem))) + rank(F.relu(net.b(stem)))) / 2,
+            'up': rank(F.relu(net.up(net.act(wide)))),
+        }
     traced = trace(net, x)
     groups = [g for g in find_groups(traced, streams=True) if g.name in want]
     scores = hrank(x).scores(traced, groups)
     assert scores.keys() == want.keys()
-    for k in want: torch.testing.assert_close(scores[k], want[k])
+    for k in want:
+        torch.testing.assert_close(scores[k], want[k])
     assert len({v for s in scores.values() for v in s.tolist()}) > 5
     z = torch.randn(3, 4, 5, 6)
-    z[:, 1, :, 2:] = 0; z[1, 2] = 0
+    z[:, 1, :, 2:] = 0
+    z[1, 2] = 0
     assert map_ranks(z).tolist() == [15, 6, 10, 15]
 
 
@@ -161,39 +224,67 @@ def test_criteria_in_plan_and_restore(make):
     "With ratio and dict, in `plan` and in `restore`, for streams, on tensors, tuples and dicts; the network and the caller's random numbers stay."
     net, x = randomised(initialised(resnet20, 0)), torch.randn(4, 3, 8, 8)
     before, drawn = copy.deepcopy(net.state_dict()), torch.get_rng_state()
-    kept = plan(net, x[:1], .5, make(x))
+    kept = plan(net, x[:1], 0.5, make(x))
     assert {len(v) for k, v in kept.items() if k.startswith('layer1')} == {8}
-    assert plan(net, x[:1], .5, make((x,))) == plan(net, dict(x=x[:1]), .5, make(dict(x=x))) == kept
-    r = restore(net, x[:1], ratio={'layer1.0.conv1': .25, 'layer2.1.conv1': .75}, criterion=make(x), restorer=layerwise(calibration(x)))
+    assert (
+        plan(net, x[:1], 0.5, make((x,))) == plan(net, dict(x=x[:1]), 0.5, make(dict(x=x))) == kept
+    )
+    r = restore(
+        net,
+        x[:1],
+        ratio={'layer1.0.conv1': 0.25, 'layer2.1.conv1': 0.75},
+        criterion=make(x),
+        restorer=layerwise(calibration(x)),
+    )
     assert {k: len(v) for k, v in r.plan.items()} == {'layer1.0.conv1': 12, 'layer2.1.conv1': 8}
-    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and torch.equal(torch.get_rng_state(), drawn)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and torch.equal(
+        torch.get_rng_state(), drawn
+    )
     joined, v = randomised(Joined()), torch.randn(4, 2, 8, 8)
-    maps = {g.name: .5 for g in find_groups(trace(joined, v), streams=True) if not g.reason}
+    maps = {g.name: 0.5 for g in find_groups(trace(joined, v), streams=True) if not g.reason}
     streams = restore(joined, v, ratio=maps, criterion=make(v), restorer=prune_only(), streams=True)
     assert len(streams.plan['a.0']) == 3 and streams.model(v).shape == (4, 10)
-    with pytest.raises(ValueError, match='images: there are none'): make(x[:0])
-    with pytest.raises(ValueError, match='NaN or infinity met on the images'): plan(net, x[:1], .5, make(x * torch.inf))
+    with pytest.raises(ValueError, match='images: there are none'):
+        make(x[:0])
+    with pytest.raises(ValueError, match='NaN or infinity met on the images'):
+        plan(net, x[:1], 0.5, make(x * torch.inf))
 
 
 def test_hrank_names_layers_without_maps():
     net, x = plain(), torch.randn(3, 2, 8, 8)
-    with pytest.raises(ValueError, match='4: hrank needs feature maps'): plan(net, x, .5, hrank(x))
-    assert len(plan(net, x, {'0': .5}, hrank(x))['0']) == 3
+    with pytest.raises(ValueError, match='4: hrank needs feature maps'):
+        plan(net, x, 0.5, hrank(x))
+    assert len(plan(net, x, {'0': 0.5}, hrank(x))['0']) == 3
 
 
 def test_thinet_keeps_repetitions_and_least_lost_does_not():
     net, x = plain(), torch.randn(40, 2, 8, 8)
     with torch.no_grad():
-        for t in (net[0].weight, net[0].bias): t[:3] *= 4; t[3:] *= .1; t[1] = t[0]
+        for t in (net[0].weight, net[0].bias):
+            t[:3] *= 4
+            t[3:] *= 0.1
+            t[1] = t[0]
         net[4].weight.view(7, 6, 9)[:, 1] = net[4].weight.view(7, 6, 9)[:, 0]
-    assert plan(net, x, {'0': .5}, thinet(x))['0'] == [0, 1, 2]
-    assert len({0, 1} & {*plan(net, x, {'0': .5}, least_lost(calibration(x), 1e-4))['0']}) == 1
+    assert plan(net, x, {'0': 0.5}, thinet(x))['0'] == [0, 1, 2]
+    assert len({0, 1} & {*plan(net, x, {'0': 0.5}, least_lost(calibration(x), 1e-4))['0']}) == 1
 
 
 @pytest.mark.parametrize('batch, parts', [(30, 1), (10, 3), (11, 3), (8, 4)])
 def test_adaptive_bn_by_hand(batch, parts):
     "Statistics of all images, the second norm reading what the first makes of each batch."
-    net, x = randomised(nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3), nn.Dropout(.9))).double(), torch.randn(30, 2, 8, 8)
+    net, x = (
+        randomised(
+            nn.Sequential(
+                nn.Conv2d(2, 4, 3),
+                nn.BatchNorm2d(4),
+                nn.ReLU(),
+                nn.Conv2d(4, 3, 3),
+                nn.BatchNorm2d(3),
+                nn.Dropout(0.9),
+            )
+        ).double(),
+        torch.randn(30, 2, 8, 8),
+    )
     net.train()
     before, modes = copy.deepcopy(net.state_dict()), [m.training for m in net.modules()]
     done, ys, zs = adaptive_bn(net, x, batch), [], []
@@ -210,16 +301,23 @@ def test_adaptive_bn_by_hand(batch, parts):
         torch.testing.assert_close(norm.running_mean, seen.mean((0, 2, 3)))
         torch.testing.assert_close(norm.running_var, seen.var((0, 2, 3)))
     assert not any(m.training for m in done.modules()) and done[1].momentum == net[1].momentum
-    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and [m.training for m in net.modules()] == modes
+    assert (
+        all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+        and [m.training for m in net.modules()] == modes
+    )
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), done.parameters()))
 
 
 def test_adaptive_bn_without_batch_norm_and_with_bad_input():
     net, x = plain(), torch.randn(4, 2, 8, 8)
-    assert all(torch.equal(v, net.state_dict()[k]) for k, v in adaptive_bn(net, x).state_dict().items())
+    assert all(
+        torch.equal(v, net.state_dict()[k]) for k, v in adaptive_bn(net, x).state_dict().items()
+    )
     for bad in (dict(images=x[:1]), dict(images=x, batch=1)):
-        with pytest.raises(ValueError, match='images, batch: statistics need at least 2 samples'): adaptive_bn(net, **bad)
-    with pytest.raises(ValueError, match='^images: there are none'): adaptive_bn(net, x[:0])
+        with pytest.raises(ValueError, match='images, batch: statistics need at least 2 samples'):
+            adaptive_bn(net, **bad)
+    with pytest.raises(ValueError, match='^images: there are none'):
+        adaptive_bn(net, x[:0])
 
 
 def test_macs_are_those_of_the_cut_network(case):
@@ -237,17 +335,29 @@ def test_macs_are_those_of_the_cut_network(case):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 5), st.floats(.1, .95), st.floats(.3, .95), st.integers(0, 999))
+@given(st.integers(1, 5), st.floats(0.1, 0.95), st.floats(0.3, 0.95), st.integers(0, 999))
 def test_candidates_meet_the_budget(n, budget, most, seed):
     "At most the budget; nearly all of it is used: a channel less removed in every group would exceed it. Something stays of every group."
     gen = torch.Generator().manual_seed(seed)
-    widths, u = torch.randint(1, 40, (n,), generator=gen).double(), 1 - torch.rand(20, n, generator=gen, dtype=torch.float64)
+    widths, u = (
+        torch.randint(1, 40, (n,), generator=gen).double(),
+        1 - torch.rand(20, n, generator=gen, dtype=torch.float64),
+    )
     count = lambda gone: ((1 - gone / widths) * widths).sum(1) / widths.sum()
-    try: gone = within_budget(u, widths, count, budget, most)
+    try:
+        gone = within_budget(u, widths, count, budget, most)
     except ValueError as e:
-        assert 'budget, most' in str(e) and count(torch.minimum((widths * most).round(), widths - 1)[None]) > budget
+        assert (
+            'budget, most' in str(e)
+            and count(torch.minimum((widths * most).round(), widths - 1)[None]) > budget
+        )
         return
-    assert (count(gone) <= budget).all() and (gone >= 0).all() and (gone <= widths - 1).all() and (gone <= widths * most + .5).all()
+    assert (
+        (count(gone) <= budget).all()
+        and (gone >= 0).all()
+        and (gone <= widths - 1).all()
+        and (gone <= widths * most + 0.5).all()
+    )
     assert (count((gone - 1).clamp(min=0))[gone.sum(1) > 0] > budget).all()
 
 
@@ -255,7 +365,13 @@ def test_candidates_meet_the_budget(n, budget, most, seed):
 def trained():
     "A network that can read digits, and its sets."
     train_set, test_set = digits()
-    return train(initialised(lambda: digits_net(4, offset=0.), 0), train_set, epochs=6, lr=.1, batch=64).eval(), train_set, test_set
+    return (
+        train(
+            initialised(lambda: digits_net(4, offset=0.0), 0), train_set, epochs=6, lr=0.1, batch=64
+        ).eval(),
+        train_set,
+        test_set,
+    )
 
 
 IMAGE = torch.zeros(1, 1, 8, 8)
@@ -266,40 +382,85 @@ def test_eagleeye(trained):
     net, train_set, _ = trained
     before, drawn = copy.deepcopy(net.state_dict()), torch.get_rng_state()
     how = dict(candidates=8, statistics=100, held_out=400, seed=3)
-    found = eagleeye(net, IMAGE, train_set, .4, **how)
+    found = eagleeye(net, IMAGE, train_set, 0.4, **how)
     rows = found.candidates
-    assert len(rows) == 8 and (rows.macs <= .4).all() and rows.accuracy.nunique() > 1
+    assert len(rows) == 8 and (rows.macs <= 0.4).all() and rows.accuracy.nunique() > 1
     best = rows.iloc[rows.accuracy.argmax()]
-    assert {k: len(v) for k, v in found.plan.items()} == {k: round(w * (1 - best[k])) for k, w in (('features.0', 4), ('features.3', 16), ('features.7', 16))}
+    assert {k: len(v) for k, v in found.plan.items()} == {
+        k: round(w * (1 - best[k]))
+        for k, w in (('features.0', 4), ('features.3', 16), ('features.7', 16))
+    }
     part = subset(train_set, 500, 3)
     cut = restore(net, IMAGE, keep=found.plan, restorer=prune_only()).model
     right, n = accuracy(adaptive_bn(cut, normalise(part[:100].images)), part[100:])
-    assert n == 400 and best.accuracy == pytest.approx(100 * right / n, abs=.3)
-    again = eagleeye(net, IMAGE, train_set, .4, **how)
+    assert n == 400 and best.accuracy == pytest.approx(100 * right / n, abs=0.3)
+    again = eagleeye(net, IMAGE, train_set, 0.4, **how)
     assert again.plan == found.plan and again.candidates.equals(rows)
-    assert not eagleeye(net, IMAGE, train_set, .4, **{**how, 'seed': 4}).candidates.equals(rows)
-    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and torch.equal(torch.get_rng_state(), drawn) and not net.training
-    small = eagleeye(net, IMAGE, train_set, .4, criterion=thinet(normalise(part.images)), **{**how, 'candidates': 2})
+    assert not eagleeye(net, IMAGE, train_set, 0.4, **{**how, 'seed': 4}).candidates.equals(rows)
+    assert (
+        all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+        and torch.equal(torch.get_rng_state(), drawn)
+        and not net.training
+    )
+    small = eagleeye(
+        net,
+        IMAGE,
+        train_set,
+        0.4,
+        criterion=thinet(normalise(part.images)),
+        **{**how, 'candidates': 2},
+    )
     assert len(small.candidates) == 2
 
 
 def test_eagleeye_names_what_is_wrong(trained):
     net, train_set, _ = trained
-    for bad, says in ((dict(budget=0.), 'budget must be in'), (dict(budget=1.5), 'budget must be in'), (dict(most=1.), 'most must be in'), (dict(candidates=0), 'candidates: 0'),
-                      (dict(held_out=0), 'held_out'), (dict(statistics=1200, held_out=98), 'statistics, held_out: 1200 and 98 images from a set of 1297'),
-                      (dict(budget=.001), 'budget, most'), (dict(statistics=1), 'statistics, held_out: 1 and 50')):
-        with pytest.raises(ValueError, match=says): eagleeye(net, IMAGE, train_set, **{**dict(budget=.4, candidates=2, statistics=50, held_out=50), **bad})
-    with pytest.raises(ValueError, match='nothing to prune'): eagleeye(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), IMAGE, train_set, .5, statistics=50, held_out=50)
+    for bad, says in (
+        (dict(budget=0.0), 'budget must be in'),
+        (dict(budget=1.5), 'budget must be in'),
+        (dict(most=1.0), 'most must be in'),
+        (dict(candidates=0), 'candidates: 0'),
+        (dict(held_out=0), 'held_out'),
+        (
+            dict(statistics=1200, held_out=98),
+            'statistics, held_out: 1200 and 98 images from a set of 1297',
+        ),
+        (dict(budget=0.001), 'budget, most'),
+        (dict(statistics=1), 'statistics, held_out: 1 and 50'),
+    ):
+        with pytest.raises(ValueError, match=says):
+            eagleeye(
+                net,
+                IMAGE,
+                train_set,
+                **{**dict(budget=0.4, candidates=2, statistics=50, held_out=50), **bad},
+            )
+    with pytest.raises(ValueError, match='nothing to prune'):
+        eagleeye(
+            nn.Sequential(nn.Flatten(), nn.Linear(64, 10)),
+            IMAGE,
+            train_set,
+            0.5,
+            statistics=50,
+            held_out=50,
+        )
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 6), st.integers(1, 4), st.data())
 def test_projection_is_the_nearest(m, d, data):
     t = data.draw(st.integers(1, m))
-    A = torch.randn(m, d, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))), dtype=torch.float64)
+    A = torch.randn(
+        m,
+        d,
+        generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))),
+        dtype=torch.float64,
+    )
     Z = projected(A, t)
     rows = [torch.tensor(i) for i in itertools.combinations(range(m), t)]
-    assert (Z - A).norm().item() == pytest.approx(min((torch.zeros_like(A).index_copy(0, i, A[i]) - A).norm() for i in rows).item())
+    assert (Z - A).norm().item() == pytest.approx(
+        min((torch.zeros_like(A).index_copy(0, i, A[i]) - A).norm() for i in rows).item()
+    )
     assert (Z.norm(dim=1) > 0).sum() == t and torch.equal(projected(Z, t), Z)
 
 
@@ -308,11 +469,17 @@ def test_rows_of_zeros_are_channels_of_zeros(case):
     net, x, traced, groups = case
     for g in groups:
         zero, gone = copy.deepcopy(net), list(range(0, g.channels - 1, 2))
-        entries = torch.autograd.grad(joined(zero, g)[gone].sum(), [*zero.parameters()], allow_unused=True)
+        entries = torch.autograd.grad(
+            joined(zero, g)[gone].sum(), [*zero.parameters()], allow_unused=True
+        )
         with torch.no_grad():
             for p, grad in zip(zero.parameters(), entries):
-                if grad is not None: p[grad != 0] = 0
-        assert not joined(zero, g)[gone].any() and joined(zero, g)[[i for i in range(g.channels) if i not in gone]].any()
+                if grad is not None:
+                    p[grad != 0] = 0
+        assert (
+            not joined(zero, g)[gone].any()
+            and joined(zero, g)[[i for i in range(g.channels) if i not in gone]].any()
+        )
         keep = {g.name: [i for i in range(g.channels) if i not in gone]}
         small = restore(zero, x, keep=keep, restorer=prune_only())
         assert {k: len(v) for k, v in small.plan.items()} == {g.name: g.channels - len(gone)}
@@ -323,40 +490,71 @@ def test_admm_trains_towards_its_plan(trained):
     "Residuals fall, rows outside the plan come to be nearly nothing and can go; counts are those of `plan`; the model passed in stays."
     net, train_set, test_set = trained
     before, drawn = copy.deepcopy(net.state_dict()), torch.get_rng_state()
-    ratio = {'features.3': .5, 'features.7': .75}
-    done = admm(net, IMAGE, train_set, ratio, recipe=Recipe(epochs=10, lr=.05, milestones=(8,), batch=64))
-    assert {k: len(v) for k, v in done.plan.items()} == {k: len(v) for k, v in plan(net, IMAGE, ratio).items()} == {'features.3': 8, 'features.7': 4}
+    ratio = {'features.3': 0.5, 'features.7': 0.75}
+    done = admm(
+        net, IMAGE, train_set, ratio, recipe=Recipe(epochs=10, lr=0.05, milestones=(8,), batch=64)
+    )
+    assert (
+        {k: len(v) for k, v in done.plan.items()}
+        == {k: len(v) for k, v in plan(net, IMAGE, ratio).items()}
+        == {'features.3': 8, 'features.7': 4}
+    )
     primal = done.history.primal
-    assert len(done.history) == 10 and primal.iloc[-1] < .3 * primal.iloc[0] and primal.iloc[5:].mean() < primal.iloc[:5].mean()
-    assert done.history.columns.tolist() == ['step', 'epoch', 'lr', 'loss', 'penalty', 'accuracy', 'primal', 'dual']
+    assert (
+        len(done.history) == 10
+        and primal.iloc[-1] < 0.3 * primal.iloc[0]
+        and primal.iloc[5:].mean() < primal.iloc[:5].mean()
+    )
+    assert done.history.columns.tolist() == [
+        'step',
+        'epoch',
+        'lr',
+        'loss',
+        'penalty',
+        'accuracy',
+        'primal',
+        'dual',
+    ]
     for g in find_groups(trace(done.model, IMAGE)):
-        if g.name not in ratio: continue
+        if g.name not in ratio:
+            continue
         norms = joined(done.model, g).detach().norm(dim=1)
         out = [i for i in range(g.channels) if i not in done.plan[g.name]]
-        assert norms[out].max() < .5 * norms[done.plan[g.name]].min()
+        assert norms[out].max() < 0.5 * norms[done.plan[g.name]].min()
     right = lambda m: accuracy(m, test_set)[0]
     cut = lambda m, keep: restore(m, IMAGE, keep=keep, restorer=prune_only()).model
     assert right(cut(done.model, done.plan)) > right(cut(net, plan(net, IMAGE, ratio))) + 50
-    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and torch.equal(torch.get_rng_state(), drawn) and not net.training and not done.model.training
+    assert (
+        all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+        and torch.equal(torch.get_rng_state(), drawn)
+        and not net.training
+        and not done.model.training
+    )
 
 
 def test_admm_in_streams():
     "Groups with several producers, by hand: penalty and its gradient, and one update."
-    net, x = randomised(initialised(Joined, 0)).double(), torch.randn(2, 2, 8, 8, dtype=torch.float64)
+    net, x = (
+        randomised(initialised(Joined, 0)).double(),
+        torch.randn(2, 2, 8, 8, dtype=torch.float64),
+    )
     groups = [g for g in find_groups(trace(net, x), streams=True) if not g.reason]
     assert any(len(g.producers) > 1 for g in groups)
-    split = Split(net, groups, {g.name: g.channels // 2 for g in groups}, .3)
+    split = Split(net, groups, {g.name: g.channels // 2 for g in groups}, 0.3)
     X = {g.name: joined(net, g).detach() for g in groups}
-    assert split.penalty().item() == pytest.approx(.15 * sum((X[k] - projected(X[k], split.keep[k])).square().sum().item() for k in X))
+    assert split.penalty().item() == pytest.approx(
+        0.15 * sum((X[k] - projected(X[k], split.keep[k])).square().sum().item() for k in X)
+    )
     stream = next(g for g in groups if len(g.producers) > 1)
     out = [i for i in range(stream.channels) if i not in split.plan[stream.name]]
     for name in stream.producers:
         w = net.get_submodule(name).weight
-        grad, = torch.autograd.grad(split.penalty(), w)
-        torch.testing.assert_close(grad[out], .3 * w[out].detach())
+        (grad,) = torch.autograd.grad(split.penalty(), w)
+        torch.testing.assert_close(grad[out], 0.3 * w[out].detach())
         assert not grad[split.plan[stream.name]].any()
     seen = split.update()
-    for k in X: torch.testing.assert_close(split.U[k], X[k] - projected(X[k], split.keep[k]))
+    for k in X:
+        torch.testing.assert_close(split.U[k], X[k] - projected(X[k], split.keep[k]))
     assert 0 < seen['primal'] < 1 and seen['dual'] == 0
     assert {k: len(v) for k, v in split.plan.items()} == split.keep
 
@@ -365,101 +563,181 @@ def test_admm_whole_in_streams(trained):
     _, train_set, _ = trained
     build = lambda: nn.Sequential(nn.Conv2d(1, 2, 1), Joined())
     net = initialised(build, 0).eval()
-    done = admm(net, IMAGE, subset(train_set, 64), .5, streams=True, recipe=Recipe(epochs=1, batch=32, milestones=()))
+    done = admm(
+        net,
+        IMAGE,
+        subset(train_set, 64),
+        0.5,
+        streams=True,
+        recipe=Recipe(epochs=1, batch=32, milestones=()),
+    )
     assert len(done.plan['1.a.0']) == 3 and len(done.history) == 1
-    assert restore(done.model, IMAGE, keep=done.plan, restorer=prune_only()).model(IMAGE).shape == (1, 10)
+    assert restore(done.model, IMAGE, keep=done.plan, restorer=prune_only()).model(IMAGE).shape == (
+        1,
+        10,
+    )
 
 
 def test_admm_names_what_is_wrong(trained):
     net, train_set, _ = trained
-    short = Recipe(epochs=1, lr=.05, milestones=(), batch=64)
-    for bad, says in ((dict(rho=0), 'rho must be a positive number'), (dict(rho=float('nan')), 'rho must be'), (dict(every=0), 'every: 0 steps'), (dict(ratio=1.), 'ratio must be'),
-                      (dict(ratio={'nothing': .5}), "ratio: the model has no prunable layer 'nothing'"), (dict(recipe=Recipe(batch=2000)), 'batch: 2000 images')):
-        with pytest.raises(ValueError, match=says): admm(net, IMAGE, train_set, **{**dict(ratio=.5, recipe=short), **bad})
-    with pytest.raises(FloatingPointError, match='learning rate or rho may be too large'): admm(net, IMAGE, train_set, .5, rho=1e5, recipe=short)
+    short = Recipe(epochs=1, lr=0.05, milestones=(), batch=64)
+    for bad, says in (
+        (dict(rho=0), 'rho must be a positive number'),
+        (dict(rho=float('nan')), 'rho must be'),
+        (dict(every=0), 'every: 0 steps'),
+        (dict(ratio=1.0), 'ratio must be'),
+        (dict(ratio={'nothing': 0.5}), "ratio: the model has no prunable layer 'nothing'"),
+        (dict(recipe=Recipe(batch=2000)), 'batch: 2000 images'),
+    ):
+        with pytest.raises(ValueError, match=says):
+            admm(net, IMAGE, train_set, **{**dict(ratio=0.5, recipe=short), **bad})
+    with pytest.raises(FloatingPointError, match='learning rate or rho may be too large'):
+        admm(net, IMAGE, train_set, 0.5, rho=1e5, recipe=short)
 
 
 class Calls:
     "Shifted images; an augmentation that fails, or gives NaN, at a call."
-    def __init__(self, fails=None, nan=None): self.calls, self.fails, self.nan = 0, fails, nan
+
+    def __init__(self, fails=None, nan=None):
+        self.calls, self.fails, self.nan = 0, fails, nan
+
     def __call__(self, x):
         self.calls += 1
-        if self.calls == self.fails: raise KeyboardInterrupt
+        if self.calls == self.fails:
+            raise KeyboardInterrupt
         return crop_flip(x, 1) * (float('nan') if self.calls == self.nan else 1)
 
 
 def leaky():
     "A network that draws random numbers while it is trained."
     net = initialised(lambda: digits_net(4), 0).eval()
-    net.flatten = nn.Sequential(nn.Flatten(), nn.Dropout(.2))
+    net.flatten = nn.Sequential(nn.Flatten(), nn.Dropout(0.2))
     return net
 
 
-SMALL = dict(ratio=.5, rho=.3, every=3, recipe=Recipe(epochs=3, lr=.05, milestones=(2,), batch=64))
+SMALL = dict(
+    ratio=0.5, rho=0.3, every=3, recipe=Recipe(epochs=3, lr=0.05, milestones=(2,), batch=64)
+)
 
 
 @pytest.fixture
-def small_set(): return subset(digits()[0], 256)
+def small_set():
+    return subset(digits()[0], 256)
 
 
 @pytest.mark.parametrize('fails, left', [(2, 12), (4, 9), (8, 6), (12, 3)])
 def test_admm_goes_on_from_its_checkpoint(tmp_path, one_thread, small_set, fails, left):
     "Killed at any step: weights, plan and history are those of a run that never was. Once complete, nothing is trained any more."
-    path, net = tmp_path/'c.safetensors', leaky()
+    path, net = tmp_path / 'c.safetensors', leaky()
     whole = admm(net, IMAGE, small_set, augment=Calls(), **SMALL)
-    with pytest.raises(KeyboardInterrupt): admm(net, IMAGE, small_set, augment=Calls(fails), checkpoint=path, **SMALL)
+    with pytest.raises(KeyboardInterrupt):
+        admm(net, IMAGE, small_set, augment=Calls(fails), checkpoint=path, **SMALL)
     for n in (left, 0):
-        rest = admm(net, IMAGE, small_set, augment=(counting := Calls()), checkpoint=str(path), **SMALL)
-        assert counting.calls == n and rest.plan == whole.plan and rest.history.equals(whole.history)
-        assert all(torch.equal(v, whole.model.state_dict()[k]) for k, v in rest.model.state_dict().items())
+        rest = admm(
+            net, IMAGE, small_set, augment=(counting := Calls()), checkpoint=str(path), **SMALL
+        )
+        assert (
+            counting.calls == n and rest.plan == whole.plan and rest.history.equals(whole.history)
+        )
+        assert all(
+            torch.equal(v, whole.model.state_dict()[k]) for k, v in rest.model.state_dict().items()
+        )
     assert [p.name for p in tmp_path.iterdir()] == ['c.safetensors']
 
 
 def test_admm_holds_its_variables(tmp_path, one_thread, small_set):
     "Z and U are in the file; with zeros in their place another run comes out."
-    path, net, how = tmp_path/'c.safetensors', leaky(), dict(checkpoint=tmp_path/'c.safetensors', **SMALL)
+    path, net, how = (
+        tmp_path / 'c.safetensors',
+        leaky(),
+        dict(checkpoint=tmp_path / 'c.safetensors', **SMALL),
+    )
     whole = admm(net, IMAGE, small_set, augment=Calls(), **SMALL)
-    with pytest.raises(KeyboardInterrupt): admm(net, IMAGE, small_set, augment=Calls(5), **how)
+    with pytest.raises(KeyboardInterrupt):
+        admm(net, IMAGE, small_set, augment=Calls(5), **how)
     tensors, meta = read_safetensors(path)
-    Z, U = ({k.removeprefix(f'penalty/{v}/'): t for k, t in tensors.items() if k.startswith(f'penalty/{v}/')} for v in 'ZU')
-    assert Z.keys() == U.keys() == {'features.0', 'features.3', 'features.7'} and meta['step'] == '3'
-    for k in Z: assert (Z[k].norm(dim=1) > 0).sum() == len(Z[k]) / 2 and U[k].any()
+    Z, U = (
+        {
+            k.removeprefix(f'penalty/{v}/'): t
+            for k, t in tensors.items()
+            if k.startswith(f'penalty/{v}/')
+        }
+        for v in 'ZU'
+    )
+    assert (
+        Z.keys() == U.keys() == {'features.0', 'features.3', 'features.7'} and meta['step'] == '3'
+    )
+    for k in Z:
+        assert (Z[k].norm(dim=1) > 0).sum() == len(Z[k]) / 2 and U[k].any()
     for v in 'ZU':
-        write_safetensors({k: 0 * t if k.startswith(f'penalty/{v}/') else t for k, t in tensors.items()}, path, meta)
+        write_safetensors(
+            {k: 0 * t if k.startswith(f'penalty/{v}/') else t for k, t in tensors.items()},
+            path,
+            meta,
+        )
         rest = admm(net, IMAGE, small_set, augment=Calls(), **how).model.state_dict()
-        assert not torch.equal(rest['features.3.weight'], whole.model.state_dict()['features.3.weight'])
+        assert not torch.equal(
+            rest['features.3.weight'], whole.model.state_dict()['features.3.weight']
+        )
 
 
 def test_admm_refuses_checkpoints(tmp_path, small_set):
     "Of another run, of fine-tuning, truncated, none at all, without a folder; and fine-tuning refuses those of ADMM. The files stay as they are."
-    path, other, net = tmp_path/'c.safetensors', tmp_path/'f.safetensors', initialised(lambda: digits_net(4), 0).eval()
-    fit = lambda net=net, data=small_set, checkpoint=path, **how: admm(net, IMAGE, data, checkpoint=checkpoint, **SMALL | how)
+    path, other, net = (
+        tmp_path / 'c.safetensors',
+        tmp_path / 'f.safetensors',
+        initialised(lambda: digits_net(4), 0).eval(),
+    )
+    fit = lambda net=net, data=small_set, checkpoint=path, **how: admm(
+        net, IMAGE, data, checkpoint=checkpoint, **SMALL | how
+    )
     fit(), finetune(net, small_set, recipe=SMALL['recipe'], every=3, checkpoint=other)
     before = path.read_bytes()
-    for how, says in ((dict(rho=.2), 'whose rho is 0.3 and not 0.2'), (dict(ratio=.75), "whose keep is {'features.0': 2,.* and not {'features.0': 1"), (dict(ratio={'features.0': .5}), 'whose keep is'),
-                      (dict(every=4), 'whose every is 3 and not 4'), (dict(seed=1), 'whose seed is 0 and not 1'), (dict(recipe=Recipe(epochs=3, lr=.05, milestones=(2.5,), batch=64)), 'whose milestones'),
-                      (dict(augment=Calls()), 'whose augment is unchanged and not Calls'), (dict(data=subset(digits()[0], 255)), 'whose images is 256 and not 255'),
-                      (dict(net=initialised(lambda: digits_net(4), 1).eval()), 'with other weights: start'), (dict(net=digits_net(8)), 'another architecture: features.0.weight is'),
-                      (dict(checkpoint=other), "not a checkpoint of admm .format 'lbyl_nb.finetune.1'")):
-        with pytest.raises(ValueError, match=says): fit(**how)
-    with pytest.raises(ValueError, match="not a checkpoint of finetune .format 'lbyl_nb.admm.1'"): finetune(net, small_set, recipe=SMALL['recipe'], every=3, checkpoint=path)
+    for how, says in (
+        (dict(rho=0.2), 'whose rho is 0.3 and not 0.2'),
+        (dict(ratio=0.75), "whose keep is {'features.0': 2,.* and not {'features.0': 1"),
+        (dict(ratio={'features.0': 0.5}), 'whose keep is'),
+        (dict(every=4), 'whose every is 3 and not 4'),
+        (dict(seed=1), 'whose seed is 0 and not 1'),
+        (dict(recipe=Recipe(epochs=3, lr=0.05, milestones=(2.5,), batch=64)), 'whose milestones'),
+        (dict(augment=Calls()), 'whose augment is unchanged and not Calls'),
+        (dict(data=subset(digits()[0], 255)), 'whose images is 256 and not 255'),
+        (dict(net=initialised(lambda: digits_net(4), 1).eval()), 'with other weights: start'),
+        (dict(net=digits_net(8)), 'another architecture: features.0.weight is'),
+        (dict(checkpoint=other), "not a checkpoint of admm .format 'lbyl_nb.finetune.1'"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            fit(**how)
+    with pytest.raises(ValueError, match="not a checkpoint of finetune .format 'lbyl_nb.admm.1'"):
+        finetune(net, small_set, recipe=SMALL['recipe'], every=3, checkpoint=path)
     assert path.read_bytes() == before
     for n in (0, 7, 100, len(before) // 2, len(before) - 1):
         other.write_bytes(before[:n])
-        with pytest.raises(ValueError, match='truncated'): fit(checkpoint=other)
+        with pytest.raises(ValueError, match='truncated'):
+            fit(checkpoint=other)
         assert other.read_bytes() == before[:n]
     write_safetensors(net.state_dict(), other)
-    with pytest.raises(ValueError, match='not a checkpoint of admm .format None'): fit(checkpoint=other)
-    with pytest.raises(FileNotFoundError, match='there is no folder'): fit(checkpoint=tmp_path/'nowhere'/'c.safetensors')
+    with pytest.raises(ValueError, match='not a checkpoint of admm .format None'):
+        fit(checkpoint=other)
+    with pytest.raises(FileNotFoundError, match='there is no folder'):
+        fit(checkpoint=tmp_path / 'nowhere' / 'c.safetensors')
 
 
 def test_admm_keeps_the_checkpoint_before_a_nan(tmp_path, one_thread, small_set):
     "The message names the step and the file, the file holds the last good projection, and from there the run can be finished."
-    path, net = tmp_path/'c.safetensors', leaky()
+    path, net = tmp_path / 'c.safetensors', leaky()
     fit = lambda **how: admm(net, IMAGE, small_set, augment=Calls(**how), checkpoint=path, **SMALL)
-    with pytest.raises(FloatingPointError, match='^step 2: the loss is nan, the penalty .*; the learning rate or rho may be too large$'): fit(nan=2)
+    with pytest.raises(
+        FloatingPointError,
+        match='^step 2: the loss is nan, the penalty .*; the learning rate or rho may be too large$',
+    ):
+        fit(nan=2)
     assert not path.exists()
-    with pytest.raises(FloatingPointError, match='step 8: the loss is nan, .* rho may be too large; .*c.safetensors holds step 6'): fit(nan=8)
+    with pytest.raises(
+        FloatingPointError,
+        match='step 8: the loss is nan, .* rho may be too large; .*c.safetensors holds step 6',
+    ):
+        fit(nan=8)
     assert read_safetensors(path)[1]['step'] == '6'
     whole = admm(net, IMAGE, small_set, augment=Calls(), **SMALL)
     assert fit().history.equals(whole.history)
@@ -467,9 +745,22 @@ def test_admm_keeps_the_checkpoint_before_a_nan(tmp_path, one_thread, small_set)
 
 def test_grouped_convolutions():
     "EagleEye takes whole units; ThiNet and ADMM, which remove channels one by one, name the layer."
-    net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, groups=2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)).eval()
+    net = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, groups=2),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 10),
+    ).eval()
     data, x = digits()[0], torch.randn(16, 1, 8, 8)
-    found = eagleeye(net, x[:1], data, .7, candidates=3, statistics=32, held_out=32)
-    assert all({(i + 4) % 8 for i in v} == {*v} for v in found.plan.values()) and restore(net, x[:1], keep=found.plan).model(x).shape == (16, 10)
-    with pytest.raises(ValueError, match='0: ThiNet removes channels one by one'): plan(net, x[:1], .5, thinet(x))
-    with pytest.raises(ValueError, match='0: ADMM removes channels one by one'): admm(net, x[:1], data, .5)
+    found = eagleeye(net, x[:1], data, 0.7, candidates=3, statistics=32, held_out=32)
+    assert all({(i + 4) % 8 for i in v} == {*v} for v in found.plan.values()) and restore(
+        net, x[:1], keep=found.plan
+    ).model(x).shape == (16, 10)
+    with pytest.raises(ValueError, match='0: ThiNet removes channels one by one'):
+        plan(net, x[:1], 0.5, thinet(x))
+    with pytest.raises(ValueError, match='0: ADMM removes channels one by one'):
+        admm(net, x[:1], data, 0.5)

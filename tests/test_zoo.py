@@ -1,6 +1,7 @@
 """Networks of each family, random weights: pruned and restored as they come. With LBYL_ZOO=1 all of torchvision's up to 150 million parameters and 20 of timm's.
 
 Notebook 46 does the same for all of them and keeps a table of what was reached."""
+
 import os
 
 import pytest
@@ -13,37 +14,90 @@ from lbyl_nb.probe import noise
 from lbyl_nb.recover import lbyl, restore
 
 SLOW = bool(os.environ.get('LBYL_ZOO'))
-FAMILIES = ['convnext_tiny', 'densenet121', 'efficientnet_b0', 'googlenet', 'mnasnet0_5', 'mobilenet_v2', 'mobilenet_v3_small', 'regnet_y_400mf', 'resnet18', 'shufflenet_v2_x0_5', 'squeezenet1_1', 'swin_t']
+FAMILIES = [
+    'convnext_tiny',
+    'densenet121',
+    'efficientnet_b0',
+    'googlenet',
+    'mnasnet0_5',
+    'mobilenet_v2',
+    'mobilenet_v3_small',
+    'regnet_y_400mf',
+    'resnet18',
+    'shufflenet_v2_x0_5',
+    'squeezenet1_1',
+    'swin_t',
+]
 TIMM = ['ghostnet_100', 'skresnet18', 'repvgg_a0', 'deit_tiny_patch16_224']
 if SLOW:
-    FAMILIES = [n for n in list_models(module=torchvision.models) if next(iter(get_model_weights(n))).meta['num_params'] <= 150e6]
-    TIMM += ['resnet26d', 'resnetv2_50', 'res2net50_26w_4s', 'dla34', 'dpn68', 'ese_vovnet19b_dw', 'cspdarknet53', 'mobilenetv3_small_100', 'fbnetc_100', 'tf_efficientnetv2_b0', 'regnetx_002', 'rexnet_100', 'mixer_s32_224', 'poolformer_s12', 'hrnet_w18_small']
-REFUSED = 'convnextv2_atto'    # the hidden units of its MLPs are normalised by each other, and its stream by a norm over channels
-LARGE = dict(inception=96, swin=224, maxvit=224, vit=224, deit=224, mixer=224, poolformer=224)    # pixels where 64 are too few
+    FAMILIES = [
+        n
+        for n in list_models(module=torchvision.models)
+        if next(iter(get_model_weights(n))).meta['num_params'] <= 150e6
+    ]
+    TIMM += [
+        'resnet26d',
+        'resnetv2_50',
+        'res2net50_26w_4s',
+        'dla34',
+        'dpn68',
+        'ese_vovnet19b_dw',
+        'cspdarknet53',
+        'mobilenetv3_small_100',
+        'fbnetc_100',
+        'tf_efficientnetv2_b0',
+        'regnetx_002',
+        'rexnet_100',
+        'mixer_s32_224',
+        'poolformer_s12',
+        'hrnet_w18_small',
+    ]
+REFUSED = 'convnextv2_atto'  # the hidden units of its MLPs are normalised by each other, and its stream by a norm over channels
+LARGE = dict(
+    inception=96, swin=224, maxvit=224, vit=224, deit=224, mixer=224, poolformer=224
+)  # pixels where 64 are too few
 
 
 def made(name):
     torch.manual_seed(0)
-    if name in (*TIMM, REFUSED): return pytest.importorskip('timm').create_model(name).eval()
-    return get_model(name, weights=None, **(dict(init_weights=False) if name in ('googlenet', 'inception_v3') else {})).eval()
+    if name in (*TIMM, REFUSED):
+        return pytest.importorskip('timm').create_model(name).eval()
+    return get_model(
+        name,
+        weights=None,
+        **(dict(init_weights=False) if name in ('googlenet', 'inception_v3') else {}),
+    ).eval()
 
 
 @pytest.mark.parametrize('name', FAMILIES + TIMM)
 @pytest.mark.parametrize('how', ['lbyl', 'probe', 'layerwise'])
-@pytest.mark.filterwarnings('ignore')    # of models about their own initialisation
+@pytest.mark.filterwarnings('ignore')  # of models about their own initialisation
 def test_zoo(name, how):
     net, size = made(name), next((v for k, v in LARGE.items() if name.startswith(k)), 64)
     x = torch.randn(2, 3, size, size)
-    r = restore(net, x, ratio=.3, streams=True, restorer=dict(lbyl=lbyl(), probe=probe(noise(4), ridge=.1), layerwise=layerwise(noise(4), ridge=.1))[how])
-    with torch.no_grad(): y = r.model(x)
+    r = restore(
+        net,
+        x,
+        ratio=0.3,
+        streams=True,
+        restorer=dict(
+            lbyl=lbyl(), probe=probe(noise(4), ridge=0.1), layerwise=layerwise(noise(4), ridge=0.1)
+        )[how],
+    )
+    with torch.no_grad():
+        y = r.model(x)
     assert y.shape == (2, 1000) and y.isfinite().all()
     assert r.cost.params['after'] < r.cost.params['before'] and (r.report.left_alone == '').any()
-    assert (r.report.kept[r.report.left_alone != ''] == r.report.channels[r.report.left_alone != '']).all()
+    assert (
+        r.report.kept[r.report.left_alone != ''] == r.report.channels[r.report.left_alone != '']
+    ).all()
 
 
-@pytest.mark.parametrize('how', [lbyl(), probe(noise(4)), layerwise(noise(4))], ids=['lbyl', 'probe', 'layerwise'])
+@pytest.mark.parametrize(
+    'how', [lbyl(), probe(noise(4)), layerwise(noise(4))], ids=['lbyl', 'probe', 'layerwise']
+)
 def test_a_network_that_cannot_be_done(how):
     "One sentence says why, layer by layer."
     why = 'stages.0.blocks.0.mlp.fc1: its channels go through mean, which is taken over all of them'
     with pytest.raises(ValueError, match=f'ConvNeXt has nothing to prune .*{why}'):
-        restore(made(REFUSED), torch.randn(2, 3, 64, 64), ratio=.3, streams=True, restorer=how)
+        restore(made(REFUSED), torch.randn(2, 3, 64, 64), ratio=0.3, streams=True, restorer=how)

@@ -7,35 +7,53 @@
 nbdev does both only where Quarto is installed, and offers to install it otherwise. These two need nbdev's processing alone. They stand
 outside the package, which knows nothing of nbdev, and outside nbs/, all of which becomes part of the website.
 """
-import json, os, posixpath, re, sys
+
+import json
+import os
+import posixpath
+import re
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LINK = re.compile(r'(\]\(|(?:src|href)=")([^)"\s#][^)"\s]*)')          # the target of a Markdown link or image, or of an HTML one
+LINK = re.compile(
+    r'(\]\(|(?:src|href)=")([^)"\s#][^)"\s]*)'
+)  # the target of a Markdown link or image, or of an HTML one
 FENCE = re.compile(r'(^```.*?^```)', re.M | re.S)
 
 
 def relink(
-    text,          # Markdown as it stands in a notebook in nbs/
+    text,  # Markdown as it stands in a notebook in nbs/
     folder='nbs',  # the notebook's folder, seen from where the text will stand
 ):
     "`text` with its relative links seen from the project's root; code blocks stay as they are."
+
     def target(m):
-        if re.match(r'[a-z]+:|/', m[2]): return m[0]
+        if re.match(r'[a-z]+:|/', m[2]):
+            return m[0]
         return m[1] + posixpath.normpath(posixpath.join(folder, m[2]))
-    return ''.join(part if part.startswith('```') else LINK.sub(target, part) for part in FENCE.split(text))
+
+    return ''.join(
+        part if part.startswith('```') else LINK.sub(target, part) for part in FENCE.split(text)
+    )
 
 
 def shown(output):
     "A stored output as Markdown: its own Markdown or HTML, else its plain text as a code block. Warnings and progress bars are left out."
-    if output['output_type'] == 'stream': data = {'text/plain': output['text']} if output['name'] == 'stdout' else {}
-    else: data = output.get('data', {})
+    if output['output_type'] == 'stream':
+        data = {'text/plain': output['text']} if output['name'] == 'stdout' else {}
+    else:
+        data = output.get('data', {})
     if any(kind.startswith('image/') for kind in data):
-        raise ValueError('index.ipynb stores a figure as an output, which a README cannot hold: show an image file by a Markdown link instead')
+        raise ValueError(
+            'index.ipynb stores a figure as an output, which a README cannot hold: show an image file by a Markdown link instead'
+        )
     for kind in ('text/markdown', 'text/html', 'text/plain'):
-        if kind not in data: continue
+        if kind not in data:
+            continue
         text = ''.join(data[kind]).strip('\n')
-        if kind == 'text/html': text = re.sub(r'<style.*?</style>\s*', '', text, flags=re.S)
+        if kind == 'text/html':
+            text = re.sub(r'<style.*?</style>\s*', '', text, flags=re.S)
         return f'```\n{text}\n```' if kind == 'text/plain' else text
     return ''
 
@@ -43,12 +61,20 @@ def shown(output):
 def cell_md(cell):
     "The blocks of Markdown that one cell contributes. A cell marked `#| hide` contributes none."
     source = ''.join(cell['source'])
-    marks = {m.replace(' ', '') for m in re.findall(r'^#\|(.*)$', source, re.M)} if cell['cell_type'] == 'code' else set()
-    if cell['cell_type'] == 'markdown': return [relink(source.strip())]
-    if cell['cell_type'] != 'code' or 'hide' in marks: return []
+    marks = (
+        {m.replace(' ', '') for m in re.findall(r'^#\|(.*)$', source, re.M)}
+        if cell['cell_type'] == 'code'
+        else set()
+    )
+    if cell['cell_type'] == 'markdown':
+        return [relink(source.strip())]
+    if cell['cell_type'] != 'code' or 'hide' in marks:
+        return []
     code = re.sub(r'^#\|.*\n?', '', source, flags=re.M).strip()
     outputs = [] if 'output:false' in marks else [shown(o) for o in cell['outputs']]
-    return ([f'```python\n{code}\n```'] if code and 'echo:false' not in marks else []) + [o for o in outputs if o]
+    return ([f'```python\n{code}\n```'] if code and 'echo:false' not in marks else []) + [
+        o for o in outputs if o
+    ]
 
 
 def readme(
@@ -64,15 +90,24 @@ def pages(
 ):
     "Process every notebook for the website into `root`/_proc, executing nothing; the folder's path."
     from nbdev.serve import proc_nbs
+
     os.chdir(root)
-    made = proc_nbs(str(root/'nbs'), n_workers=0)
-    missing = [p.name for p in sorted((root/'nbs').glob('*.ipynb')) if not (made/p.name).exists()]
-    if missing: raise SystemExit(f'nbdev left out {", ".join(missing)}; it ignores whatever lies below a folder whose name begins with a dot.')
+    made = proc_nbs(str(root / 'nbs'), n_workers=0)
+    missing = [
+        p.name for p in sorted((root / 'nbs').glob('*.ipynb')) if not (made / p.name).exists()
+    ]
+    if missing:
+        raise SystemExit(
+            f'nbdev left out {", ".join(missing)}; it ignores whatever lies below a folder whose name begins with a dot.'
+        )
     return made
 
 
 if __name__ == '__main__':
     job = sys.argv[1:]
-    if job == ['readme']: (ROOT/'README.md').write_text(readme(ROOT/'nbs'/'index.ipynb'), encoding='utf-8')
-    elif job == ['pages']: print('Processed notebooks are in', pages().relative_to(ROOT))
-    else: raise SystemExit(__doc__)
+    if job == ['readme']:
+        (ROOT / 'README.md').write_text(readme(ROOT / 'nbs' / 'index.ipynb'), encoding='utf-8')
+    elif job == ['pages']:
+        print('Processed notebooks are in', pages().relative_to(ROOT))
+    else:
+        raise SystemExit(__doc__)
