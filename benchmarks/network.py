@@ -6,9 +6,10 @@ Every network runs in a process of its own, so that its peak memory can be read.
 import pandas as pd
 import torch
 import torchvision
-from _process import against, each, footer, measured, peak, run
 
-from lbyl_nb.recover import lbyl, merging, prune_only, restore
+from _process import against, each, footer, measured, peak, run
+from lbyl_nb.recover import restore
+from lbyl_nb.restorers import lbyl, merging, prune_only
 
 RESTORERS = dict(pruned=prune_only, merging=merging, lbyl=lbyl)
 

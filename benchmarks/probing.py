@@ -9,12 +9,13 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 import torchvision
-from _process import against, each, footer, measured, peak, run
 
+from _process import against, each, footer, measured, peak, run
 from lbyl_nb.distilled import distil
 from lbyl_nb.layerwise import layerwise, probe
 from lbyl_nb.models import resnet56
-from lbyl_nb.probe import noise, stationary_gram, unfolded_gram
+from lbyl_nb.moments import stationary_gram, unfolded_gram
+from lbyl_nb.probes import noise
 from lbyl_nb.recover import restore
 
 NETWORKS = dict(

@@ -8,11 +8,11 @@ from collections import Counter
 import pandas as pd
 import torch
 import torchvision
-from _process import footer
 from tqdm.auto import tqdm
 
+from _process import footer
+from lbyl_nb.closed_form import lbyl_delivery
 from lbyl_nb.delivery import split
-from lbyl_nb.solve import lbyl_delivery
 
 LAM1 = LAM2 = 0.1
 

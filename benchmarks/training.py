@@ -12,15 +12,16 @@ import time
 import pandas as pd
 import torch
 import torchvision
-from _process import footer, peak
 from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from _process import footer, peak
 from lbyl_nb.budget import budget
 from lbyl_nb.expand import expand
 from lbyl_nb.models import resnet20
-from lbyl_nb.recover import plan, prune_only, restore
+from lbyl_nb.recover import plan, restore
+from lbyl_nb.restorers import prune_only
 
 FORMS = {
     'compact': lambda net: net,

@@ -12,14 +12,16 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from _process import against, each, footer, measured, peak, run
 from torchvision.models import get_model, list_models
 
+from _process import against, each, footer, measured, peak, run
 from lbyl_nb.bench import results, sweep
-from lbyl_nb.graph import by_output, find_groups
+from lbyl_nb.graph import find_groups
+from lbyl_nb.layers import by_output, conv_groups
 from lbyl_nb.layerwise import find_sites, layerwise, probe
-from lbyl_nb.probe import conv_groups, noise
-from lbyl_nb.recover import lbyl, restore
+from lbyl_nb.probes import noise
+from lbyl_nb.recover import restore
+from lbyl_nb.restorers import lbyl
 from lbyl_nb.trace import trace
 
 NETWORKS = (

@@ -9,18 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from lbyl_nb.elsewhere import restore_inside
 from lbyl_nb.layerwise import layerwise, probe
-from lbyl_nb.probe import calibration, noise
-from lbyl_nb.recover import (
-    lbyl,
-    lbyl_restore,
-    load_restored,
-    plan,
-    prune_only,
-    restore,
-    save_restored,
-)
+from lbyl_nb.probes import calibration, noise
+from lbyl_nb.pruned_elsewhere import restore_inside
+from lbyl_nb.recover import lbyl_restore, plan, restore
+from lbyl_nb.restorers import lbyl, prune_only
+from lbyl_nb.saved import load_restored, save_restored
 
 RESTORERS = dict(lbyl=lbyl(), probe=probe(noise(8)), layerwise=layerwise(noise(8)))
 each_restorer = pytest.mark.parametrize('restorer', RESTORERS.values(), ids=RESTORERS.keys())

@@ -13,9 +13,10 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from lbyl_nb.budget import bill, budget
-from lbyl_nb.cost import cost, dry_run, samples
+from lbyl_nb.cost import _dry_run, _sample_count, cost
 from lbyl_nb.graph import find_groups
-from lbyl_nb.recover import prune_only, restore
+from lbyl_nb.recover import restore
+from lbyl_nb.restorers import prune_only
 from lbyl_nb.trace import trace
 
 C, Up, L = nn.Conv2d, nn.ConvTranspose2d, nn.Linear
@@ -311,8 +312,8 @@ def test_a_bill_needs_no_random_numbers_and_no_inputs():
 def test_samples():
     x = torch.zeros(3, 4)
     for args in ((x, torch.zeros(8, 8)), (torch.tensor(2.0), x), dict(scale=2.0, x=x)):
-        assert samples(args) == 3
-    assert samples(()) == samples((2.0, torch.tensor(1.0))) == 1
+        assert _sample_count(args) == 3
+    assert _sample_count(()) == _sample_count((2.0, torch.tensor(1.0))) == 1
 
 
 @pytest.mark.parametrize('n', [1, 3, 5])
@@ -327,7 +328,7 @@ def test_what_cannot_be_counted_is_refused():
     with pytest.raises(ValueError, match=says + 'RuntimeError'):
         cost(L(3, 5), rows)
     with pytest.raises(ValueError, match=says + 'TypeError'):
-        dry_run(L(6, 5), dict(y=rows))
+        _dry_run(L(6, 5), dict(y=rows))
     net = L(6, 5)
     net.lock = threading.Lock()
     with pytest.raises(ValueError, match='Linear: cannot be copied: TypeError'):

@@ -233,7 +233,7 @@ def test_make_docs_says_that_quarto_is_missing(project):
     assert run.returncode
     assert (project / '_proc' / 'index.ipynb').exists()
     assert not (project / '_docs').exists()
-    [sentence] = [l for l in run.stdout.splitlines() if 'quarto' in l]
+    [sentence] = [line for line in run.stdout.splitlines() if 'quarto' in line]
     assert 'not on the PATH' in sentence
     assert 'Traceback' not in run.stdout and 'sudo' not in run.stdout
 
@@ -250,12 +250,16 @@ def test_readme_links_resolve():
             (ROOT / 'README.md').read_text(encoding='utf-8'), 'html', format='gfm'
         )
     )
-    local = [unquote(l) for l in page.links + page.images if not re.match(r'(https?|mailto):', l)]
+    local = [
+        unquote(line)
+        for line in page.links + page.images
+        if not re.match(r'(https?|mailto):', line)
+    ]
     assert [
-        l
-        for l in local
-        if not (l.startswith('#') and l[1:] in page.ids)
-        and not (ROOT / l.partition('#')[0]).exists()
+        line
+        for line in local
+        if not (line.startswith('#') and line[1:] in page.ids)
+        and not (ROOT / line.partition('#')[0]).exists()
     ] == []
 
 
@@ -275,7 +279,7 @@ def test_readme_writer(tmp_path):
                 cells=[
                     dict(
                         cell_type='markdown',
-                        source='# T\n\n[a](00_a.ipynb#x) ![i](images/i.png) [l](../LICENSE) [w](https://x.org) [h](#here)\n\n```sh\n[k](v)\n```',
+                        source='# T\n\n[a](00_a.ipynb#x) ![i](images/i.png) [line](../LICENSE) [w](https://x.org) [h](#here)\n\n```sh\n[k](v)\n```',
                     ),
                     code('#| eval: false\nf[0](x)', data('text/plain', '3')),
                     code('#| hide\nsecret'),
@@ -289,7 +293,7 @@ def test_readme_writer(tmp_path):
         )
     )
     assert docs.readme(nb) == (
-        '# T\n\n[a](nbs/00_a.ipynb#x) ![i](nbs/images/i.png) [l](LICENSE) [w](https://x.org) [h](#here)\n\n```sh\n[k](v)\n```\n\n'
+        '# T\n\n[a](nbs/00_a.ipynb#x) ![i](nbs/images/i.png) [line](LICENSE) [w](https://x.org) [h](#here)\n\n```sh\n[k](v)\n```\n\n'
         '```python\nf[0](x)\n```\n\n```\n3\n```\n\n<b>1</b>\n\n```\nout\n```\n'
     )
     nb.write_text(json.dumps(dict(cells=[code('plot()', data('image/png', ''))])))

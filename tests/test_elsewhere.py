@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from lbyl_nb.elsewhere import from_masks
-from lbyl_nb.recover import lbyl_restore, prune_only
+from lbyl_nb.pruned_elsewhere import from_masks
+from lbyl_nb.recover import lbyl_restore
+from lbyl_nb.restorers import prune_only
 
 KINDS = dict(
     conv=(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3), (3, 8, 8)),

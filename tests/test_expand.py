@@ -145,7 +145,7 @@ def test_shared_layers_stay_one_and_tied_weights_are_left_alone():
     )
     big = expand(net)
     assert big.a is big.b and isinstance(big.twice, Expanded) and big.head.weight is big.tail.weight
-    for step in range(2):
+    for _ in range(2):
         big(x).square().sum().backward()
         with torch.no_grad():
             for p in big.parameters():

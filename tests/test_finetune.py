@@ -20,16 +20,17 @@ from lbyl_nb.files import read_safetensors
 from lbyl_nb.finetune import (
     FINETUNING,
     Recipe,
-    batches,
+    _batches,
+    _unchanged,
     boost,
     finetune,
     fixed_norms,
     fresh,
     restore_and_boost,
-    unchanged,
 )
 from lbyl_nb.models import digits_net, initialised
-from lbyl_nb.recover import load_restored, prune_only
+from lbyl_nb.restorers import prune_only
+from lbyl_nb.saved import load_restored
 
 pytestmark = pytest.mark.usefixtures('one_thread')  # bits are compared
 Accelerator(
@@ -148,11 +149,11 @@ def test_two_processes(tmp_path, data, dense):
     "Two processes are one with the whole batch where images have nothing to do with each other; both end alike whatever the batch norms do."
     run = script(TWO, tmp_path)
     assert run.returncode == 0, run.stdout
-    teacher = initialised(lambda: digits_net(4), 2).double()
+    other = initialised(lambda: digits_net(4), 2).double()
     for name, net, norms, teacher in (
-        ('linear', linear(), unchanged, None),
+        ('linear', linear(), _unchanged, None),
         ('fixed', dense, fixed_norms, None),
-        ('own', dense, unchanged, teacher),
+        ('own', dense, _unchanged, other),
     ):
         both = [load_file(tmp_path / f'{name}{i}.safetensors') for i in (0, 1)]
         assert all(torch.equal(both[0][k], both[1][k]) for k in both[0])
@@ -260,8 +261,8 @@ def test_order(images, batch, seed, first, more):
     "Any stretch of steps sees the images it would see in the whole run; no image comes twice in an epoch."
     if batch > images:
         return
-    whole = [p.tolist() for _, p in batches(images, batch, seed, 0, first + more)]
-    assert [p.tolist() for _, p in batches(images, batch, seed, first, first + more)] == whole[
+    whole = [p.tolist() for _, p in _batches(images, batch, seed, 0, first + more)]
+    assert [p.tolist() for _, p in _batches(images, batch, seed, first, first + more)] == whole[
         first:
     ]
     per = images // batch

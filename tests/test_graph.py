@@ -8,7 +8,8 @@ import torch_pruning as tp
 import torchvision
 
 from lbyl_nb.graph import find_groups
-from lbyl_nb.trace import LAYERS, trace
+from lbyl_nb.layers import LAYERS
+from lbyl_nb.trace import trace
 
 NETWORKS = [
     'resnet18',

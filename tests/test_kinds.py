@@ -7,11 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lbyl_nb.graph import by_output, find_groups
+from lbyl_nb.graph import find_groups
+from lbyl_nb.layers import by_output
 from lbyl_nb.layerwise import layerwise, probe
-from lbyl_nb.probe import calibration
-from lbyl_nb.recover import lbyl, lbyl_restore, merging, prune_only, restore
-from lbyl_nb.selection import least_lost
+from lbyl_nb.least_lost import least_lost
+from lbyl_nb.probes import calibration
+from lbyl_nb.recover import lbyl_restore, restore
+from lbyl_nb.restorers import lbyl, merging, prune_only
 from lbyl_nb.trace import trace
 
 EXACT = dict(
@@ -45,29 +47,29 @@ class Own(nn.Conv2d):
     "A convolution with a class of its own that changes nothing."
 
 
-def stream(l, x):
-    x = l['bn0'](l['stem'](x)).relu()
-    x = (x + l['bn2'](l['b'](l['bn1'](l['a'](x)).relu()))).relu()
-    return l['fc']((x + l['c'](x)).relu().mean((2, 3)))
+def stream(net, x):
+    x = net['bn0'](net['stem'](x)).relu()
+    x = (x + net['bn2'](net['b'](net['bn1'](net['a'](x)).relu()))).relu()
+    return net['fc']((x + net['c'](x)).relu().mean((2, 3)))
 
 
-def dense(l, x):
-    x = l['stem'](x)
+def dense(net, x):
+    x = net['stem'](x)
     for k in 'abc':
-        x = torch.cat([x, l[k](l['n' + k](x).relu())], 1)
-    return l['fc'](x.relu().mean((2, 3)))
+        x = torch.cat([x, net[k](net['n' + k](x).relu())], 1)
+    return net['fc'](x.relu().mean((2, 3)))
 
 
-def gated(l, x):
-    x = l['dbn'](l['dw'](F.silu(l['bn'](l['expand'](x)))))
-    return l['out'](
-        x * l['excite'](l['squeeze'](x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+def gated(net, x):
+    x = net['dbn'](net['dw'](F.silu(net['bn'](net['expand'](x)))))
+    return net['out'](
+        x * net['excite'](net['squeeze'](x.mean((2, 3), keepdim=True)).relu()).sigmoid()
     ).mean((2, 3))
 
 
-def mlp(l, x):
-    x = x + l['down'](F.gelu(l['up'](l['norm'](x))))
-    return l['fc'](x.mean(1))
+def mlp(net, x):
+    x = x + net['down'](F.gelu(net['up'](net['norm'](x))))
+    return net['fc'](x.mean(1))
 
 
 C, B = nn.Conv2d, nn.BatchNorm2d
@@ -232,8 +234,8 @@ KINDS = dict(
     ),
     several_consumers=(
         lambda: Net(
-            lambda l, x: (lambda y: l['b'](y).relu().mean((2, 3)) + l['c'](y)[:, :, 0, 0])(
-                l['a'](x).relu()
+            lambda net, x: (lambda y: net['b'](y).relu().mean((2, 3)) + net['c'](y)[:, :, 0, 0])(
+                net['a'](x).relu()
             ),
             a=C(3, 8, 3),
             b=C(8, 4, 3),

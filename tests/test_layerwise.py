@@ -11,9 +11,10 @@ from torch import nn
 
 from lbyl_nb.graph import find_groups
 from lbyl_nb.layerwise import layerwise, probe
-from lbyl_nb.probe import Probes, calibration
-from lbyl_nb.recover import lbyl_restore, plan, prune_only, restore
-from lbyl_nb.selection import least_lost
+from lbyl_nb.least_lost import least_lost
+from lbyl_nb.probes import Probes, calibration
+from lbyl_nb.recover import lbyl_restore, plan, restore
+from lbyl_nb.restorers import prune_only
 from lbyl_nb.trace import trace
 
 
@@ -46,11 +47,11 @@ def far(net, small, x):
 def dense(depth):
     "Each layer reads all layers before it."
 
-    def forward(l, x):
-        x = l['stem'](x)
+    def forward(net, x):
+        x = net['stem'](x)
         for i in range(depth):
-            x = torch.cat([x, l[f'l{i}'](x.relu())], 1)
-        return l['fc'](x.relu().mean((2, 3)))
+            x = torch.cat([x, net[f'l{i}'](x.relu())], 1)
+        return net['fc'](x.relu().mean((2, 3)))
 
     layers = {f'l{i}': nn.Conv2d(4 * (i + 1), 4, 3, padding=1) for i in range(depth)}
     return Net(forward, stem=nn.Conv2d(3, 4, 3), **layers, fc=nn.Linear(4 * (depth + 1), 3)).eval()
@@ -106,9 +107,11 @@ def test_a_tiny_scale_cannot_make_up_for_the_stream():
     out as it was, and not as what the shortcut lacks, divided by nearly nothing."""
     torch.manual_seed(0)
 
-    def forward(l, x):
-        x = l['stem'](x).relu()
-        return l['fc']((l['n'](l['b'](l['a'](x).relu())) + l['up'](l['down'](x).relu())).relu())
+    def forward(net, x):
+        x = net['stem'](x).relu()
+        return net['fc'](
+            (net['n'](net['b'](net['a'](x).relu())) + net['up'](net['down'](x).relu())).relu()
+        )
 
     net = Net(
         forward,
@@ -259,7 +262,7 @@ class Twice(nn.Module):
 @pytest.mark.parametrize('size', [1, 2**28])
 def test_streams_with_time_first(size, monkeypatch):
     "The stream is made up for as with samples first, in whatever portions the record is kept."
-    monkeypatch.setattr('lbyl_nb.layerwise.RECORD', size)
+    monkeypatch.setattr('lbyl_nb.layerwise._RECORD', size)
     torch.manual_seed(0)
     turned, straight, x = Twice(True).eval(), Twice(False).eval(), torch.randn(16, 5, 6)
     straight.load_state_dict(turned.state_dict())
@@ -330,8 +333,8 @@ def test_the_reported_error_is_what_the_network_misses(mix, refit):
     torch.manual_seed(0)
     x = torch.randn(24, 6).double()
 
-    def forward(l, x):
-        return l['d'](l['c'](MIXES[mix](l['n'](l['b'](l['a'](x).relu())))).relu())
+    def forward(net, x):
+        return net['d'](net['c'](MIXES[mix](net['n'](net['b'](net['a'](x).relu())))).relu())
 
     layers = dict(
         a=nn.Linear(6, 12),
@@ -457,7 +460,7 @@ def test_the_record_is_used_up_in_portions(monkeypatch):
     how, small, passes = dict(keep=dict(up=range(6))), [], []
     net.register_forward_hook(lambda m, i, o: passes.append(len(i[0])))
     for size in (1, 2**28):
-        monkeypatch.setattr('lbyl_nb.layerwise.RECORD', size)
+        monkeypatch.setattr('lbyl_nb.layerwise._RECORD', size)
         passes.clear()
         with pytest.warns(UserWarning):
             small.append(lbyl_restore(net, x[:2], **how, restorer=layerwise(calibration(x))))
@@ -564,7 +567,7 @@ def test_copies_are_restored_exactly(case, refit, size):
     restorer = layerwise(calibration(x), refit=refit, ridge=1e-9)
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        patch.setattr('lbyl_nb.layerwise.RECORD', size)
+        patch.setattr('lbyl_nb.layerwise._RECORD', size)
         try:
             small = lbyl_restore(net, x, keep=dict(up=range(12)), restorer=restorer)
         except ValueError as e:
@@ -611,14 +614,14 @@ def test_a_sum_with_itself_is_no_stream():
     "y + y lacks nothing beside y: it is restored like a layer of twice the weights."
     torch.manual_seed(0)
 
-    def doubled(l, x):
-        y = l['b'](l['a'](l['stem'](x).relu()).relu())
-        return l['fc']((y + y).relu())
+    def doubled(net, x):
+        y = net['b'](net['a'](net['stem'](x).relu()).relu())
+        return net['fc']((y + y).relu())
 
     layers = dict(a=nn.Linear(6, 12), b=nn.Linear(12, 6), fc=nn.Linear(6, 3))
     net = Net(doubled, stem=nn.Linear(6, 6), **layers).eval()
     folded = copy.deepcopy(net)
-    folded.f = lambda l, x: l['fc'](l['b'](l['a'](l['stem'](x).relu()).relu()).relu())
+    folded.f = lambda net, x: net['fc'](net['b'](net['a'](net['stem'](x).relu()).relu()).relu())
     folded.layers.b.weight.data *= 2
     folded.layers.b.bias.data *= 2
     x = torch.randn(64, 6)

@@ -24,7 +24,7 @@ CHECK = re.compile(r'\bassert|\btest_\w+\(|\braises\b|ExceptionExpected')
 
 def code_lines(source):
     "Number of lines of a cell, directives and blank lines aside."
-    return sum(1 for l in source.splitlines() if l.strip() and not l.startswith('#|'))
+    return sum(1 for line in source.splitlines() if line.strip() and not line.startswith('#|'))
 
 
 def python_files(folder):

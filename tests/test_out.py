@@ -15,8 +15,9 @@ from test_kinds import KINDS, made
 from torch import nn
 
 from lbyl_nb.layerwise import layerwise
-from lbyl_nb.probe import calibration
-from lbyl_nb.recover import load_restored, restore, save_restored
+from lbyl_nb.probes import calibration
+from lbyl_nb.recover import restore
+from lbyl_nb.saved import load_restored, save_restored
 
 pytestmark = pytest.mark.usefixtures('one_thread')  # bits are compared
 

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from lbyl_nb.layerwise import layerwise, probe, probed_lbyl
-from lbyl_nb.probe import noise
-from lbyl_nb.recover import lbyl, merging, prune_only, restore
-from lbyl_nb.selection import least_lost
+from lbyl_nb.least_lost import least_lost
+from lbyl_nb.probes import noise
+from lbyl_nb.recover import restore
+from lbyl_nb.restorers import lbyl, merging, prune_only
 
 torch.manual_seed(0)
 image = torch.randn(2, 3, 29, 29)

@@ -14,21 +14,13 @@ from torch import nn
 
 from lbyl_nb import bench, data, models
 from lbyl_nb.distilled import distil, distilled
+from lbyl_nb.layers import as_args
 from lbyl_nb.layerwise import layerwise, probe, probed_lbyl
-from lbyl_nb.probe import (
-    RIDGES,
-    as_args,
-    calibration,
-    held_out_error,
-    held_out_ridge,
-    in_turn,
-    look,
-    noise,
-    pin,
-    row_moments,
-)
-from lbyl_nb.recover import lbyl_restore, merging, plan, prune_only, restore
-from lbyl_nb.selection import least_lost
+from lbyl_nb.least_lost import least_lost
+from lbyl_nb.moments import RIDGES, _held_out_error, held_out_ridge, in_turn, look, row_moments
+from lbyl_nb.probes import calibration, noise, pin
+from lbyl_nb.recover import lbyl_restore, plan, restore
+from lbyl_nb.restorers import merging, prune_only
 
 MAKE = dict(
     channels=lambda s: probe(s, taps=False),
@@ -216,11 +208,11 @@ def test_the_search_for_a_ridge_ends_at_the_best(resnet, make, monkeypatch):
 
     def both(halves, prior):
         found.append(
-            (search(halves, prior), min(RIDGES, key=lambda r: held_out_error(halves, prior, r)))
+            (search(halves, prior), min(RIDGES, key=lambda r: _held_out_error(halves, prior, r)))
         )
         return found[-1][0]
 
-    monkeypatch.setattr('lbyl_nb.probe.held_out_ridge', both)
+    monkeypatch.setattr('lbyl_nb.moments.held_out_ridge', both)
     lbyl_restore(resnet[0], torch.zeros(1, 3, 32, 32), ratio=0.5, restorer=make(noise(64)))
     assert len(found) >= 9 and len({a for a, _ in found}) > 1 and all(a == b for a, b in found), (
         found
@@ -262,13 +254,17 @@ def table(rows):
 
 
 READ = dict(
-    plainly=(lambda l, t: l['e'](t), dict(e=table(40)), 40),
-    two_tables=(lambda l, t: l['e'](t) + l['f'](t), dict(e=table(50), f=table(30)), 30),
-    as_a_view=(lambda l, t: l['e'](t.view(-1)[None]).view(*t.shape, 8), dict(e=table(40)), 40),
-    converted=(lambda l, t: l['e'](t.long().t().clone()).transpose(0, 1), dict(e=table(40)), 40),
-    by_index=(lambda l, t: l['e'].weight[t], dict(e=table(40)), 40),
-    by_function=(lambda l, t: F.embedding(t, l['e'].weight), dict(e=table(40)), 40),
-    in_bags=(lambda l, t: l['e'](t)[:, None], dict(e=nn.EmbeddingBag(40, 8)), 40),
+    plainly=(lambda net, t: net['e'](t), dict(e=table(40)), 40),
+    two_tables=(lambda net, t: net['e'](t) + net['f'](t), dict(e=table(50), f=table(30)), 30),
+    as_a_view=(lambda net, t: net['e'](t.view(-1)[None]).view(*t.shape, 8), dict(e=table(40)), 40),
+    converted=(
+        lambda net, t: net['e'](t.long().t().clone()).transpose(0, 1),
+        dict(e=table(40)),
+        40,
+    ),
+    by_index=(lambda net, t: net['e'].weight[t], dict(e=table(40)), 40),
+    by_function=(lambda net, t: F.embedding(t, net['e'].weight), dict(e=table(40)), 40),
+    in_bags=(lambda net, t: net['e'](t)[:, None], dict(e=nn.EmbeddingBag(40, 8)), 40),
 )
 
 
@@ -292,7 +288,7 @@ def test_values_of_example_tokens_do_not_matter(name):
 @pytest.mark.parametrize('padding', [0, 3, 39])
 def test_padding_and_masks(padding):
     "No probe is padding; a mask stays what the examples show, sample by sample."
-    net = Tokens(lambda l, t: l['e'](t), e=nn.Embedding(40, 8, padding_idx=padding))
+    net = Tokens(lambda net, t: net['e'](t), e=nn.Embedding(40, 8, padding_idx=padding))
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
     made = noise(200)(net, as_args(dict(t=torch.zeros_like(mask), mask=mask))).args
     assert set(made['t'].flatten().tolist()) == set(range(40)) - {padding}

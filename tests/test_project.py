@@ -82,7 +82,7 @@ def test_help_lists_every_target():
     run = call('make', '-s', 'help', cwd=ROOT)
     assert run.returncode == 0
     assert (
-        {l.split()[1] for l in run.stdout.splitlines()}
+        {line.split()[1] for line in run.stdout.splitlines()}
         == phony
         >= {'demo', 'test', 'lab', 'docs', 'bench', 'clean', 'help'}
     )

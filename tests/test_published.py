@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from lbyl_nb import bench, data, models
-from lbyl_nb.recover import lbyl, lbyl_restore, merging, prune_only
+from lbyl_nb.recover import lbyl_restore
+from lbyl_nb.restorers import lbyl, merging, prune_only
 
 LENET = {  # ratio: lambda2 and the published accuracies of LBYL, merging and pruning alone, in percent
     0.5: (0.3, 88.83, 88.38, 87.86),

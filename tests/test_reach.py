@@ -9,20 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lbyl_nb.graph import by_output, find_groups
+from lbyl_nb.graph import find_groups
+from lbyl_nb.layers import BATCH_NORM, LAYERS, by_output
 from lbyl_nb.layerwise import layerwise, probe
-from lbyl_nb.probe import BATCH_NORM, calibration
-from lbyl_nb.recover import (
-    cells_of,
-    families_of,
-    lbyl,
-    load_restored,
-    merging,
-    prune_only,
-    restore,
-    save_restored,
-)
-from lbyl_nb.trace import LAYERS, tensors_within, trace
+from lbyl_nb.plans import cells_of, families_of
+from lbyl_nb.probes import calibration
+from lbyl_nb.recover import restore
+from lbyl_nb.restorers import lbyl, merging, prune_only
+from lbyl_nb.saved import load_restored, save_restored
+from lbyl_nb.trace import _tensors_within, trace
 
 EXACT = dict(
     merging=lambda x: merging(),
@@ -382,7 +377,7 @@ def twins(net, groups):
 
 def gap(a, b):
     "The largest relative difference of what two networks put out."
-    pairs = list(zip(tensors_within(a), tensors_within(b), strict=True))
+    pairs = list(zip(_tensors_within(a), _tensors_within(b), strict=True))
     return max(((p - q).abs().max() / q.abs().max()).item() for p, q in pairs)
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lbyl_nb import files
+from lbyl_nb.cost import cost
 from lbyl_nb.criteria import bn_scale, geometric_median, l1_norm, l2_norm, random_scores
 from lbyl_nb.graph import find_groups
 from lbyl_nb.models import (
@@ -22,18 +23,9 @@ from lbyl_nb.models import (
     vgg16_bn,
     with_projections,
 )
-from lbyl_nb.recover import (
-    cost,
-    gaussian,
-    lbyl,
-    lbyl_restore,
-    load_restored,
-    merging,
-    plan,
-    prune_only,
-    restore,
-    save_restored,
-)
+from lbyl_nb.recover import lbyl_restore, plan, restore
+from lbyl_nb.restorers import gaussian, lbyl, merging, prune_only
+from lbyl_nb.saved import load_restored, save_restored
 from lbyl_nb.trace import trace
 
 FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])

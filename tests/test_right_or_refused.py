@@ -16,8 +16,9 @@ from torch import nn
 from lbyl_nb import recover
 from lbyl_nb.budget import budget
 from lbyl_nb.layerwise import layerwise, probe
-from lbyl_nb.probe import calibration, noise
-from lbyl_nb.recover import lbyl, merging, plan, prune_only, restore
+from lbyl_nb.probes import calibration, noise
+from lbyl_nb.recover import plan, restore
+from lbyl_nb.restorers import lbyl, merging, prune_only
 
 FEW = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 EXACT = dict(
@@ -293,7 +294,7 @@ def test_behind_the_last_layer(end, side):
 def test_it_is_the_check_that_finds_them(kind, monkeypatch):
     "Without it they come out wrong."
     assert (unequal((kind, 'nothing'), False, False, 0.75)[0] or 0) < 1e-4
-    monkeypatch.setattr(recover, 'differing', lambda *_: None)
+    monkeypatch.setattr(recover, '_differing', lambda *_: None)
     assert unequal((kind, 'nothing'), False, False, 0.75)[0] > 1e-3
 
 
@@ -512,7 +513,7 @@ def chain(norm=nn.BatchNorm2d, inplace=False, conv=nn.Conv2d):
         conv(6, 4, 1),
     ).eval()
     for m in net:
-        for k, v in [*m.named_parameters(), *m.named_buffers()]:
+        for _, v in [*m.named_parameters(), *m.named_buffers()]:
             if isinstance(m, nn.Conv2d) or not v.is_floating_point():
                 continue
             v.data.uniform_(0.5, 2)

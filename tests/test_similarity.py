@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from lbyl_nb.expand import contract, expand
 from lbyl_nb.models import digits_net
 from lbyl_nb.recover import lbyl_restore
-from lbyl_nb.similarity import paired, similarities, similarity, similarity_loss, watched
+from lbyl_nb.similarity import _paired, _watched_layers, similarities, similarity, similarity_loss
 
 
 def naive(pairs):
@@ -130,9 +130,9 @@ def test_bad_input():
     with pytest.raises(
         ValueError, match="student has no layer 'features.3x'; similar: .*features.3"
     ):
-        paired(teacher, net, ['features.3x'])
+        _paired(teacher, net, ['features.3x'])
     with pytest.raises(ValueError, match='teacher has no layer'):
-        paired(nn.Sequential(nn.Linear(2, 2)), net)
+        _paired(nn.Sequential(nn.Linear(2, 2)), net)
     with similarity(teacher, net) as similar:
         with pytest.raises(ValueError, match='student has not run'):
             similar(x)
@@ -145,6 +145,6 @@ def test_bad_input():
             return x, x
 
     with pytest.raises(TypeError, match='0: gives tuple'):
-        with watched(p := nn.Sequential(Pair()), ['0']):
+        with _watched_layers(p := nn.Sequential(Pair()), ['0']):
             p(x)
     assert hooks(teacher, net, p) == 0

@@ -18,24 +18,25 @@ from lbyl_nb.files import read_safetensors, write_safetensors
 from lbyl_nb.finetune import Recipe, finetune
 from lbyl_nb.graph import find_groups
 from lbyl_nb.layerwise import layerwise
+from lbyl_nb.least_lost import least_lost
 from lbyl_nb.models import digits_net, initialised, resnet20
-from lbyl_nb.probe import calibration
-from lbyl_nb.recover import plan, prune_only, restore
-from lbyl_nb.selection import least_lost
+from lbyl_nb.probes import calibration
+from lbyl_nb.recover import plan, restore
+from lbyl_nb.restorers import prune_only
 from lbyl_nb.strategies import (
-    Split,
+    _mac_fraction,
+    _map_ranks,
+    _projected,
+    _Split,
+    _within_budget,
     adaptive_bn,
     admm,
     contribution_gram,
     eagleeye,
     greedy_order,
     hrank,
-    joined,
-    mac_fraction,
-    map_ranks,
-    projected,
+    joined_parameters,
     thinet,
-    within_budget,
 )
 from lbyl_nb.trace import trace
 
@@ -183,7 +184,7 @@ def test_layers_too_wide_for_one_gram_matrix(monkeypatch):
         for columns in (torch.arange(6)[:, None], torch.arange(6).view(3, 2)):
             by_taps = contribution_gram(layer.double(), v, columns)
             with monkeypatch.context() as patch:
-                patch.setattr('lbyl_nb.layerwise.MOST', 1)
+                patch.setattr('lbyl_nb.layerwise._MOST_TAPS', 1)
                 torch.testing.assert_close(contribution_gram(layer, v, columns), by_taps)
 
 
@@ -216,7 +217,7 @@ def test_hrank_by_hand():
     z = torch.randn(3, 4, 5, 6)
     z[:, 1, :, 2:] = 0
     z[1, 2] = 0
-    assert map_ranks(z).tolist() == [15, 6, 10, 15]
+    assert _map_ranks(z).tolist() == [15, 6, 10, 15]
 
 
 @pytest.mark.parametrize('make', [thinet, hrank])
@@ -323,7 +324,7 @@ def test_adaptive_bn_without_batch_norm_and_with_bad_input():
 def test_macs_are_those_of_the_cut_network(case):
     "To the last product."
     net, x, traced, groups = case
-    count, gen = mac_fraction(traced, groups), torch.Generator().manual_seed(0)
+    count, gen = _mac_fraction(traced, groups), torch.Generator().manual_seed(0)
     macs = cost(net, x)['macs']
     for _ in range(3):
         gone = [int(torch.randint(0, g.channels, (1,), generator=gen)) for g in groups]
@@ -345,7 +346,7 @@ def test_candidates_meet_the_budget(n, budget, most, seed):
     )
     count = lambda gone: ((1 - gone / widths) * widths).sum(1) / widths.sum()
     try:
-        gone = within_budget(u, widths, count, budget, most)
+        gone = _within_budget(u, widths, count, budget, most)
     except ValueError as e:
         assert (
             'budget, most' in str(e)
@@ -456,12 +457,12 @@ def test_projection_is_the_nearest(m, d, data):
         generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))),
         dtype=torch.float64,
     )
-    Z = projected(A, t)
+    Z = _projected(A, t)
     rows = [torch.tensor(i) for i in itertools.combinations(range(m), t)]
     assert (Z - A).norm().item() == pytest.approx(
         min((torch.zeros_like(A).index_copy(0, i, A[i]) - A).norm() for i in rows).item()
     )
-    assert (Z.norm(dim=1) > 0).sum() == t and torch.equal(projected(Z, t), Z)
+    assert (Z.norm(dim=1) > 0).sum() == t and torch.equal(_projected(Z, t), Z)
 
 
 def test_rows_of_zeros_are_channels_of_zeros(case):
@@ -470,15 +471,15 @@ def test_rows_of_zeros_are_channels_of_zeros(case):
     for g in groups:
         zero, gone = copy.deepcopy(net), list(range(0, g.channels - 1, 2))
         entries = torch.autograd.grad(
-            joined(zero, g)[gone].sum(), [*zero.parameters()], allow_unused=True
+            joined_parameters(zero, g)[gone].sum(), [*zero.parameters()], allow_unused=True
         )
         with torch.no_grad():
             for p, grad in zip(zero.parameters(), entries):
                 if grad is not None:
                     p[grad != 0] = 0
         assert (
-            not joined(zero, g)[gone].any()
-            and joined(zero, g)[[i for i in range(g.channels) if i not in gone]].any()
+            not joined_parameters(zero, g)[gone].any()
+            and joined_parameters(zero, g)[[i for i in range(g.channels) if i not in gone]].any()
         )
         keep = {g.name: [i for i in range(g.channels) if i not in gone]}
         small = restore(zero, x, keep=keep, restorer=prune_only())
@@ -518,7 +519,7 @@ def test_admm_trains_towards_its_plan(trained):
     for g in find_groups(trace(done.model, IMAGE)):
         if g.name not in ratio:
             continue
-        norms = joined(done.model, g).detach().norm(dim=1)
+        norms = joined_parameters(done.model, g).detach().norm(dim=1)
         out = [i for i in range(g.channels) if i not in done.plan[g.name]]
         assert norms[out].max() < 0.5 * norms[done.plan[g.name]].min()
     right = lambda m: accuracy(m, test_set)[0]
@@ -540,10 +541,10 @@ def test_admm_in_streams():
     )
     groups = [g for g in find_groups(trace(net, x), streams=True) if not g.reason]
     assert any(len(g.producers) > 1 for g in groups)
-    split = Split(net, groups, {g.name: g.channels // 2 for g in groups}, 0.3)
-    X = {g.name: joined(net, g).detach() for g in groups}
+    split = _Split(net, groups, {g.name: g.channels // 2 for g in groups}, 0.3)
+    X = {g.name: joined_parameters(net, g).detach() for g in groups}
     assert split.penalty().item() == pytest.approx(
-        0.15 * sum((X[k] - projected(X[k], split.keep[k])).square().sum().item() for k in X)
+        0.15 * sum((X[k] - _projected(X[k], split.keep[k])).square().sum().item() for k in X)
     )
     stream = next(g for g in groups if len(g.producers) > 1)
     out = [i for i in range(stream.channels) if i not in split.plan[stream.name]]
@@ -554,7 +555,7 @@ def test_admm_in_streams():
         assert not grad[split.plan[stream.name]].any()
     seen = split.update()
     for k in X:
-        torch.testing.assert_close(split.U[k], X[k] - projected(X[k], split.keep[k]))
+        torch.testing.assert_close(split.U[k], X[k] - _projected(X[k], split.keep[k]))
     assert 0 < seen['primal'] < 1 and seen['dual'] == 0
     assert {k: len(v) for k, v in split.plan.items()} == split.keep
 

@@ -10,8 +10,9 @@ import torchvision
 from torchvision.models import get_model, get_model_weights, list_models
 
 from lbyl_nb.layerwise import layerwise, probe
-from lbyl_nb.probe import noise
-from lbyl_nb.recover import lbyl, restore
+from lbyl_nb.probes import noise
+from lbyl_nb.recover import restore
+from lbyl_nb.restorers import lbyl
 
 SLOW = bool(os.environ.get('LBYL_ZOO'))
 FAMILIES = [
