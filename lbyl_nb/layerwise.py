@@ -356,7 +356,7 @@ class _Pass(TorchFunctionMode):
 class _Pending:
     "A rewritten layer on its way to an addition."
 
-    _site: _Site
+    site: _Site
     layer: nn.Module  # as it is called
     halves: list  # its moments
     read: Tensor  # what it reads in the restored network
