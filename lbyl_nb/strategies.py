@@ -26,7 +26,7 @@ from .budget import bill
 from .criteria import keep_best, l1_norm, l2_norm
 from .data import Dataset, normalise, subset
 from .delivery import removed
-from .finetune import FINETUNING, Finetuned, Penalty, Recipe, _begin, _complete, _unchanged
+from .finetune import FINETUNING, Finetuned, Penalty, Recipe, _begin, _complete, unchanged
 from .graph import silence
 from lbyl_nb.layers import (
     as_args,
@@ -162,7 +162,7 @@ class _HRank:
             g.name: [norm or layer for layer, norm in (branch[-1] for branch in g.branches)]
             for g in groups
         }
-        activation = {end: g.activation or _unchanged for g in groups for end in ends[g.name]}
+        activation = {end: g.activation or unchanged for g in groups for end in ends[g.name]}
 
         def measure(layer, x, y, name):
             if y.ndim != 4:
@@ -453,8 +453,8 @@ def admm(
     streams: bool = False,  # residual streams too
     mean: tuple = (0.5,),
     std: tuple = (0.5,),  # of the pixels / 255
-    augment: Callable = _unchanged,  # as in `finetune`, and so are the next three
-    batch_norms: Callable = _unchanged,
+    augment: Callable = unchanged,  # as in `finetune`, and so are the next three
+    batch_norms: Callable = unchanged,
     autocast: torch.dtype | None = None,
     checkpoint: str
     | Path

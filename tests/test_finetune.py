@@ -21,12 +21,12 @@ from lbyl_nb.finetune import (
     FINETUNING,
     Recipe,
     _batches,
-    _unchanged,
     boost,
     finetune,
     fixed_norms,
     fresh,
     restore_and_boost,
+    unchanged,
 )
 from lbyl_nb.models import digits_net, initialised
 from lbyl_nb.restorers import prune_only
@@ -151,9 +151,9 @@ def test_two_processes(tmp_path, data, dense):
     assert run.returncode == 0, run.stdout
     other = initialised(lambda: digits_net(4), 2).double()
     for name, net, norms, teacher in (
-        ('linear', linear(), _unchanged, None),
+        ('linear', linear(), unchanged, None),
         ('fixed', dense, fixed_norms, None),
-        ('own', dense, _unchanged, other),
+        ('own', dense, unchanged, other),
     ):
         both = [load_file(tmp_path / f'{name}{i}.safetensors') for i in (0, 1)]
         assert all(torch.equal(both[0][k], both[1][k]) for k in both[0])
