@@ -10,7 +10,7 @@ FACTS := settings.ini setup.py pyproject.toml
 MIN_PYTHON := $(shell sed -n 's/^min_python *= *//p' settings.ini)
 OLD_ENOUGH := import sys; sys.exit(sys.version_info < tuple(map(int, '$(MIN_PYTHON)'.split('.'))))
 
-.PHONY: help demo test lab docs readme bench clean moved
+.PHONY: help demo test lab format lint docs readme bench clean moved
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -27,6 +27,16 @@ test: $(VENV)/.installed-dev ## run all tests: notebooks, methods, packaging, pa
 lab: $(VENV)/.installed-dev ## open the notebooks in JupyterLab
 	@echo "Opening JupyterLab in nbs/; Ctrl-C ends it."
 	@cd nbs && ../$(PY) -m jupyterlab
+
+format: $(VENV)/.installed-dev ## lay out all code, in notebooks too, at 100 columns
+	@$(PY) -m ruff check --quiet --fix-only --select I .
+	@$(PY) -m ruff format .
+	@$(VENV)/bin/nbdev-export
+	@echo "The modules in lbyl_nb are exported anew."
+
+lint: $(VENV)/.installed-dev ## say what ruff would change or finds wrong, and change nothing
+	@$(PY) -m ruff format --check .
+	@$(PY) -m ruff check .
 
 docs: $(VENV)/.installed-dev ## build the website into _docs (needs quarto for the last step)
 	@echo "Processing the notebooks for the website."

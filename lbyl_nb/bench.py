@@ -11,11 +11,14 @@ import io
 import math
 import platform
 from collections.abc import Callable, Iterable
+from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
+from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
 
 # %% ../nbs/32_bench.ipynb #c9e3e100
+import joblib
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -42,8 +45,8 @@ def _evaluating(model: nn.Module):
 
 # %% ../nbs/32_bench.ipynb #268d290e
 def place(
-    model: nn.Module,
-):  # the first parameter's device and dtype; CPU and float32 where there is none
+    model: nn.Module,  # any network
+) -> tuple[torch.device, torch.dtype]:  # of the first parameter; CPU and float32 without one
     "Where a model computes, and in which type"
     p = next(model.parameters(), torch.empty(0))
     return p.device, p.dtype
@@ -57,16 +60,14 @@ def accuracy(
     *,
     batch: int = 500,  # images at a time
 ) -> tuple[int, int]:  # how many are right, of how many
-    "Count the images whose highest score is their label, on the model's device and in its dtype and evaluation mode"
-    (device, dtype), right = place(model), 0
+    "Count the images whose highest score is their label, in evaluation mode, where the model is"
+    device, dtype = place(model)
+    right = 0
     with _evaluating(model):
         for i in tqdm(range(0, len(dataset), batch), 'accuracy', delay=2, leave=False):
             part = dataset[i : i + batch].to(device)
-            right += (
-                (model(normalise(part.images, mean, std).to(dtype)).argmax(1) == part.labels)
-                .sum()
-                .item()
-            )
+            scores = model(normalise(part.images, mean, std).to(dtype))
+            right += (scores.argmax(1) == part.labels).sum().item()
     return right, len(dataset)
 
 # %% ../nbs/32_bench.ipynb #92fc6682
@@ -93,15 +94,12 @@ def _to_text(value) -> str:
         return str(value)
     if not isinstance(value, Real):
         raise TypeError(f'{value!r}: a results file holds numbers, strings, booleans and None')
-    return (
-        str(int(value))
-        if isinstance(value, Integral) or float(value).is_integer()
-        else repr(float(value))
-    )
+    whole = isinstance(value, Integral) or float(value).is_integer()
+    return str(int(value)) if whole else repr(float(value))
 
 # %% ../nbs/32_bench.ipynb #57fd79c5
 def _to_value(text: str):
-    "The value that a text in a results file stands for: None, a boolean, an integer, a float or the text"
+    "What a text in a results file stands for: None, a boolean, a number or the text itself"
     if text in ('', 'True', 'False'):
         return {'': None, 'True': True, 'False': False}[text]
     for kind in (int, float):
@@ -115,7 +113,7 @@ def _to_value(text: str):
 def _read_rows(
     path: Path,  # the results file
 ) -> tuple[list, list]:  # column names, rows as lists of text
-    "Columns and rows of a results file, both empty where there is no file; `ValueError` if it is cut off or garbled"
+    "Columns and rows of a results file, none without it; `ValueError` if it is cut off or garbled"
     if not path.exists():
         return [], []
     try:
@@ -150,12 +148,12 @@ def _same_columns(
     wanted: list,  # columns of the row
 ):
     "`ValueError` naming the file and the columns that one has and the other lacks"
-    missing, extra = [c for c in wanted if c not in there], [c for c in there if c not in wanted]
-    if missing or extra:
-        say = lambda what, names: f' {what} {", ".join(names)}' if names else ''
-        raise ValueError(
-            f'{path} is a results file of another schema:{say("it lacks", missing)}{";" if missing and extra else ""}{say("it has", extra)}'
-        )
+    missing = [c for c in wanted if c not in there]
+    extra = [c for c in there if c not in wanted]
+    said = [f'it lacks {", ".join(missing)}'] if missing else []
+    said += [f'it has {", ".join(extra)}'] if extra else []
+    if said:
+        raise ValueError(f'{path} is a results file of another schema: {"; ".join(said)}')
 
 # %% ../nbs/32_bench.ipynb #3fd61333
 def _find(
@@ -167,10 +165,11 @@ def _find(
     columns, rows = _read_rows(path)
     if columns:
         _same_columns(path, columns[: len(setting) + len(env)], [*setting, *env])
-    for row in (dict(zip(columns, r)) for r in rows):
-        same = all(row[k] == _to_text(v) for k, v in setting.items())
-        if same:
-            return {k: _to_value(v) for k, v in row.items()}
+    wanted = {k: _to_text(v) for k, v in setting.items()}
+    for row in rows:
+        found = dict(zip(columns, row))
+        if wanted.items() <= found.items():
+            return {k: _to_value(v) for k, v in found.items()}
 
 # %% ../nbs/32_bench.ipynb #069e1299
 def _append(path: Path, row: dict) -> dict:
@@ -196,9 +195,8 @@ def _distinct(*parts):
     names = [k for part in parts for k in part]
     twice = sorted({k for k in names if names.count(k) > 1})
     if twice:
-        raise ValueError(
-            f'setting, environment and measurement must differ in names; twice: {", ".join(twice)}'
-        )
+        where = 'setting, environment and measurement must differ in names'
+        raise ValueError(f'{where}; twice: {", ".join(twice)}')
 
 
 def trial(
@@ -220,6 +218,54 @@ def trial(
     with locked(path):
         return _find(path, setting, env) or _append(path, setting | env | measured)
 
+# %% ../nbs/32_bench.ipynb #ac9d8ab3
+def _run(path: Path, measure: Callable, device, setting: dict) -> dict:
+    "A trial as one call that can be sent to another process"
+    return trial(path, setting, partial(measure, setting), device=device)
+
+
+def _ends_process(run: Callable, setting: dict) -> bool:
+    "Does a trial end the process that it runs in? It gets one for itself."
+    try:
+        joblib.Parallel(n_jobs=2)([joblib.delayed(run)(setting)])
+    except BrokenExecutor:
+        return True
+    return False
+
+# %% ../nbs/32_bench.ipynb #cf875078
+def _side_by_side(
+    run: Callable,  # setting -> row
+    settings: list,  # none of which has a row
+    jobs: int,  # at a time, as in `joblib.Parallel`
+    label: str,  # in front of the bar
+):
+    "Run trials in parallel; `RuntimeError` naming those that ended their process"
+    left, killers, total = list(settings), [], len(settings)
+    with tqdm(total=total, desc=label, delay=2, leave=False) as bar:
+        while left:
+            pool = joblib.Parallel(n_jobs=jobs, return_as='generator_unordered')
+            done = set()
+            try:
+                for i in pool(joblib.delayed(_noting)(run, *s) for s in enumerate(left)):
+                    done.add(i)
+                    bar.update()
+                break
+            except BrokenExecutor:
+                left = [s for i, s in enumerate(left) if i not in done]
+            started = joblib.effective_n_jobs(jobs)
+            killers += [s for s in left[:started] if _ends_process(run, s)]
+            bar.update(len(left[:started]))
+            left = left[started:]
+    if killers:
+        what = f'{label}: {len(killers)} of {total} trials ended their process, as if killed'
+        raise RuntimeError(f'{what}; the first is {killers[0]}. All others are in the file')
+
+
+def _noting(run: Callable, i: int, setting: dict) -> int:
+    "Run a trial and return its number"
+    run(setting)
+    return i
+
 # %% ../nbs/32_bench.ipynb #2bbe4ecb
 def sweep(
     path: str | Path,  # the results file, as for `trial`
@@ -227,17 +273,26 @@ def sweep(
     measure: Callable,  # setting -> dict of what was measured
     *,
     device: str | torch.device = 'cpu',  # where `measure` computes, for the rows
+    parallel: int | None = None,  # trials at a time, in processes; -1: one a core, or a worker
 ) -> pd.DataFrame:  # one row a setting, in the order of `settings`
-    "A `trial` for each setting; after an interruption the same call goes on where it stopped"
-    settings = list(settings)
-    bar = tqdm(settings, Path(path).stem, delay=2)
-    return pd.DataFrame([trial(path, s, lambda: measure(s), device=device) for s in bar])
+    """A `trial` for each setting; after an interruption the same call goes on where it stopped
+
+    `parallel` is `n_jobs` of `joblib.Parallel`; `measure` must then be fit for pickling.
+    `RuntimeError` naming trials that ended their process, after all others are measured."""
+    settings, path = list(settings), Path(path)
+    if parallel is not None:
+        env = environment(device)
+        missing = [s for s in settings if _find(path, s, env) is None]
+        run = partial(_run, path.absolute(), measure, device)
+        _side_by_side(run, missing, parallel, path.stem)
+    bar = tqdm(settings, path.stem, delay=2)
+    return pd.DataFrame([_run(path, measure, device, s) for s in bar])
 
 # %% ../nbs/32_bench.ipynb #05afc06c
 def results(
     path: str | Path,  # a results file
 ) -> pd.DataFrame:  # one row a trial, with numbers as numbers
-    "All rows of a results file; `FileNotFoundError` if there is none, `ValueError` if it is damaged"
+    "All rows of a results file; `FileNotFoundError` without one, `ValueError` if it is damaged"
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f'no results file {path}')
@@ -251,13 +306,13 @@ def mean_sd(
     value: str,  # column to average
     digits: int = 2,  # after the point
 ) -> pd.Series:  # text, indexed by `by` in order of appearance
-    "'mean ± sd (n)' of `value` for each combination of `by`; sample deviation, left out where n is 1"
+    "'mean ± sd (n)' of `value` for each combination of `by`; sample deviation, none where n is 1"
     cells = rows.groupby(by, sort=False, dropna=False)[value].agg(['mean', 'std', 'count'])
-    text = lambda r: (
-        f'{r["mean"]:.{digits}f}'
-        + (f' ± {r["std"]:.{digits}f}' if r['count'] > 1 else '')
-        + f' ({r["count"]:.0f})'
-    )
+
+    def text(r):
+        spread = f' ± {r["std"]:.{digits}f}' if r['count'] > 1 else ''
+        return f'{r["mean"]:.{digits}f}{spread} ({r["count"]:.0f})'
+
     return cells.apply(text, axis=1)
 
 # %% ../nbs/32_bench.ipynb #38bcb412
@@ -278,8 +333,7 @@ def _step(
     labels: torch.Tensor,  # int64, (n,)
     opt: torch.optim.Optimizer,  # of the model's parameters
     cycle,  # its learning rate schedule
-    autocast: torch.dtype
-    | None = None,  # compute in this type where PyTorch holds it safe, as `torch.bfloat16`
+    autocast: torch.dtype | None = None,  # compute in this type where PyTorch holds it safe
 ) -> tuple[float, int]:  # mean cross-entropy, how many of the n were right before the step
     "One step of training"
     with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
@@ -298,20 +352,22 @@ def train(
     epochs: int,  # times through the set
     lr: float = 0.1,  # highest learning rate of the cycle
     *,
-    mean: tuple = (0.5,),
-    std: tuple = (0.5,),  # of the pixels / 255
+    mean: tuple = (0.5,),  # of the pixels / 255
+    std: tuple = (0.5,),  # likewise
     batch: int = 128,  # images a step; what is left over at the end of an epoch waits for the next
     weight_decay: float = 5e-4,  # on all parameters
     augment: Callable = lambda x: x,  # normalised images -> images, before each step
     seed: int = 0,  # order of the images, dropout, augmentation
-    autocast: torch.dtype
-    | None = None,  # as in `_step`: half the time on processors that know bfloat16
+    autocast: torch.dtype | None = None,  # as `torch.bfloat16`: half the time where it is known
     label: str = 'training',  # in front of the bar
 ) -> nn.Module:  # the same model, in the mode it came in
-    "Train by SGD with momentum and one cycle of the learning rate; a bar shows loss and accuracy"
+    """Train by SGD with momentum and one cycle of the learning rate; a bar shows loss and accuracy
+
+    `ValueError` for a batch larger than the set."""
     if not 0 < batch <= len(dataset):
         raise ValueError(f'batch: {batch} images a step from a set of {len(dataset)}')
-    (device, dtype), mode, steps = place(model), model.training, len(dataset) // batch
+    device, dtype = place(model)
+    mode, steps = model.training, len(dataset) // batch
     dataset = dataset.to(device)
     opt = torch.optim.SGD(
         model.parameters(), lr, momentum=0.9, weight_decay=weight_decay, nesterov=True
@@ -320,7 +376,8 @@ def train(
     model.train()
     with _seeded(seed, device), tqdm(total=epochs * steps, desc=label, leave=False) as bar:
         for _ in range(epochs):
-            for part in torch.randperm(len(dataset)).to(device)[: steps * batch].split(batch):
+            order = torch.randperm(len(dataset)).to(device)
+            for part in order[: steps * batch].split(batch):
                 x = augment(normalise(dataset.images[part], mean, std)).to(dtype)
                 loss, right = _step(model, x, dataset.labels[part], opt, cycle, autocast)
                 bar.set_postfix(loss=f'{loss:.3f}', accuracy=f'{right / batch:.0%}', refresh=False)

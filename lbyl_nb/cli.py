@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +41,9 @@ def _can_write(
     suffix: str,  # what its name must end in
     what: str,  # the argument, for the message
 ) -> Path:  # the same
-    "`path` if a file of this kind can be written there; `ValueError` or `FileNotFoundError` naming the argument if not"
+    """`path` if a file of this kind can be written there
+
+    `ValueError` or `FileNotFoundError` naming the argument if not."""
     path = Path(path)
     if path.suffix != suffix:
         raise ValueError(f'{what}: {path} does not end in {suffix}')
@@ -75,7 +78,7 @@ def _plain_errors(command: str):
     "End the program with a one-line message where input is bad"
     try:
         yield
-    except (ValueError, TypeError, OSError) as e:
+    except (ValueError, TypeError, OSError, RuntimeError) as e:
         sys.exit(f'{command}: {e}')
 
 # %% ../nbs/34_cli.ipynb #3d58a4f4
@@ -98,10 +101,10 @@ def _demo_rows(
     epochs: int = 8,  # of training
     width: int = 32,  # of `digits_net`
     offset: float = 1.0,  # of `digits_net`
-    lam1: float = 1.0,
+    lam1: float = 1.0,  # of `lbyl`
     lam2: float = 0.01,  # of `lbyl`
 ) -> pd.DataFrame:  # one row a network, method and ratio
-    "Train networks on digits, prune and restore them, and count what they get right of the 500 test images"
+    "Train networks on digits, prune, restore, and count what they get right of 500 test images"
     restorers = {
         'pruned': prune_only(),
         'neuron merging': merging(),
@@ -116,18 +119,14 @@ def _demo_rows(
         if s['ratio']:
             small = lbyl_restore(small, _EXAMPLE, ratio=s['ratio'], restorer=restorers[s['method']])
         right, n = accuracy(small, test_set)
-        return dict(
-            right=right, n=n, accuracy=100 * right / n, parameters=cost(small, _EXAMPLE)['params']
-        )
+        size = cost(small, _EXAMPLE)['params']
+        return dict(right=right, n=n, accuracy=100 * right / n, parameters=size)
 
     common = dict(epochs=epochs, width=width, offset=offset, lam1=lam1, lam2=lam2)
-    trials = [('unpruned', 0), *((m, r) for r in ratios if r for m in restorers)]
+    ways = [('unpruned', 0), *((m, r) for r in ratios if r for m in restorers)]
+    settings = [common | dict(seed=s, method=m, ratio=r) for s in range(seeds) for m, r in ways]
     with _one_thread():
-        return sweep(
-            path,
-            [common | dict(seed=s, method=m, ratio=r) for s in range(seeds) for m, r in trials],
-            measure,
-        )
+        return sweep(path, settings, measure)
 
 # %% ../nbs/34_cli.ipynb #30b6b684
 _EXAMPLE = torch.zeros(1, 1, 8, 8)
@@ -137,20 +136,19 @@ def _trained(
     dataset: Dataset,  # to train on
     seed: int,  # of the initial weights and the order of the images
     epochs: int,  # of training
-    width: int,
-    offset: float,  # of `digits_net`
+    width: int,  # of `digits_net`
+    offset: float,  # likewise
 ) -> nn.Module:  # in evaluation mode
     "A `digits_net` trained on `dataset`"
     net = initialised(partial(digits_net, width, offset=offset), seed)
-    return train(
-        net, dataset, epochs, lr=0.1, batch=64, seed=seed, label=f'training network {seed}'
-    ).eval()
+    label = f'training network {seed}'
+    return train(net, dataset, epochs, lr=0.1, batch=64, seed=seed, label=label).eval()
 
 # %% ../nbs/34_cli.ipynb #508bd22b
 def demo_table(
     rows: pd.DataFrame,  # as from `_demo_rows`
 ) -> pd.DataFrame:  # text; index: methods, columns: removed channels
-    "Accuracy in percent as mean ± sd (networks), methods against ratios, and the share of parameters that is left"
+    "Accuracy in percent, methods against ratios: mean ± sd (networks); below, parameters left"
     table = mean_sd(rows, ['method', 'ratio'], 'accuracy', 1).unstack(sort=False)
     left = rows.groupby('ratio').parameters.first() / rows.parameters.max()
     table.loc['parameters left'] = left.map('{:.0%}'.format)
@@ -170,10 +168,8 @@ def _save_figure(
     fig = Figure(figsize=(6.4, 4), layout='constrained')
     dense = rows.method == 'unpruned'
     ax = plot_accuracy(rows[~dense], unpruned=rows.accuracy[dense].mean(), ax=fig.subplots())
-    ax.set_title(
-        f'handwritten digits, {rows.n[0]} test images, {rows.seed.nunique()} networks (band: ± one deviation)',
-        fontsize=10,
-    )
+    what = f'handwritten digits, {rows.n[0]} test images, {rows.seed.nunique()} networks'
+    ax.set_title(f'{what} (band: ± one deviation)', fontsize=10)
     with writing(path) as temporary:
         fig.savefig(temporary, dpi=150)
 
@@ -186,37 +182,35 @@ def demo(
     ratios: str = '0.3,0.4,0.5,0.6',  # shares of the channels to remove
     epochs: int = 8,  # of training, through 1,297 images
     width: int = 32,  # channels of the first convolution; the two others have four times as many
-    offset: float = 1.0,  # initial offset of the batch norms: at 0, half of all activations are cut off, and LBYL falls behind
+    offset: float = 1.0,  # of the batch norms at first: at 0 LBYL falls behind, as half is cut off
     lam1: float = 1.0,  # LBYL's weight of the batch-norm error
     lam2: float = 0.01,  # LBYL's weight of the ridge
 ):
-    "Train a small network on handwritten digits, prune it at several ratios, restore it, and show what restoring is worth"
+    "Train a small network on digits, prune it, restore it, and show what restoring is worth"
     start = time.perf_counter()
     with _plain_errors('lbyl-demo'), tempfile.TemporaryDirectory() as folder:
-        out, path = (
-            _can_write(out, '.png', 'out'),
-            _can_write(results or f'{folder}/demo.csv', '.csv', 'results'),
-        )
-        if seeds < 1 or epochs < 1 or width < 1:
-            raise ValueError('seeds, epochs, width: at least 1 each')
-        shares = _to_ratios(ratios)
-        if not any(shares):
-            raise ValueError('ratios: at least one above 0')
-        print(
-            f'{seeds} networks, trained on 1,297 handwritten digits, pruned and restored; about half a minute in all',
-            flush=True,
-        )
-        rows = _demo_rows(
-            path, seeds, shares, epochs=epochs, width=width, offset=offset, lam1=lam1, lam2=lam2
-        )
+        out = _can_write(out, '.png', 'out')
+        path = _can_write(results or f'{folder}/demo.csv', '.csv', 'results')
+        shares = _demo_shares(seeds, epochs, width, ratios)
+        trained = f'{seeds} networks, trained on 1,297 handwritten digits'
+        print(f'{trained}, pruned and restored; about half a minute in all', flush=True)
+        how = dict(epochs=epochs, width=width, offset=offset, lam1=lam1, lam2=lam2)
+        rows = _demo_rows(path, seeds, shares, **how)
         _save_figure(rows, out)
-    print(
-        f'\naccuracy in % on {rows.n[0]} test images, mean ± sd (networks)\n\n{demo_table(rows).to_string()}\n'
-    )
-    print(
-        ', '.join(f'{k} {v}' for k, v in environment().items())
-        + f'; {time.perf_counter() - start:.0f} s\nfigure: {out}'
-    )
+    print(f'\naccuracy in % on {rows.n[0]} test images, mean ± sd (networks)\n')
+    print(f'{demo_table(rows).to_string()}\n')
+    versions = ', '.join(f'{k} {v}' for k, v in environment().items())
+    print(f'{versions}; {time.perf_counter() - start:.0f} s\nfigure: {out}')
+
+
+def _demo_shares(seeds, epochs, width, ratios) -> list[float]:
+    "The ratios as numbers; ValueError for these or other numbers that are out of range."
+    if seeds < 1 or epochs < 1 or width < 1:
+        raise ValueError('seeds, epochs, width: at least 1 each')
+    shares = _to_ratios(ratios)
+    if not any(shares):
+        raise ValueError('ratios: at least one above 0')
+    return shares
 
 # %% ../nbs/34_cli.ipynb #2f51cc83
 class _Published(NamedTuple):
@@ -259,67 +253,65 @@ def _bench_settings(
     restorers: list,  # keys of `_RESTORERS`
     *,
     seeds: int = 1,  # of random criteria
-    lam1: float = 0.01,
-    lam2: float = 0.01,  # of LBYL
+    lam1: float = 0.01,  # of LBYL
+    lam2: float = 0.01,  # likewise
     images: int = 0,  # how many test images, drawn at random; 0 for all
 ) -> list[dict]:  # one setting a trial
     "All combinations as settings of trials; `ValueError` with near names where one is unknown"
-    for names, there, what in (
-        ([network], _NETWORKS, 'network'),
-        (criteria, _CRITERIA, 'criterion'),
-        (restorers, _RESTORERS, 'restorer'),
-    ):
-        for name in names:
-            known(name, there, what)
+    known(network, _NETWORKS, 'network')
+    for name in criteria:
+        known(name, _CRITERIA, 'criterion')
+    for name in restorers:
+        known(name, _RESTORERS, 'restorer')
+    nothing = dict(seed=None, restorer=None, lam1=None, lam2=None)
     first = dict(network=network, images=images)
-    out = [first | dict(ratio=0, criterion=None, seed=None, restorer=None, lam1=None, lam2=None)]
-    for r, c, rest in ((r, c, rest) for r in ratios if r for c in criteria for rest in restorers):
-        lams = dict(lam1=lam1, lam2=lam2) if rest == 'lbyl' else dict(lam1=None, lam2=None)
-        out += [
-            first | dict(ratio=r, criterion=c, seed=s, restorer=rest) | lams
-            for s in (range(seeds) if c == 'random' else [None])
-        ]
+    out = [first | dict(ratio=0, criterion=None) | nothing]
+    for r, c, name in product([r for r in ratios if r], criteria, restorers):
+        lams = dict(lam1=lam1, lam2=lam2) if name == 'lbyl' else dict(lam1=None, lam2=None)
+        drawn = range(seeds) if c == 'random' else [None]
+        out += [first | dict(ratio=r, criterion=c, seed=s, restorer=name) | lams for s in drawn]
     return out
 
 # %% ../nbs/34_cli.ipynb #d3332044
+@cache
+def _at_hand(name: str, images: int, device: str) -> tuple[nn.Module, Dataset]:
+    "A published network and its test images, loaded once in every process"
+    net = pretrained(name).to(device)
+    test = load(_NETWORKS[name].images, 'test')
+    return net, subset(test, images) if images else test
+
+
+def _bench_trial(device: str, s: dict) -> dict:
+    "Restore a published network as a setting says, and count what it gets right"
+    published = _NETWORKS[s['network']]
+    net, test = _at_hand(s['network'], s['images'], device)
+    example = torch.zeros(1, *test.images.shape[1:], device=device)
+    small = net
+    if s['ratio']:
+        criterion = _CRITERIA[s['criterion']](s['seed'])
+        restorer = _RESTORERS[s['restorer']](published, s['lam1'], s['lam2'])
+        how = dict(ratio=s['ratio'], criterion=criterion, restorer=restorer)
+        small = lbyl_restore(net, example, **how)
+    right, n = accuracy(small, test, *published.stats)
+    return dict(right=right, n=n, accuracy=100 * right / n) | cost(small, example)
+
+
 def _bench_rows(
     path: str | Path,  # results file
-    settings: list,  # as from `_bench_settings`, all of one network and number of images
+    settings: list,  # as from `_bench_settings`
     device: str = 'cpu',  # where to compute
+    jobs: int = 1,  # trials at a time
 ) -> pd.DataFrame:  # one row a setting
-    "Run trials of a published network: restore it and count what it gets right"
-    name, images = settings[0]['network'], settings[0]['images']
-    published, net, test = (
-        _NETWORKS[name],
-        pretrained(name).to(device),
-        load(_NETWORKS[name].images, 'test'),
-    )
-    if images:
-        test = subset(test, images)
-    example = torch.zeros(1, *test.images.shape[1:], device=device)
-
-    def measure(s):
-        small = (
-            net
-            if not s['ratio']
-            else lbyl_restore(
-                net,
-                example,
-                ratio=s['ratio'],
-                criterion=_CRITERIA[s['criterion']](s['seed']),
-                restorer=_RESTORERS[s['restorer']](published, s['lam1'], s['lam2']),
-            )
-        )
-        right, n = accuracy(small, test, *published.stats)
-        return dict(right=right, n=n, accuracy=100 * right / n) | cost(small, example)
-
-    return sweep(path, settings, measure, device=device)
+    "Run trials of a published network"
+    measure = partial(_bench_trial, device)
+    parallel = None if jobs == 1 else jobs
+    return sweep(path, settings, measure, device=device, parallel=parallel)
 
 # %% ../nbs/34_cli.ipynb #1d98a2bd
 @call_parse
 def bench(
     network: str,  # published network, a file NAME.safetensors in $LBYL_WEIGHTS
-    results: str = 'results.csv',  # results file: finished trials are kept there and not measured again
+    results: str = 'results.csv',  # results file: trials that it has are not measured again
     ratios: str = '0.1,0.2,0.3,0.4,0.5,0.6,0.7',  # shares of the channels to remove
     criteria: str = 'l2',  # among l1, l2, l2_gm, bn, random
     restorers: str = 'pruned,merging,lbyl',  # among these and gaussian, noise, distilled
@@ -328,36 +320,19 @@ def bench(
     lam2: float = 0.01,  # LBYL's weight of the ridge
     images: int = 0,  # how many test images, drawn at random; 0 for all
     device: str = 'cpu',  # where to compute
+    jobs: int = 1,  # trials at a time, each in a process of its own; -1: as many as there are cores
 ):
-    "Prune and restore a published network in many ways, count what it still gets right, and keep one row a trial"
+    "Prune and restore a published network in many ways, count what it gets right, a row a trial"
     names = lambda text: [n.strip() for n in text.split(',')]
     with _plain_errors('lbyl-bench'):
         path = _can_write(results, '.csv', 'results')
-        settings = _bench_settings(
-            network,
-            _to_ratios(ratios),
-            names(criteria),
-            names(restorers),
-            seeds=seeds,
-            lam1=lam1,
-            lam2=lam2,
-            images=images,
-        )
-        rows = _bench_rows(path, settings, device)
-    print(
-        rows[
-            [
-                'ratio',
-                'criterion',
-                'seed',
-                'restorer',
-                'lam1',
-                'lam2',
-                'right',
-                'n',
-                'accuracy',
-                'params',
-            ]
-        ].to_string(index=False, na_rep='')
-    )
+        if jobs < -1 or jobs == 0:
+            raise ValueError(f'jobs: {jobs} is neither -1 nor a number of processes')
+        lams = dict(lam1=lam1, lam2=lam2)
+        ways = (_to_ratios(ratios), names(criteria), names(restorers))
+        settings = _bench_settings(network, *ways, seeds=seeds, images=images, **lams)
+        rows = _bench_rows(path, settings, device, jobs)
+    asked = ['ratio', 'criterion', 'seed', 'restorer', 'lam1', 'lam2']
+    shown = rows[[*asked, 'right', 'n', 'accuracy', 'params']]
+    print(shown.to_string(index=False, na_rep=''))
     print(f'rows: {path}')
