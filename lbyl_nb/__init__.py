@@ -1,1 +1,24 @@
-__version__ = "0.1.0"
+"""Give a pruned network its accuracy back, without data and without training
+
+What people write is here: `from lbyl_nb import lbyl_restore, layerwise, noise`. Everything else
+lies in the modules, each of them exported from the notebook of the same name."""
+
+__version__ = '0.1.0'
+
+from .budget import budget
+from .distilled import distilled
+from .expand import contract, expand
+from .finetune import boost, finetune
+from .layerwise import layerwise, probe
+from .probes import calibration, noise
+from .recover import lbyl_restore, plan, restore
+from .restorers import gaussian, lbyl, merging, prune_only
+from .saved import load_restored, save_restored
+
+__all__ = [
+    'lbyl_restore', 'restore', 'plan', 'budget',
+    'prune_only', 'merging', 'lbyl', 'gaussian', 'probe', 'layerwise',
+    'noise', 'distilled', 'calibration',
+    'expand', 'contract', 'finetune', 'boost',
+    'save_restored', 'load_restored',
+]  # fmt: skip

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 import textwrap
@@ -66,3 +67,26 @@ def test_public_functions_say_what_they_take_and_raise(name):
             errors = [e for e in raised(f) if e not in (f.__doc__ or '')]
             missing += [f'{k}: raises {e} without a word' for e in errors]
     assert not missing, '\n'.join(missing)
+
+
+def test_notebook_and_module_have_one_name():
+    exported = {}
+    for path in (ROOT / 'nbs').glob('*.ipynb'):
+        found = re.search(r'#\| default_exp (\w+)', path.read_text(encoding='utf-8'))
+        if found:
+            exported[path.stem[3:]] = found[1]
+    assert all(k == v for k, v in exported.items()), exported
+    assert sorted(exported.values()) == [m for m in MODULES if not m.startswith('_')]
+
+
+def test_a_public_name_has_one_home():
+    "No two modules define the same public name, and no function has the name of another module."
+    homes = {}
+    for name in MODULES:
+        for k in importlib.import_module(f'lbyl_nb.{name}').__all__:
+            homes.setdefault(k, []).append(name)
+    assert not {k: v for k, v in homes.items() if len(v) > 1}
+    assert {k: v for k, v in homes.items() if k in MODULES and v != [k]} == {
+        'gaussian': ['restorers'],  # the restorer that the formulas of that module are for
+        'bench': ['cli'],  # the command of that name
+    }
