@@ -17,60 +17,59 @@ from .trace import Traced
 
 # %% ../nbs/19_any_network.ipynb #d281a053
 def _labels(net, groups):
-    "Names of layers in the order of their calls, with channels, or units and their size, beneath."
-    units = {
-        k: f'{g.units} × {g.channels // g.units}'
-        for g in groups
-        if g.units < g.channels
-        for k in g.producers
-    }
-    return [f'{k}\n{units.get(k, width(net.model.get_submodule(k)))}' for k in net.calls]
+    "Names of layers in the order of their calls; beneath, channels, or units and their size."
+    below = {k: width(net.model.get_submodule(k)) for k in net.calls}
+    for g in groups:
+        if g.units < g.channels:
+            below |= dict.fromkeys(g.producers, f'{g.units} × {g.channels // g.units}')
+    return [f'{k}\n{below[k]}' for k in net.calls]
 
 # %% ../nbs/19_any_network.ipynb #68827900
 def _reads(g):
-    "Pairs (writer, reader) of a group; behind depthwise convolutions the last one is what gets read."
+    "Pairs (writer, reader) of a group; of depthwise convolutions the last one is read."
     behind = {b[0][0]: b[-1][0] for b in g.branches}
     return [(behind.get(p, p), c.name) for p in g.producers for c in g.consumers]
 
 # %% ../nbs/19_any_network.ipynb #2b607166
-def draw_groups(
-    net: Traced,  # from `trace`
-    groups: list,  # of it, from `find_groups`
-    ax: Axes
-    | None = None,  # where to draw; if None a new figure, fit for a dozen layers with short names
-) -> Axes:
-    "Layers in the order of their calls; above them who reads whose channels, below them who shares channels; grey is left alone."
-    at, palette, t = (
-        {k: i for i, k in enumerate(net.calls)},
-        cycle(plt.get_cmap('Dark2').colors[:7]),
-        np.linspace(0, np.pi),
-    )
-    ax, colour = ax or plt.subplots(figsize=(0.54 * len(at) + 0.8, 1.5))[1], dict.fromkeys(at, '.7')
+def _arc(ax, i, j, side, n, **style):
+    "Half an ellipse from place i to place j of n, above (side 1) or below (-1)."
+    t = np.linspace(0, np.pi)
+    middle, radius = (i + j) / 2, (j - i) / 2
+    ax.plot(middle - radius * np.cos(t), side * ((j - i) / n) ** 0.5 * np.sin(t), lw=1.2, **style)
 
-    def curve(i, j, side, style):
-        ax.plot(
-            (i + j - (j - i) * np.cos(t)) / 2,
-            side * ((j - i) / len(at)) ** 0.5 * np.sin(t),
-            style,
-            color=c,
-            lw=1.2,
-        )
 
-    for g in groups:
-        c = '.7' if g.reason else next(palette)
-        same = [k for k in at if k in g.producers or k in dict(g.cut)]
-        colour |= dict.fromkeys(same, c)
-        for k, r in _reads(g):
-            if at[k] < at[r]:
-                curve(at[k], at[r], 1, '-')
-        for k, after in pairwise(same):
-            curve(at[k], at[after], -1, '--')
-    ax.scatter(at.values(), [0] * len(at), s=60, c=list(colour.values()), zorder=3)
+def _plain_axes(ax, ticks):
+    "Names of layers below, what arcs mean on the left, and nothing else."
     ax.set_xlabel('layers as they are called, and their channels', fontsize=8)
-    ax.set(xlim=(-0.5, len(at) - 0.5), ylim=(-0.75, 1))
-    ax.set_xticks(range(len(at)), _labels(net, groups), fontsize=8)
+    ax.set(xlim=(-0.5, len(ticks) - 0.5), ylim=(-0.75, 1))
+    ax.set_xticks(range(len(ticks)), ticks, fontsize=8)
     ax.set_yticks([0.5, -0.4], ['is read by', 'shares with'], fontsize=8)
     ax.grid(False)
     ax.tick_params(length=0)
     ax.spines[['left', 'bottom']].set_visible(False)
+
+
+def draw_groups(
+    net: Traced,  # from `trace`
+    groups: list,  # of it, from `find_groups`
+    ax: Axes | None = None,  # where to draw; None: a new figure, for a dozen layers or so
+) -> Axes:
+    """Layers in the order of their calls, with arcs between them; grey is left alone.
+
+    Above are those who read each other's channels, below those who share channels."""
+    at = {k: i for i, k in enumerate(net.calls)}
+    if ax is None:
+        _, ax = plt.subplots(figsize=(0.54 * len(at) + 0.8, 1.5))
+    colours, palette = dict.fromkeys(at, '.7'), cycle(plt.get_cmap('Dark2').colors[:7])
+    for g in groups:
+        colour = '.7' if g.reason else next(palette)
+        same = [k for k in at if k in g.producers or k in dict(g.cut)]
+        colours |= dict.fromkeys(same, colour)
+        for k, reader in _reads(g):
+            if at[k] < at[reader]:
+                _arc(ax, at[k], at[reader], 1, len(at), ls='-', color=colour)
+        for k, after in pairwise(same):
+            _arc(ax, at[k], at[after], -1, len(at), ls='--', color=colour)
+    ax.scatter(at.values(), [0] * len(at), s=60, c=list(colours.values()), zorder=3)
+    _plain_axes(ax, _labels(net, groups))
     return ax

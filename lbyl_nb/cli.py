@@ -78,7 +78,7 @@ def _plain_errors(command: str):
     "End the program with a one-line message where input is bad"
     try:
         yield
-    except (ValueError, TypeError, OSError, RuntimeError) as e:
+    except (ValueError, TypeError, OSError) as e:
         sys.exit(f'{command}: {e}')
 
 # %% ../nbs/34_cli.ipynb #3d58a4f4

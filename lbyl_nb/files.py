@@ -53,21 +53,17 @@ def write_safetensors(
     metadata: dict | None = None,  # strings to keep with them
 ):
     "Write tensors to a file, which appears as a whole or not at all."
+    plain = lambda v: v.detach().cpu().clone(memory_format=torch.contiguous_format)
     with writing(path) as temporary:
-        save_file(
-            {
-                k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
-                for k, v in tensors.items()
-            },
-            temporary,
-            metadata,
-        )
+        save_file({k: plain(v) for k, v in tensors.items()}, temporary, metadata)
 
 # %% ../nbs/36_files.ipynb #43428d73
 def read_safetensors(
     path: str | Path,  # the file
 ) -> tuple[dict, dict]:  # name -> tensor on the CPU, and the metadata
-    "Tensors and metadata of a file. FileNotFoundError if there is none, ValueError if it is truncated or not safetensors."
+    """Tensors and metadata of a file.
+
+    FileNotFoundError if there is none, ValueError if it is truncated or not safetensors."""
     if not Path(path).is_file():
         raise FileNotFoundError(f'{path}: no such file')
     try:

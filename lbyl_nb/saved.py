@@ -7,6 +7,7 @@ __all__ = ['save_restored', 'load_restored']
 
 # %% ../nbs/37_saved.ipynb #ddd01c4e
 import json
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -25,23 +26,23 @@ _RESTORED_FORMAT = 'lbyl_nb.restored.1'
 def save_restored(
     model: nn.Module,  # the restored network, possibly trained since
     plan: dict,  # the plan it was made with
-    path,  # file to write, .safetensors by custom
+    path: str | Path,  # file to write, .safetensors by custom
 ):
     "Save a restored network with its plan, for `load_restored`."
     plan = {k: [int(i) for i in v] for k, v in plan.items()}
-    write_safetensors(
-        model.state_dict(),
-        path,
-        dict(format=_RESTORED_FORMAT, network=type(model).__name__, plan=json.dumps(plan)),
-    )
+    network = type(model).__name__
+    about = dict(format=_RESTORED_FORMAT, network=network, plan=json.dumps(plan))
+    write_safetensors(model.state_dict(), path, about)
 
 # %% ../nbs/37_saved.ipynb #02a8e496
 def load_restored(
-    model: nn.Module,  # a fresh network of the original architecture; not changed, its weights do not matter
+    model: nn.Module,  # a fresh network of the original architecture, whatever its weights; kept
     example_inputs,  # a tensor, tuple or dict that its forward accepts
-    path,  # file written by `save_restored`
+    path: str | Path,  # file written by `save_restored`
 ) -> nn.Module:  # the smaller network
-    "Rebuild a restored network. ValueError where the file is damaged, not ours, or belongs to another architecture."
+    """Rebuild a restored network.
+
+    ValueError where the file is damaged, not ours, or belongs to another architecture."""
     tensors, meta = read_safetensors(path)
     if meta.get('format') != _RESTORED_FORMAT:
         raise ValueError(f'{path}: not written by save_restored (format {meta.get("format")!r})')
@@ -58,26 +59,30 @@ def load_restored(
     return _load_tensors(_dress(small, model), tensors, path)
 
 # %% ../nbs/37_saved.ipynb #57a0bce6
+def _new_biases(model: nn.Module, tensors: dict) -> dict:
+    "Tensors of a file that are biases of layers that have none, {layer: bias}."
+    layers = dict(model.named_modules())
+    names = [k.removesuffix('.bias') for k in tensors if k.endswith('.bias')]
+    bare = [k for k in names if getattr(layers.get(k), 'bias', 0) is None]
+    biases = {k: tensors[f'{k}.bias'] for k in bare}
+    return {k: b for k, b in biases.items() if len(b) == len(layers[k].weight)}
+
+
 def _load_tensors(model: nn.Module, tensors: dict, path) -> nn.Module:
-    "Load tensors into a model; ValueError naming the first that do not fit, with the model unchanged. A bias that constants made is added."
-    own = model.state_dict()
-    for k in [k for k in tensors if k not in own and k.endswith('.bias')]:
-        layer = dict(model.named_modules()).get(k[:-5])
-        if getattr(layer, 'bias', 0) is None and len(tensors[k]) == len(layer.weight):
-            own[k] = tensors[k]
-    wrong = [
-        k
-        for k in {**own, **tensors}
-        if k not in own or k not in tensors or own[k].shape != tensors[k].shape
-    ]
+    """Load tensors into a model; a bias that constants made is added.
+
+    ValueError naming the first that do not fit, with the model unchanged."""
+    new = _new_biases(model, tensors)
+    own = model.state_dict() | {f'{k}.bias': b for k, b in new.items()}
+    common = own.keys() & tensors.keys()
+    wrong = (own.keys() ^ tensors.keys()) | {k for k in common if own[k].shape != tensors[k].shape}
     if wrong:
-        raise ValueError(
-            f'{path}: made for another architecture: {", ".join(sorted(wrong)[:3])} missing, unknown or of another shape'
-        )
-    for k in own.keys() - model.state_dict().keys():
-        layer = model.get_submodule(k[:-5])
-        layer.bias = nn.Parameter(
-            torch.empty_like(tensors[k], dtype=layer.weight.dtype, device=layer.weight.device)
-        )
+        names = ', '.join(sorted(wrong)[:3])
+        what = f'{names} missing, unknown or of another shape'
+        raise ValueError(f'{path}: made for another architecture: {what}')
+    for k, b in new.items():
+        weight = model.get_submodule(k).weight
+        empty = torch.empty_like(b, dtype=weight.dtype, device=weight.device)
+        model.get_submodule(k).bias = nn.Parameter(empty)
     model.load_state_dict(tensors)
     return model
