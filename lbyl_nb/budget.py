@@ -20,6 +20,7 @@ from .layers import LAYERS, by_output, conv_groups, width
 from .plans import Limits, _balance, _choose_units, cells_of, families_of, unit_scores
 from .recover import verified
 from .restorers import prune_only
+from .trace import Traced
 
 # %% ../nbs/17_budget.ipynb #c82e06bc
 @dataclass
@@ -43,7 +44,8 @@ class _Bill:
         for r in self.rows:
             o = r['out'] - out.get(r['name'], 0)
             w = o * (r['inn'] - inn.get(r['name'], 0) / r['groups']) * r['taps']
-            params, macs = params + w + o * r['extra'], macs + w * r['positions']
+            params = params + w + o * r['extra']
+            macs = macs + w * r['positions']
         return dict(params=params, macs=macs)
 
 # %% ../nbs/17_budget.ipynb #e3c46cb1
@@ -94,8 +96,16 @@ def _between(name, m):
     return dict(name=name, out=len(m.weight), inn=0, groups=1, taps=0, extra=extra, positions=0)
 
 # %% ../nbs/17_budget.ipynb #c5a04d14
-def bill(net, groups) -> _Bill:
-    "The bill of a traced network: its convolutions and linear layers, for one sample."
+def _held(name, t):
+    "A parameter that a module holds itself, one number for each channel, as a row of a bill."
+    return dict(name=name, out=t.numel(), inn=0, groups=1, taps=0, extra=1, positions=0)
+
+
+def bill(
+    net: Traced,  # from `trace`
+    groups: list,  # of it, from `find_groups`: those that may lose channels
+) -> _Bill:  # parameters and multiply-accumulates for each number of channels
+    "What a traced network costs: its convolutions and linear layers, for one sample."
     module, used = net.model.get_submodule, _positions(net)
     own = lambda k: getattr(module(k), 'weight', None)
     cut = sorted({k for g in groups for k, _ in g.cut} - used.keys())
@@ -103,16 +113,13 @@ def bill(net, groups) -> _Bill:
     rows = [_row(k, module(k), n) for k, n in sorted(used.items())]
     rows += [_between(k, module(k)) for k in between]
     held = {f'{k}.{a}': getattr(module(k), a) for g in groups for k, a, _ in g.parameters}
-    rows += [
-        dict(name=k, out=t.numel(), inn=0, groups=1, taps=0, extra=1, positions=0)
-        for k, t in held.items()
-        if isinstance(t, nn.Parameter)
-    ]
-    spans = lambda g: (
-        [(k, c.shape[1]) for k, c in g.cut]
-        + [(f'{k}.{a}', c.shape[1]) for k, a, c in g.parameters],
-        [(c.name, c.columns.shape[1]) for c in g.consumers],
-    )
+    rows += [_held(k, t) for k, t in held.items() if isinstance(t, nn.Parameter)]
+
+    def spans(g):
+        made = [(k, c.shape[1]) for k, c in g.cut]
+        made += [(f'{k}.{a}', c.shape[1]) for k, a, c in g.parameters]
+        return made, [(c.name, c.columns.shape[1]) for c in g.consumers]
+
     all_rows = _Bill(rows, {g.name: spans(g) for g in groups}, 0)
     all_rows.rest = sum(p.numel() for p in net.model.parameters()) - all_rows.total({})['params']
     return all_rows
@@ -179,18 +186,18 @@ def _within(share: float, what: str, criterion, limits: Limits) -> Callable:
         families = families_of(limits.prunable(groups))
         chosen = {name for f in families for name, _ in f.members}
         groups = [g for g in groups if g.name in chosen]
-        scores, costs = unit_scores(model, net, groups, criterion), bill(net, groups)
+        scores = unit_scores(model, net, groups, criterion)
+        costs = bill(net, groups)
         cells = [c for f in families for c in cells_of(f)]
-        order = _ranking(
-            {c.name: scores[c.family.name][c.at] for c in cells},
-            {c.name: limits.units(c, 0) for c in cells},
-        )
+        own = {c.name: scores[c.family.name][c.at] for c in cells}
+        order = _ranking(own, {c.name: limits.units(c, 0) for c in cells})
 
         def left(n):
             lost = _lost(_kept_after(n, order, families, limits), families)
             return costs.total(lost)[what] / costs.total({})[what]
 
-        if (least := left(len(order))) > share:
+        least = left(len(order))
+        if least > share:
             raise ValueError(
                 f'{what}: {share} of them cannot be reached, {least:.3f} are left '
                 'when everything is removed that may be'
@@ -213,7 +220,7 @@ def budget(
     criterion=l2_norm,  # scores the channels of a group; not negative
     streams: bool = False,  # residual streams too
     at_least: int | float = 0.1,  # channels that stay in every group; below 1, a fraction of them
-    **limits,  # `ignore`, `round_to`: as in `Limits`
+    **limits,  # `ignore` and `round_to`, as in `Limits`
 ) -> dict[str, list[int]]:  # {layer: kept channels}
     """A plan within a budget: channels of all layers in one ranking by normalised scores.
 

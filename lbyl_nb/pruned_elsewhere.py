@@ -21,12 +21,13 @@ from .trace import _first_calls, _private_copy, trace
 # %% ../nbs/18_pruned_elsewhere.ipynb #ef6d8e4d
 def _masks_of(model) -> dict:
     "{(name of a module, name of its parameter): the parameter's mask}, for `torch.nn.utils.prune`."
-    return {
-        (name, k[:-5]): m._buffers[k]
-        for name, m in model.named_modules()
-        for k in m._buffers
-        if k.endswith('_mask') and f'{k[:-5]}_orig' in m._parameters
-    }
+    masks = {}
+    for name, m in model.named_modules():
+        for k, mask in m._buffers.items():
+            what = k.removesuffix('_mask')
+            if what != k and f'{what}_orig' in m._parameters:
+                masks[name, what] = mask
+    return masks
 
 # %% ../nbs/18_pruned_elsewhere.ipynb #2c9e7b16
 def _kept_filters(layer, mask, name) -> list:
@@ -42,12 +43,14 @@ def _kept_filters(layer, mask, name) -> list:
 def _check_others(masks: dict, plan: dict):
     "ValueError naming a mask, as in `_masks_of`, that removes what the plan does not."
     for (name, what), mask in masks.items():
-        full, gone = f'{name}.{what}' if name else what, (mask != 1).nonzero().flatten().tolist()
+        full = f'{name}.{what}' if name else what
+        gone = (mask != 1).nonzero().flatten().tolist()
         if not gone or what == 'weight' and name in plan:
             continue
         if what != 'bias' or name not in plan:
             raise ValueError(f'{full}: its mask removes something else than filters of a layer')
-        if both := sorted({*gone} & {*plan[name]}):
+        both = sorted({*gone} & {*plan[name]})
+        if both:
             raise ValueError(f'{full}: its mask removes the bias of kept filters {both[:5]}')
 
 # %% ../nbs/18_pruned_elsewhere.ipynb #2c9e7b14
@@ -55,7 +58,8 @@ def from_masks(
     model: nn.Module,  # with masks of `torch.nn.utils.prune`; not changed
 ) -> tuple:  # the dense network without masks, and the plan {layer: kept channels}
     "What structured masks remove. ValueError naming a layer whose masks do not say which filters."
-    masks, layers, plan = _masks_of(model), dict(model.named_modules()), {}
+    masks, plan = _masks_of(model), {}
+    layers = dict(model.named_modules())
     for (name, what), mask in masks.items():
         if what == 'weight' and isinstance(layers[name], LAYERS):
             plan[name] = _kept_filters(layers[name], mask, name)
@@ -69,7 +73,10 @@ def from_masks(
     return dense, plan
 
 
-def unmask(module, what):
+def unmask(
+    module: nn.Module,  # with a mask of `torch.nn.utils.prune`; changed in place
+    what: str,  # name of the masked parameter, as 'weight'
+):
     "Take a mask away, in place, and leave the whole parameter."
     whole = getattr(module, f'{what}_orig').detach().clone()
     prune.remove(module, what)
@@ -77,66 +84,68 @@ def unmask(module, what):
 
 # %% ../nbs/18_pruned_elsewhere.ipynb #d997ce74
 def _signature(model, name, norm, columns=None):
-    "(m, d) all that belongs to each channel of a layer: filters on some input columns, bias, batch norm."
+    "(m, d) what belongs to each channel of a layer: filters on some inputs, bias, batch norm."
     layer = model.get_submodule(name)
-    W = by_output(layer).detach().double()
-    parts = [(W if columns is None else W[:, columns]).flatten(1)] + (
-        [] if layer.bias is None else [layer.bias.detach().double()[:, None]]
-    )
+    W = by_output(layer)
+    vectors = [layer.bias]
     if norm:
         norm = model.get_submodule(norm)
-        parts += [
-            v.detach().double()[:, None]
-            for v in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-            if v is not None
-        ]
-    return torch.cat(parts, 1)
+        vectors += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+    parts = [W if columns is None else W[:, columns], *(v for v in vectors if v is not None)]
+    return torch.cat([v.detach().double().reshape(len(v), -1) for v in parts], 1)
 
 # %% ../nbs/18_pruned_elsewhere.ipynb #de8c6f58
 def _match(small: Tensor, dense: Tensor, name: str) -> list:
     "For each row of `small` the one equal row of `dense`; ValueError naming the layer otherwise."
-    if small.shape[1] != dense.shape[1]:
-        raise ValueError(
-            f'{name}: its filters have {small.shape[1]} entries, and {dense.shape[1]} were expected of it'
-        )
+    m, d = small.shape[1], dense.shape[1]
+    if m != d:
+        raise ValueError(f'{name}: its filters have {m} entries, and {d} were expected of it')
     size = (small.norm(dim=1)[:, None] + dense.norm(dim=1)) / 2
-    same = (
-        torch.cdist(small, dense, compute_mode='donot_use_mm_for_euclid_dist') <= 1e-5 * size + 1e-7
-    )
-    if (same.sum(1) == 0).any():
-        raise ValueError(
-            f'{name}: filter {(same.sum(1) == 0).nonzero()[0].item()} of the pruned network equals none of the dense one; was it trained since?'
-        )
-    if (same.sum(1) > 1).any():
-        raise ValueError(
-            f'{name}: filter {(same.sum(1) > 1).nonzero()[0].item()} of the pruned network equals several of the dense one: {same[same.sum(1) > 1][0].nonzero().flatten().tolist()}'
-        )
+    apart = torch.cdist(small, dense, compute_mode='donot_use_mm_for_euclid_dist')
+    same = apart <= 1e-5 * size + 1e-7
+    for i, equals in enumerate(same):
+        which = equals.nonzero().flatten().tolist()
+        what = f'{name}: filter {i} of the pruned network equals'
+        if not which:
+            raise ValueError(f'{what} none of the dense one; was it trained since?')
+        if len(which) > 1:
+            raise ValueError(f'{what} several of the dense one: {which}')
     return same.double().argmax(1).tolist()
 
 # %% ../nbs/18_pruned_elsewhere.ipynb #8617f4f0
+def _has(model, name):
+    return name in dict(model.named_modules())
+
+
+def _check_kinds(small, dense, groups):
+    "ValueError naming the first layer of the groups that the smaller network has not."
+    for k in dict.fromkeys(k for g in groups for k, _ in g.cut):
+        kind = type(dense.get_submodule(k))
+        if not _has(small, k) or type(small.get_submodule(k)) is not kind:
+            raise ValueError(f'{k}: missing in the pruned network, or of another kind')
+
+
 def from_pruned(
     dense: nn.Module,  # the network before
     small: nn.Module,  # the same one after another tool removed channels; weights as they were
     example_inputs,  # a tensor, tuple or dict that both accept
 ) -> dict:  # the plan {layer: kept channels}
-    "Which channels a smaller network has kept, by matching filters. ValueError naming the layer where that is ambiguous or impossible."
+    """Which channels a smaller network has kept, by matching filters.
+
+    ValueError naming the layer where that is ambiguous or impossible."""
     net, plan, lost = trace(dense, example_inputs), {}, {}
     groups = [g for g in find_groups(net, streams=True) if not g.reason]
     small = _private_copy(small)
-    for k in dict.fromkeys(k for g in groups for k, _ in g.cut):
-        if not _has(small, k) or type(small.get_submodule(k)) is not type(
-            net.model.get_submodule(k)
-        ):
-            raise ValueError(f'{k}: missing in the pruned network, or of another kind')
+    _check_kinds(small, net.model, groups)
     for name in dict.fromkeys(g.producers[0] for g in groups):
         own = [g for g in groups if g.producers[0] == name]
         norm = next(b[0][1] for g in own for b in g.branches if b[0][0] == name)
-        columns = torch.arange(by_output(net.model.get_submodule(name)).shape[1])
+        weight = by_output(net.model.get_submodule(name))
+        columns = torch.arange(weight.shape[1])
         columns = columns[~torch.isin(columns, torch.tensor(lost.get(name, [])))]
-        kept = sorted(
-            _match(_signature(small, name, norm), _signature(net.model, name, norm, columns), name)
-        )
-        if len(kept) < len(by_output(net.model.get_submodule(name))):
+        before = _signature(net.model, name, norm, columns)
+        kept = sorted(_match(_signature(small, name, norm), before, name))
+        if len(kept) < len(weight):
             plan[name] = kept
         for g in own:
             gone = ~torch.isin(dict(g.cut)[name], torch.tensor(kept)).all(1)
@@ -144,20 +153,15 @@ def from_pruned(
                 lost[c.name] = lost.get(c.name, []) + c.columns[gone].flatten().tolist()
     return plan
 
-
-def _has(model, name):
-    return name in dict(model.named_modules())
-
 # %% ../nbs/18_pruned_elsewhere.ipynb #1c9338f6
 def _called_with(model, name, args):
-    "Arguments of the first call of a submodule; ValueError if it is not called, or with arguments of both kinds."
+    "Arguments of the first call of a submodule; ValueError without one, or with both kinds."
     positional, named = _first_calls(model, args).get(model.get_submodule(name), (None, None))
     if positional is None:
         raise ValueError(f'{name}: not called when the model runs on example_inputs')
     if positional and named:
-        raise ValueError(
-            f'{name}: called with positional and keyword arguments, of which only one kind can be given'
-        )
+        how = 'called with positional and keyword arguments, of which only one kind can be given'
+        raise ValueError(f'{name}: {how}')
     return named or positional
 
 # %% ../nbs/18_pruned_elsewhere.ipynb #d4c19058
@@ -165,7 +169,7 @@ def restore_inside(
     model: nn.Module,  # the whole model; not changed
     name: str,  # of the part, as in `model.get_submodule`
     example_inputs,  # of the whole model: a tensor, tuple or dict
-    **kwargs,  # `ratio` or `keep`, `criterion`, `restorer`, `streams`, `dtype`: as in `restore`; layer names are those inside the part
+    **kwargs,  # as in `restore`, with the names that layers have inside the part
 ) -> Restoration:  # its model is the whole one
     "`restore` for a part of a model. ValueError where there is no such part or it is not called."
     if not _has(model, name):

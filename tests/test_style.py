@@ -46,6 +46,16 @@ def public_functions(name):
                 yield k, inspect.unwrap(f)
 
 
+def unexplained(f) -> list:
+    "Parameters of a function without words beside them."
+    said, source = docments(f, returns=False), inspect.getsource(f)
+    kinds = {p.name: p.kind for p in inspect.signature(f).parameters.values()}
+    many = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    starred = [p for p, kind in kinds.items() if kind in many]  # docments does not see these
+    said |= {p: re.search(rf'\*{p}\b[^\n]*#', source) for p in starred}
+    return [p for p, words in said.items() if not words]
+
+
 def raised(f) -> set:
     "Names of the errors that the body of a function raises itself."
     tree = ast.parse(textwrap.dedent(inspect.getsource(f)))
@@ -62,8 +72,7 @@ def test_public_functions_say_what_they_take_and_raise(name):
         if not f.__doc__:
             missing.append(f'{k}: no docstring')
         if inspect.isfunction(f):
-            said = docments(f, returns=False)
-            missing += [f'{k}: {p} is not explained' for p, words in said.items() if not words]
+            missing += [f'{k}: {p} is not explained' for p in unexplained(f)]
             errors = [e for e in raised(f) if e not in (f.__doc__ or '')]
             missing += [f'{k}: raises {e} without a word' for e in errors]
     assert not missing, '\n'.join(missing)
