@@ -32,10 +32,9 @@ class _Columns:
         ridge: float,  # fraction of the mean diagonal of `G`, > 0
     ):
         eye = torch.eye(len(G), dtype=G.dtype, device=G.device)
+        mean = G.diagonal().mean().clamp(min=torch.finfo(G.dtype).tiny)
         self.k, self.V = len(G) // m, V.clone()
-        self.A = torch.linalg.inv(
-            G + ridge * G.diagonal().mean().clamp(min=torch.finfo(G.dtype).tiny) * eye
-        )
+        self.A = torch.linalg.inv(G + ridge * mean * eye)
 
     def costs(self) -> Tensor:
         "(channels that are left,) least error without each of them."
@@ -48,11 +47,8 @@ class _Columns:
     def remove(self, channels: Tensor):
         "Take channels (positions among those left) away; the others take over."
         m = len(self.A) // self.k
-        gone = (
-            torch.zeros(m, dtype=torch.bool, device=self.A.device)
-            .index_fill_(0, channels.to(self.A.device), True)
-            .repeat_interleave(self.k)
-        )
+        gone = torch.zeros(m, dtype=torch.bool, device=self.A.device)
+        gone = gone.index_fill_(0, channels.to(gone.device), True).repeat_interleave(self.k)
         c, r = gone.nonzero().flatten(), (~gone).nonzero().flatten()
         K = torch.linalg.solve(self.A[c][:, c], self.A[c][:, r])
         self.V = self.V[:, r] - self.V[:, c] @ K
@@ -81,17 +77,15 @@ def _elimination(
 # %% ../nbs/15_least_lost.ipynb #3952ac67
 def _output_scale(model, consumer):
     "(o,) scale that the batch norm behind a consumer puts on its outputs; ones without one."
-    norm, weight = (
-        consumer.norm and model.get_submodule(consumer.norm),
-        by_output(model.get_submodule(consumer.name)),
-    )
+    norm = consumer.norm and model.get_submodule(consumer.norm)
+    weight = by_output(model.get_submodule(consumer.name))
     if not norm or norm.running_var is None:
         return weight.new_ones(len(weight)).double()
     return norm_scale(norm).double()
 
 # %% ../nbs/15_least_lost.ipynb #90276624
 def _by_unit(n: int, unit: Tensor) -> Tensor:  # (n,)
-    "Order of n columns, equally many for each of m channels, in which the columns of a unit are neighbours."
+    "Order of n columns, equally many a channel, in which columns of a unit are neighbours."
     return torch.arange(n).view(len(unit), -1)[unit.argsort(stable=True)].flatten()
 
 # %% ../nbs/15_least_lost.ipynb #f62f468c
@@ -103,23 +97,24 @@ def _columns_of(
     unit: Tensor,  # (m,) number of the unit in which each channel is removed
 ) -> list:  # a `_Columns` for each group of the consumer
     "What a consumer reads, unit by unit."
-    layer, out = model.get_submodule(consumer.name), []
+    layer = model.get_submodule(consumer.name)
     W, n = by_output(layer).detach().double(), conv_groups(layer)
-    W = (W * _output_scale(model, consumer).view(-1, *[1] * (W.ndim - 1)))[
-        :, in_weight(layer, consumer.columns).to(W.device)
-    ]
-    m, C = len(consumer.columns) // n, M.centred().G
-    for G, V in zip(C.view(-1, *C.shape[-2:]), W.view(len(W), m, -1).chunk(n)):
-        V, at = (
-            V.flatten(1) if len(G) == V[0].numel() else V.transpose(1, 2).flatten(0, 1),
-            _by_unit(len(G), unit[len(out) * m :][:m]).to(G.device),
-        )
-        out.append(_Columns(G[at][:, at], V[:, at], len(unit.unique()), ridge))
+    W = W * _output_scale(model, consumer).view(-1, *[1] * (W.ndim - 1))
+    W = W[:, in_weight(layer, consumer.columns).to(W.device)]
+    m, G = len(consumer.columns) // n, M.centred().G
+    parts = zip(G.view(-1, *G.shape[-2:]), W.view(len(W), m, -1).chunk(n), unit.split(m))
+    units = len(unit.unique())
+    out = []
+    for G_n, V, its_units in parts:
+        of_taps = len(G_n) == V[0].numel()
+        V = V.flatten(1) if of_taps else V.transpose(1, 2).flatten(0, 1)
+        at = _by_unit(len(G_n), its_units).to(G_n.device)
+        out.append(_Columns(G_n[at][:, at], V[:, at], units, ridge))
     return out
 
 # %% ../nbs/15_least_lost.ipynb #fddc15b8
 def _read_by(c, layer, x, y) -> Moments:
-    "Moments of what a consumer reads of a group: of patches, or of channels where those are too many."
+    "Moments of what a consumer reads of a group: of patches, or of channels if those are many."
     if taps_fit(layer, c.columns):
         return layer_moments(layer, selected(layer, x, c.columns.flatten()), y, c.name)
     rows = _channel_rows(layer, x, c.columns)
@@ -135,14 +130,14 @@ class _LeastLost:
 
     def scores(self, net, groups) -> dict:
         "Ranks of the channels of every group, {producer: (m,)}."
-        seen, out = look_at_consumers(self.source(net.model, net.args), groups, _read_by), {}
+        seen = look_at_consumers(self.source(net.model, net.args), groups, _read_by)
+        out = {}
         for g in tqdm(groups, 'choosing channels', delay=2, leave=False):
             unit = g.unit.unique(return_inverse=True)[1]
-            consumers = [
-                v
-                for c in g.consumers
-                for v in _columns_of(net.model, c, total(seen[g.name, c.name]), self.ridge, unit)
-            ]
+            consumers = []
+            for c in g.consumers:
+                M = total(seen[g.name, c.name])
+                consumers += _columns_of(net.model, c, M, self.ridge, unit)
             out[g.name] = _elimination(consumers, g.units)[unit]
         return out
 
@@ -150,7 +145,9 @@ class _LeastLost:
 def least_lost(
     source: Callable = noise(),  # of probes: `noise`, `calibration`, `distilled`
     ridge: float = 0.01,  # fraction of the mean variance of what is read; keeps the inverse tame
-) -> _LeastLost:
-    "A criterion: keep the channels without which consumers would lose most, all others taking over. ValueError for ridge <= 0."
+) -> _LeastLost:  # for `plan`, `restore` and `budget`
+    """A criterion: keep channels without which consumers would lose most, the others taking over.
+
+    ValueError for ridge <= 0."""
     check_ridge(ridge)
     return _LeastLost(source, ridge)
