@@ -51,13 +51,17 @@ from lbyl_nb.moments import (
 from .probes import Probes, noise
 from .recover import _absorb, _in_blocks
 from .restorers import lbyl
+from .trace import Traced
 
 # %% ../nbs/14_layerwise.ipynb #e34678d4
 _MOST_TAPS = 8192  # unknowns for one output; beyond, the Gram matrix is too large: channels instead
 
 
-def taps_fit(layer, columns):
-    "Can all taps of these columns be free: do we know the layer's patches, and are they few enough?"
+def taps_fit(
+    layer: nn.Module,  # that reads
+    columns: Tensor,  # (channels, span) of its input
+) -> bool:
+    "Can all taps of these columns be free: are the layer's patches known, and few enough?"
     if not isinstance(layer, (nn.Conv2d, nn.Linear)):
         return False
     return columns.numel() // conv_groups(layer) * layer.weight[0, 0].numel() <= _MOST_TAPS
@@ -77,25 +81,27 @@ class _Site:
         return self.columns[self.keep].flatten()
 
 # %% ../nbs/14_layerwise.ipynb #6aa820a5
+def _joined(parts) -> Tensor:
+    "Column numbers in one vector, empty where there are no parts."
+    return torch.cat([torch.arange(0), *(v.flatten() for v in parts)])
+
+
 def _site(
     model: nn.Module,  # in which the layer is found
     reader: Reader,  # the layer
-    tied: list,  # pairs of a `Consumer` and the kept channels of its pruned group, all with this layer's name
+    tied: list,  # pairs of a `Consumer` of this name and the kept channels of its pruned group
     taps: bool = True,  # shall taps be free?
 ) -> _Site:
-    "The site of a layer; it reads all columns that belong to no pruned group. Taps are not free where there would be more than `_MOST_TAPS` of them."
+    """The site of a layer; it reads all columns that belong to no pruned group.
+
+    Taps are not free where there would be more than `_MOST_TAPS` of them."""
     layer = model.get_submodule(reader.name)
     every = torch.arange(by_output(layer).shape[1] * conv_groups(layer))
-    lost = torch.cat(
-        [every[:0], *(c.columns[removed(keep, len(c.columns))].flatten() for c, keep in tied)]
-    )
-    rest = every[
-        ~torch.isin(every, torch.cat([every[:0], *(c.columns.flatten() for c, _ in tied)]))
-    ]
+    lost = _joined(c.columns[removed(keep, len(c.columns))] for c, keep in tied)
+    rest = every[~torch.isin(every, _joined(c.columns for c, _ in tied))]
     parts = [c.columns for c, _ in tied] + ([rest[:, None]] if len(rest) else [])
-    columns = (
-        torch.cat(parts) if len({p.shape[1] for p in parts}) == 1 else every[:, None]
-    )  # channels of unequal spans: each column by itself
+    equal = len({p.shape[1] for p in parts}) == 1  # else each column by itself
+    columns = torch.cat(parts) if equal else every[:, None]
     keep = (~torch.isin(columns[:, 0], lost)).nonzero().flatten().tolist()
     return _Site(reader, columns, keep, taps and taps_fit(layer, columns[keep]))
 
@@ -111,7 +117,7 @@ def _channel_rows(
 
 # %% ../nbs/14_layerwise.ipynb #024cc5b2
 def _rows_in_blocks(layer, x, y, name):
-    "`row_moments` of the channels (positions, m) of each group of a layer, stacked; a plain layer has one."
+    "`row_moments` of channels (positions, m), of each group of a layer, stacked."
     n = conv_groups(layer)
     return _stacked([row_moments(*v, name) for v in zip(x.chunk(n, 1), y.chunk(n, 1))])
 
@@ -123,16 +129,14 @@ def _site_moments(
     dense: Tensor,  # its whole input in the dense network
     y: Tensor,  # what it shall give
 ) -> Moments:
-    "Moments of kept patches and output; where taps are not free, of kept channels and removed ones."
+    "Moments of kept patches and output; of kept and removed channels where taps are not free."
+    name = s.reader.name
     if s.free:
-        return layer_moments(layer, read, y, s.reader.name)
-    kept, out = torch.arange(len(s.read)).view(len(s.keep), -1), removed(s.keep, len(s.columns))
-    return _rows_in_blocks(
-        layer,
-        _channel_rows(layer, read, kept),
-        _channel_rows(layer, dense, s.columns[out]),
-        s.reader.name,
-    )
+        return layer_moments(layer, read, y, name)
+    kept = torch.arange(len(s.read)).view(len(s.keep), -1)
+    out = s.columns[removed(s.keep, len(s.columns))]
+    rows = _channel_rows(layer, read, kept), _channel_rows(layer, dense, out)
+    return _rows_in_blocks(layer, *rows, name)
 
 # %% ../nbs/14_layerwise.ipynb #3eabe3ae
 def _site_fit(
@@ -142,28 +146,32 @@ def _site_fit(
     ridge: float | None,  # None: chosen on held-out probes
 ) -> Fit:  # V: (o, columns x taps), c: (o,)
     "New taps and bias of a layer."
-    W, n = by_output(layer).detach(), conv_groups(layer)
     if not sum(M.n for M in halves):
         raise ValueError(f'{s.reader.name}: reads nothing when the probes pass the network')
-    if s.free:
-        prior = W[:, in_weight(layer, s.read).to(W.device)].flatten(1)
-        fit = regress(halves, prior if n == 1 else prior.view(n, len(W) // n, -1), ridge)
-        return replace(
-            fit, V=fit.V.flatten(0, -2).to(layer.weight), c=fit.c.flatten()
-        )  # in its final precision: the taps of all layers are held at once
+    if not s.free:
+        return _channel_fit(s, layer, halves, ridge)
+    W, n = by_output(layer).detach(), conv_groups(layer)
+    prior = W[:, in_weight(layer, s.read).to(W.device)].flatten(1)
+    fit = regress(halves, prior if n == 1 else prior.view(n, len(W) // n, -1), ridge)
+    # in its final precision: the taps of all layers are held at once
+    return replace(fit, V=fit.V.flatten(0, -2).to(layer.weight), c=fit.c.flatten())
+
+
+def _channel_fit(s: _Site, layer: nn.Module, halves: list, ridge: float | None) -> Fit:
+    "`_site_fit` where all taps of a channel are delivered together, by one matrix."
+    W, n = by_output(layer).detach(), conv_groups(layer)
     m, at = len(s.columns) // n, in_weight(layer, s.columns).to(W.device)
     keep = [k for k in s.keep if k < m]
     S = regress(halves, W.new_zeros(n, m - len(keep), len(keep), dtype=torch.float64), ridge)
-    some = lambda part: (
-        part[:, at].double().unflatten(1, (m, -1))
-    )  # (a few outputs, m, span, taps): a large layer is not copied in double precision
-    made = [
-        Delivery(*v).absorb(some(part), keep)
-        for *v, w in zip(S.V, S.c, W.chunk(n))
-        for part in w.split(512)
-    ]
-    V, c = (torch.cat(v) for v in zip(*((V.flatten(1).to(layer.weight), c) for V, c in made)))
-    return replace(S, V=V, c=c + (0 if layer.bias is None else layer.bias.detach().double()))
+    taps, constants = [], []
+    for S_n, c_n, w in zip(S.V, S.c, W.chunk(n)):
+        for part in w.split(512):  # of the outputs: a large layer is not copied in double precision
+            read = part[:, at].double().unflatten(1, (m, -1))  # (outputs, m, span, taps)
+            V, c = Delivery(S_n, c_n).absorb(read, keep)
+            taps.append(V.flatten(1).to(layer.weight))
+            constants.append(c)
+    own = 0 if layer.bias is None else layer.bias.detach().double()
+    return replace(S, V=torch.cat(taps), c=torch.cat(constants) + own)
 
 # %% ../nbs/14_layerwise.ipynb #149ce089
 @torch.no_grad()
@@ -171,21 +179,21 @@ def _rewrite(model: nn.Module, s: _Site, fit: Fit):
     "Put new taps and bias into a layer, in place; columns that it no longer reads become zero."
     layer = model.get_submodule(s.reader.name)
     weight = torch.zeros_like(layer.weight)
-    by_output(layer, weight)[:, in_weight(layer, s.read)] = fit.V.view(
-        len(fit.V), -1, *weight.shape[2:]
-    ).to(weight)
+    V = fit.V.view(len(fit.V), -1, *weight.shape[2:]).to(weight)
+    by_output(layer, weight)[:, in_weight(layer, s.read)] = V
     layer.weight.copy_(weight)
-    add_constant(
-        model,
-        s.reader.name,
-        s.reader.norm,
-        fit.c - (0 if layer.bias is None else layer.bias.double()),
-    )
+    own = 0 if layer.bias is None else layer.bias.double()
+    add_constant(model, s.reader.name, s.reader.norm, fit.c - own)
 
 # %% ../nbs/14_layerwise.ipynb #f2e8687c
-def find_sites(net, groups, chosen, taps=True, every=False) -> dict[str, _Site]:
-    """Sites of the consumers of pruned groups; with `every`, also of all other layers behind the
-    first of them that mix channels. In forward order."""
+def find_sites(
+    net: Traced,  # from `trace`
+    groups: list,  # of it, from `find_groups`: the pruned ones
+    chosen: dict,  # {group: kept channels}
+    taps: bool = True,  # shall every tap be free, where there are not too many?
+    every: bool = False,  # also all other layers, behind the first of them, that mix channels
+) -> dict[str, _Site]:  # in forward order
+    "The consumers of pruned groups, and what they will read."
     pruned, found = {}, {}
     for g in groups:
         for c in g.consumers:
@@ -230,11 +238,12 @@ class _Probe:
 def probe(
     source: Callable = noise(),  # of probes: `noise`, `calibration`, `distilled`
     *,
-    taps: bool = True,  # reproduce the consumer's output with every tap free; False: channels, by a delivery matrix
-    ridge: float
-    | None = None,  # fraction of the mean variance of what is read; None: chosen on held-out probes, layer by layer
+    taps: bool = True,  # every tap is free; False: channels are fitted, by a delivery matrix
+    ridge: float | None = None,  # fraction of the mean variance; None: chosen on held-out probes
 ) -> _Probe:
-    "A restorer: regression behind the activation on what consumers read when probes pass the dense network. ValueError for ridge <= 0."
+    """A restorer: regression on what consumers read when probes pass the dense network.
+
+    It sees what lies behind the activation. ValueError for ridge <= 0."""
     if ridge is not None:
         check_ridge(ridge)
     return _Probe(source, taps, ridge)
@@ -646,8 +655,8 @@ class _OneByOne(_Restoring):
         self.place = _find_samples(self.probes, self.sites)
         try:
             self.by_dense({k: s for k, s in self.sites.items() if self.place[k] is None})
-            while todo := {k: s for k, s in self.sites.items() if k not in self.missed}:
-                self.portion(todo)
+            while len(self.missed) < len(self.sites):
+                self.portion({k: s for k, s in self.sites.items() if k not in self.missed})
         finally:
             self.bar.close()
         return self.missed
@@ -732,8 +741,13 @@ def layerwise(
 _GRID = [(l1, l2) for l1 in (0.0, 0.01, 1.0) for l2 in (1e-3, 1e-2, 1e-1, 1.0, 10.0)]
 
 
-def _missed_channels(S: Tensor, M: Tensor, keep: list, weight: Tensor) -> float:
-    "Mean square of what a consumer misses: M (m, m) second moments of its channels, weight (m - t, m - t) products of its taps for removed ones."
+def _missed_channels(
+    S: Tensor,  # (m - t, t) delivery matrix
+    M: Tensor,  # (m, m) second moments of the consumer's channels
+    keep: list,  # the t kept ones
+    weight: Tensor,  # (m - t, m - t) products of its taps for removed ones
+) -> float:
+    "Mean square of what a consumer misses."
     out = removed(keep, len(M))
     E = torch.cat([-S, torch.eye(len(out), dtype=S.dtype, device=S.device)], 1)
     at = torch.cat([torch.tensor(keep), out])
@@ -773,13 +787,20 @@ def look_at_consumers(
             read.setdefault(c.name, []).append((g.name, c))
     every = lambda layer, x, y, name: _Several([measure(c, layer, x, y) for _, c in read[name]])
     seen = look(probes, read, every)
-    return {
-        (g, name): [half.parts[i] for half in seen[name]]
-        for name, tied in read.items()
-        for i, (g, _) in enumerate(tied)
-    }
+    out = {}
+    for name, tied in read.items():
+        for i, (g, _) in enumerate(tied):
+            out[g, name] = [half.parts[i] for half in seen[name]]
+    return out
 
 # %% ../nbs/14_layerwise.ipynb #85a48601
+def _scaled_grid(ch) -> list:
+    "Pairs of weights for LBYL, in units of the squares of residuals and of batch-norm errors."
+    size = ch.squares.mean()
+    offset = ch.b.square().mean().clamp(min=1e-12)
+    return [(float(l1 * size / offset), float(l2 * size)) for l1, l2 in _GRID]
+
+
 @dataclass(frozen=True)
 class _ProbedLbyl:
     "The restorer that `probed_lbyl` makes."
@@ -787,40 +808,24 @@ class _ProbedLbyl:
     source: Callable  # of probes
 
     def rewrite(self, net, groups, chosen):
-        "Put all consumers right, in place, by LBYL with the weights that miss least on the probes; returns nothing to report."
+        "Put all consumers right, in place, by the weights that miss least; nothing to report."
         probes, original = self.source(net.model, net.args), copy.deepcopy(net.model)
-        seen = look_at_consumers(
-            probes,
-            groups,
-            lambda c, layer, x, y: row_moments(_channel_rows(layer, x, c.columns), name=c.name),
-        )
+        rows = lambda c, layer, x, y: row_moments(_channel_rows(layer, x, c.columns), name=c.name)
+        seen = look_at_consumers(probes, groups, rows)
         for g in groups:
             ch, keep = channels(original, g), chosen[g.name]
-            size = ch.squares.mean()
-            pairs = [
-                (l1 * size / ch.b.square().mean().clamp(min=1e-12), l2 * size) for l1, l2 in _GRID
-            ]
             for c in g.consumers:
                 layer, M = original.get_submodule(c.name), total(seen[g.name, c.name])
-                made = [
-                    _in_blocks(lbyl(float(l1), float(l2)), ch, keep, conv_groups(layer))
-                    for l1, l2 in pairs
-                ]
-                best = min(
-                    made,
-                    key=lambda d: _missed_channels(
-                        d.S,
-                        M.G / M.n,
-                        keep,
-                        _tap_products(layer, c.columns[removed(keep, g.channels)]),
-                    ),
-                )
-                _absorb(net.model, c, best, keep)
+                weight = _tap_products(layer, c.columns[removed(keep, g.channels)])
+                missed = lambda d: _missed_channels(d.S, M.G / M.n, keep, weight)
+                n = conv_groups(layer)
+                made = [_in_blocks(lbyl(*pair), ch, keep, n) for pair in _scaled_grid(ch)]
+                _absorb(net.model, c, min(made, key=missed), keep)
         return {}
 
 # %% ../nbs/14_layerwise.ipynb #871606d6
 def probed_lbyl(
     source: Callable = noise(),  # of probes
 ) -> _ProbedLbyl:
-    "A restorer: LBYL (arXiv 2502.08474) with lambda1 and lambda2 chosen layer by layer on probes, without data."
+    "A restorer: LBYL (arXiv 2502.08474), its two weights chosen layer by layer on probes."
     return _ProbedLbyl(source)
