@@ -20,7 +20,7 @@ def peak():
     )
 
 
-def measured(network, what, f, before):
+def time_and_memory(network, what, f, before):
     "Time of a call, and memory beyond what was held `before`, as a dict."
     start = time.perf_counter()
     f()

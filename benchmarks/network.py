@@ -1,13 +1,14 @@
 """Restoring whole networks against one forward pass of 64 images, in time and peak memory.
 
-ResNet-50 and VGG-16 (with batch norm) at 224 pixels, 30 % of the channels removed, random weights: they decide nothing about time.
-Every network runs in a process of its own, so that its peak memory can be read."""
+ResNet-50 and VGG-16 (with batch norm) at 224 pixels, 30 % of the channels removed, random
+weights: they decide nothing about time. Every network runs in a process of its own, so that its
+peak memory can be read."""
 
 import pandas as pd
 import torch
 import torchvision
 
-from _process import against, each, footer, measured, peak, run
+from _process import against, each, footer, peak, run, time_and_memory
 from lbyl_nb.recover import restore
 from lbyl_nb.restorers import lbyl, merging, prune_only
 
@@ -20,7 +21,7 @@ def one(network, what):
     net, before = getattr(torchvision.models, network)().eval(), peak()
     x = torch.randn(1 if what in RESTORERS else 64, 3, 224, 224)
     with torch.inference_mode(what == 'forward'):
-        return measured(
+        return time_and_memory(
             network,
             what,
             lambda: (

@@ -1,7 +1,9 @@
-"""Restoring by probes against forward passes, distillation against training steps, and the patch Gram by offsets against unfolding.
+"""Restoring by probes against forward passes, distillation against training steps, and the patch
+Gram by offsets against unfolding.
 
-ResNet-56 at 32 pixels and ResNet-50 at 224, 30 % of the channels removed, random weights: they decide nothing about time. Every
-measurement runs in a process of its own, so that its peak memory can be read; ratios are to what ran in the same call of the script."""
+ResNet-56 at 32 pixels and ResNet-50 at 224, 30 % of the channels removed, random weights: they
+decide nothing about time. Every measurement runs in a process of its own, so that its peak
+memory can be read; ratios are to what ran in the same call of the script."""
 
 import time
 
@@ -10,7 +12,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from _process import against, each, footer, measured, peak, run
+from _process import against, each, footer, peak, run, time_and_memory
 from lbyl_nb.distilled import distil
 from lbyl_nb.layerwise import layerwise, probe
 from lbyl_nb.models import resnet56
@@ -56,7 +58,7 @@ def one(network, what):
     torch.manual_seed(0)
     build, size, n = NETWORKS[network]
     net, before = build().eval(), peak()
-    return measured(
+    return time_and_memory(
         network, what, lambda: WHAT[what](net, torch.randn(1, 3, size, size), n), before
     ) | dict(probes=n)
 
@@ -86,15 +88,11 @@ def main():
     t['time / training steps'] = against(t, 'training').where(
         t.index.get_level_values('what') == 'distillation'
     )
-    print(
-        t.drop(columns='seconds')
-        .rename(columns=dict(gigabytes='peak memory beyond the model (GB)'))
-        .round(2)
-        .to_string(na_rep='')
-    )
-    print(
-        '\npatch Gram of a 3x3 convolution: by offsets against unfolded (times faster), and the largest difference relative to the largest entry'
-    )
+    shown = t.drop(columns='seconds').round(2)
+    shown = shown.rename(columns=dict(gigabytes='peak memory beyond the model (GB)'))
+    print(shown.to_string(na_rep=''))
+    print('\npatch Gram of a 3x3 convolution: by offsets against unfolded (times faster),')
+    print('and the largest difference relative to the largest entry')
     print(
         pd.DataFrame(
             [gram(m, s) for m, s in ((16, 32), (64, 32), (64, 56), (128, 28), (256, 14))]

@@ -1,6 +1,8 @@
-"""All removed channels at once against one at a time: LBYL's solver on the layers of ResNet-101, 30 % removed.
+"""All removed channels at once against one at a time: LBYL's solver on the layers of ResNet-101, 30
+% removed.
 
-Prints ratios of times measured in one run, double precision. Weights are random: they decide nothing about time."""
+Prints ratios of times measured in one run, double precision. Weights are random: they decide
+nothing about time."""
 
 import time
 from collections import Counter

@@ -1,8 +1,11 @@
-"""One training step of a pruned network: as it is, over-parameterized and contracted before use, over-parameterized and run factor by factor.
+"""One training step of a pruned network: as it is, over-parameterized and contracted before use,
+over-parameterized and run factor by factor.
 
-ResNet-20 (50 % of the channels inside its blocks removed) and MobileNetV2 for images of 32 pixels (all channels in one ranking, until 30, 15 or 5 %
-of the parameters are left), rate 3. Prints the share of the parameters that is left, ratios of times, median of interleaved repeats in one process,
-and the peak memory of a process of its own. Weights are random: they decide which channels stay, nothing about how many."""
+ResNet-20 (50 % of the channels inside its blocks removed) and MobileNetV2 for images of 32
+pixels (all channels in one ranking, until 30, 15 or 5 % of the parameters are left), rate 3.
+Prints the share of the parameters that is left, ratios of times, median of interleaved repeats
+in one process, and the peak memory of a process of its own. Weights are random: they decide
+which channels stay, nothing about how many."""
 
 import argparse
 import subprocess
@@ -84,7 +87,8 @@ def step(net, batch, device):
 
 
 def seconds(f, device):
-    "Time of a call; on the CPU, time of the process, which other work on the machine disturbs least."
+    """Time of a call; on the CPU, time of the process, which other work on the machine disturbs
+    least."""
     clock = time.process_time if device == 'cpu' else time.perf_counter
     start = clock()
     f()
@@ -130,9 +134,9 @@ def compare(network, batch, device, repeats, compiled):
 
 def show(title, cases, rows):
     "A table with a column for each network and batch."
-    print(
-        f'{title}\n{pd.DataFrame(rows, index=pd.MultiIndex.from_tuples(cases, names=["network", "batch"])).T.round(2).to_string()}\n'
-    )
+    index = pd.MultiIndex.from_tuples(cases, names=['network', 'batch'])
+    table = pd.DataFrame(rows, index=index).T.round(2)
+    print(f'{title}\n{table.to_string()}\n')
 
 
 def main():

@@ -1,10 +1,14 @@
-"""Restoring networks against one forward pass of 32 images: CPU time, and peak memory as a multiple of the dense network's.
+"""Restoring networks against one forward pass of 32 images: CPU time, and peak memory as a multiple
+of the dense network's.
 
-Without arguments one network of each of seven families; with `--all` the memory of the 95 networks of nbs/46_zoo.ipynb, by closed form and probes,
-into nbs/results/zoo_memory.csv (hours; the same call goes on where it stopped). 224 pixels, 30 % of the channels removed, streams included, 32 probes,
-random weights: they decide nothing about cost. Every measurement runs in a process of its own, so that its peak memory can be read. Memory of the dense
-network: its parameters and one forward pass of 32 images. Gram matrices: of the closed form, the products of filters of one group; of probes, what is held at once of patches' and outputs' moments, of two halves
-of the probes; and what the largest factorisation takes. All in double precision."""
+Without arguments one network of each of seven families; with `--all` the memory of the 95
+networks of nbs/46_zoo.ipynb, by closed form and probes, into nbs/results/zoo_memory.csv (hours;
+the same call goes on where it stopped). 224 pixels, 30 % of the channels removed, streams
+included, 32 probes, random weights: they decide nothing about cost. Every measurement runs in a
+process of its own, so that its peak memory can be read. Memory of the dense network: its
+parameters and one forward pass of 32 images. Gram matrices: of the closed form, the products of
+filters of one group; of probes, what is held at once of patches' and outputs' moments, of two
+halves of the probes; and what the largest factorisation takes. All in double precision."""
 
 import sys
 import time
@@ -14,7 +18,7 @@ import pandas as pd
 import torch
 from torchvision.models import get_model, list_models
 
-from _process import against, each, footer, measured, peak, run
+from _process import against, each, footer, peak, run, time_and_memory
 from lbyl_nb.bench import results, sweep
 from lbyl_nb.graph import find_groups
 from lbyl_nb.layers import by_output, conv_groups
@@ -39,7 +43,8 @@ RESULTS = Path(__file__).resolve().parent.parent / 'nbs' / 'results'
 
 
 def gram(net, s):
-    "Memory of the moments of one layer, two halves, and of their factorisation (one half centred, with a ridge, factored), in GB; of a grouped convolution they are blocks."
+    """Memory of the moments of one layer, two halves, and of their factorisation (one half centred,
+    with a ridge, factored), in GB; of a grouped convolution they are blocks."""
     layer = net.get_submodule(s.reader.name)
     rows = by_output(layer)
     d, o = (
@@ -52,13 +57,15 @@ def gram(net, s):
 
 
 def products(g, t):
-    "Memory of the products of a group's filters: all of them, centred too without batch norm, those of the t kept ones, and their factorisation with its workspace."
+    """Memory of the products of a group's filters: all of them, centred too without batch norm,
+    those of the t kept ones, and their factorisation with its workspace."""
     return 8 * ((1 if g.norm else 2) * g.channels**2 + t * g.channels + 3 * t**2)
 
 
 def grams(net, x, chosen, what):
-    """Memory of the Gram matrices that a restorer holds at once, in GB: `lbyl` one group's, `probe` the moments of all layers, `layerwise` those of one
-    layer, or of two where one waits for its addition."""
+    """Memory of the Gram matrices that a restorer holds at once, in GB: `lbyl` one group's, `probe`
+    the moments of all layers, `layerwise` those of one layer, or of two where one waits for its
+    addition."""
     traced = trace(net, x)
     groups = [g for g in find_groups(traced, streams=True) if g.name in chosen]
     if what == 'lbyl':
@@ -89,7 +96,7 @@ def one(network, what):
 
     start = time.process_time()
     try:
-        row = measured(
+        row = time_and_memory(
             network,
             what,
             forward
@@ -128,7 +135,8 @@ def table(rows):
 
 
 def whole_zoo():
-    "Memory of all networks of 46_zoo, a row in the results file for each measurement. No times: they are compared within one run only."
+    """Memory of all networks of 46_zoo, a row in the results file for each measurement. No times:
+    they are compared within one run only."""
     nets = results(RESULTS / 'zoo.csv').drop_duplicates('model').sort_values('parameters')
     settings = [
         dict(source=r.source, network=r.model, what=w, images=N, ratio=RATIO)

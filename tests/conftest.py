@@ -1,4 +1,5 @@
-"What all tests share: where things are, a throw-away copy of the project, and data and weights where there are any."
+"""What all tests share: where things are, a throw-away copy of the project, and data and weights
+where there are any."""
 
 import json
 import os
@@ -53,7 +54,8 @@ def command(name):
     return str(Path(sysconfig.get_path('scripts')) / name)
 
 
-# What a command run by a test must not inherit: nbdev's sign that a notebook is running, which nbdev-export obeys, and what `make test` was told.
+# What a command run by a test must not inherit: nbdev's sign that a notebook is running, which
+# nbdev-export obeys, and what `make test` was told.
 NOT_INHERITED = {
     'IN_TEST',
     'MAKEFLAGS',
@@ -67,7 +69,8 @@ NOT_INHERITED = {
 
 
 def call(*args, cwd, timeout=600, **env):
-    "Run a command with one thread and `env` on top of the environment (None takes a variable away); its completed process, output and errors in one text."
+    """Run a command with one thread and `env` on top of the environment (None takes a variable
+    away); its completed process, output and errors in one text."""
     env = (
         {k: v for k, v in os.environ.items() if k not in NOT_INHERITED}
         | dict(OMP_NUM_THREADS='1')
@@ -87,7 +90,8 @@ def call(*args, cwd, timeout=600, **env):
 
 @pytest.fixture
 def project(tmp_path):
-    "A copy of the project as it lies in the working tree, without what was built, for a test to change."
+    """A copy of the project as it lies in the working tree, without what was built, for a test to
+    change."""
     return Path(shutil.copytree(ROOT, tmp_path / 'project', ignore=BUILT, symlinks=True))
 
 
@@ -95,7 +99,8 @@ def project(tmp_path):
 def data_dir():
     """Folder with NAME_{train,test}.npz, named in $LBYL_DATA for as long as the tests run.
 
-    It is what $LBYL_DATA names already, else the package's own cache folder, filled from the images beside the project."""
+    It is what $LBYL_DATA names already, else the package's own cache folder, filled from the
+    images beside the project."""
     unpack = SHARED / 'data' / 'unpack.py'
     if os.environ.get('LBYL_DATA'):
         folder = Path(os.environ['LBYL_DATA']).expanduser()
@@ -113,7 +118,8 @@ def data_dir():
 
 @pytest.fixture(scope='session')
 def weights_dir():
-    "Folder with the trained networks' safetensors, named in $LBYL_WEIGHTS for as long as the tests run: what it names already, else the one beside the project."
+    """Folder with the trained networks' safetensors, named in $LBYL_WEIGHTS for as long as the
+    tests run: what it names already, else the one beside the project."""
     folder = Path(os.environ.get('LBYL_WEIGHTS') or SHARED / 'weights').expanduser()
     if not list(folder.glob('*.safetensors')):
         pytest.skip(

@@ -1,4 +1,5 @@
-"Networks that are not what one hopes for: each is pruned as far as it can be, with a reason for the rest, or refused with an error that says what is wrong."
+"""Networks that are not what one hopes for: each is pruned as far as it can be, with a reason for
+the rest, or refused with an error that says what is wrong."""
 
 import threading
 from dataclasses import dataclass
@@ -104,7 +105,8 @@ OTHERS = dict(
 @each_restorer
 @pytest.mark.parametrize('f', [*STRUCTURES.values(), *OTHERS.values()], ids=[*STRUCTURES, *OTHERS])
 def test_outputs_of_any_structure(f, restorer):
-    "Whatever is put out, at any depth, keeps its shape; hidden channels that are not put out can be removed."
+    """Whatever is put out, at any depth, keeps its shape; hidden channels that are not put out can
+    be removed."""
     net = outputs(f)
     out = {
         k
@@ -124,7 +126,8 @@ def test_outputs_of_any_structure(f, restorer):
 
 
 def test_a_branch_that_is_not_taken():
-    "What example inputs do not reach is left as it is, and a warning names it; inputs that do reach it may find it too wide."
+    """What example inputs do not reach is left as it is, and a warning names it; inputs that do
+    reach it may find it too wide."""
     net = Net(
         lambda n, x: n.o((n.p if x.sum() > 0 else n.n)(n.a(x).relu()).relu()),
         a=nn.Linear(6, 8),
@@ -176,7 +179,8 @@ class Detector(nn.Module):
 
 
 def test_a_list_of_images():
-    "Closed form: as any network. Probes: there is no batch to make them like, but there is one for the body."
+    """Closed form: as any network. Probes: there is no batch to make them like, but there is one
+    for the body."""
     net, images = Detector(), [torch.randn(3, 8, 8)] * 4
     assert len(lbyl_restore(net, (images,), ratio=0.5)(images)) == 4
     for restorer in (probe(noise(8)), layerwise(noise(8)), probe(calibration((images,)))):
@@ -198,7 +202,8 @@ def test_a_list_of_images():
 
 @each_restorer
 def test_a_head_tied_to_an_embedding(restorer, tmp_path):
-    "The tie holds in the restored network and in what is read from its file; the layers in between are pruned."
+    """The tie holds in the restored network and in what is read from its file; the layers in
+    between are pruned."""
 
     def build():
         net = Net(
@@ -323,10 +328,8 @@ def test_a_plan_that_breaks_the_groups_of_a_convolution():
     net = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1, groups=2), nn.ReLU(), nn.Conv2d(8, 3, 1)
     )
-    with pytest.raises(
-        ValueError,
-        match='keep: 0: channels that must be kept or removed together, as those of a grouped convolution',
-    ):
+    said = 'keep: 0: channels that must be kept or removed together, as those of a grouped'
+    with pytest.raises(ValueError, match=said):
         restore(net, image, keep={'0': [0, 1, 2]})
     assert restore(net, image, keep={'0': [0, 1, 4, 5]}).model[2].weight.shape == (8, 2, 1, 1)
 
@@ -388,7 +391,8 @@ ATTENTION = dict(
 @pytest.mark.parametrize('streams', [False, True])
 @pytest.mark.parametrize('kind', ATTENTION)
 def test_attention(kind, streams, restorer):
-    "Heads keep their width: layers that write to them are left alone, and a plan that names one is refused. What lies between attentions is pruned."
+    """Heads keep their width: layers that write to them are left alone, and a plan that names one
+    is refused. What lies between attentions is pruned."""
     f, layers, name = ATTENTION[kind]
     net = Net(f, i=L(6, 8), **layers, u=L(8, 12), d=L(12, 8), o=L(8, 3))
     r = restore(net, sequence, ratio=0.5, streams=streams, restorer=restorer)
@@ -436,7 +440,8 @@ def forward_hooks(net, log):
 
 @each_restorer
 def test_hooks_are_kept_and_fire(restorer):
-    "They belong to the restored network too; on the way they see what passes the private copies, so they must stand other numbers of channels and samples."
+    """They belong to the restored network too; on the way they see what passes the private copies,
+    so they must stand other numbers of channels and samples."""
     net, log = cnn(), []
     forward_hooks(net, log)
     small = lbyl_restore(net, image, ratio=0.5, restorer=restorer)
@@ -462,7 +467,8 @@ def test_backward_hooks(full):
 
 @pytest.mark.parametrize('restorer', [probe, layerwise])
 def test_hooks_that_change_what_passes(restorer):
-    "A hook that doubles an output does so in the restored network, once: what is solved for is what the layer gives to it."
+    """A hook that doubles an output does so in the restored network, once: what is solved for is
+    what the layer gives to it."""
     net, x = (
         nn.Sequential(
             nn.Conv2d(3, 8, 1),
@@ -519,7 +525,8 @@ def test_a_buffer_that_two_modules_share(restorer):
 
 @each_restorer
 def test_a_number_for_each_channel(restorer):
-    "As a parameter or a buffer it is cut with the channels; as a plain attribute it cannot be, so they are left alone."
+    """As a parameter or a buffer it is cut with the channels; as a plain attribute it cannot be, so
+    they are left alone."""
 
     def net(own):
         return Net(
@@ -577,7 +584,8 @@ def test_wrapped_networks():
 
 
 def test_symbolic_traces():
-    "Of torch.fx: networks of modules. Of torch.export: a graph of functions, with nothing in it that could be pruned."
+    """Of torch.fx: networks of modules. Of torch.export: a graph of functions, with nothing in it
+    that could be pruned."""
     assert plan(torch.fx.symbolic_trace(cnn().eval()), image, 0.5).keys() == {'0', '3'}
     with pytest.raises(ValueError, match='it calls no convolution or linear layer'):
         plan(torch.export.export(cnn().eval(), (image,)).module(), image, 0.5)
@@ -653,7 +661,8 @@ GPT2 = dict(n_embd=16, n_layer=1, n_head=2, n_positions=16)
 
 @each_restorer
 def test_bert(restorer):
-    "Inputs by keyword, an output of a class of its own, attention, layer norms: the inner layers of the feed-forward blocks and the pooler are pruned."
+    """Inputs by keyword, an output of a class of its own, attention, layer norms: the inner layers
+    of the feed-forward blocks and the pooler are pruned."""
     hf = transformers()
     net = hf.BertForSequenceClassification(small_config(hf.BertConfig, **BERT)).eval()
     words = torch.randint(3, 50, (4, 6))
@@ -683,7 +692,8 @@ def test_bert_with_a_tied_head():
 
 @pytest.mark.parametrize('cache', [False, True])
 def test_gpt2(cache):
-    "Its layers are of a class of its own, which is that of a linear layer; a cache in its output is no obstacle."
+    """Its layers are of a class of its own, which is that of a linear layer; a cache in its output
+    is no obstacle."""
     hf = transformers()
     net, words = (
         hf.GPT2LMHeadModel(small_config(hf.GPT2Config, **GPT2)).eval(),

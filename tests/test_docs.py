@@ -1,4 +1,5 @@
-"The website up to Quarto's boundary: pages are processed, convert, and point at each other; the README is the index notebook."
+"""The website up to Quarto's boundary: pages are processed, convert, and point at each other; the
+README is the index notebook."""
 
 import importlib.util
 import json
@@ -72,9 +73,11 @@ def processed(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def pages(processed, tmp_path_factory):
-    """Every processed notebook as HTML, by the Pandoc that Quarto is built on, and what Pandoc had to say about it.
+    """Every processed notebook as HTML, by the Pandoc that Quarto is built on, and what Pandoc had
+    to say about it.
 
-    Pandoc's own reader of notebooks wants a number at each result, where a clean notebook, and the format, have null."""
+    Pandoc's own reader of notebooks wants a number at each result, where a clean notebook, and
+    the format, have null."""
     media, made = tmp_path_factory.mktemp('media'), {}
     for name in NOTEBOOKS:
         notebook, log = (
@@ -120,7 +123,8 @@ def test_sidebar_is_the_notebooks():
 
 
 def test_nbdev_finds_the_same_configuration():
-    "nbdev looks for _quarto.yml in nbs/ only, and moves what Quarto made from the folder that its own settings name."
+    """nbdev looks for _quarto.yml in nbs/ only, and moves what Quarto made from the folder that its
+    own settings name."""
     from nbdev.config import get_config
 
     assert (NBS / '_quarto.yml').is_symlink() and (
@@ -182,7 +186,8 @@ def test_page_converts(name, pages):
 def test_links_resolve(name, pages, processed):
     """Links between pages, to headings and to files lead somewhere, as do pictures.
 
-    A link that nbdev makes of a symbol in backticks leads to the page that documents it; the symbol is no heading there."""
+    A link that nbdev makes of a symbol in backticks leads to the page that documents it; the
+    symbol is no heading there."""
     names = {output_file(processed / n): n for n in NOTEBOOKS} | {n: n for n in NOTEBOOKS}
     symbols = {
         where.partition('#')[2]
@@ -213,7 +218,8 @@ def test_links_resolve(name, pages, processed):
 
 
 def test_make_docs_says_that_quarto_is_missing(project):
-    "Without Quarto, `make docs` processes the pages and then fails with one sentence, installing nothing."
+    """Without Quarto, `make docs` processes the pages and then fails with one sentence, installing
+    nothing."""
     if sys.prefix == sys.base_prefix:
         pytest.skip(
             'the tests run outside a virtual environment, so there is none to lend to the copy'
@@ -264,7 +270,8 @@ def test_readme_links_resolve():
 
 
 def test_readme_writer(tmp_path):
-    "Links move with the text, code keeps its brackets, directives vanish, outputs become Markdown, hidden cells are left out."
+    """Links move with the text, code keeps its brackets, directives vanish, outputs become
+    Markdown, hidden cells are left out."""
 
     def code(source, *outputs):
         return dict(cell_type='code', source=source, outputs=list(outputs))
@@ -272,28 +279,20 @@ def test_readme_writer(tmp_path):
     def data(kind, text):
         return dict(output_type='execute_result', data={kind: text})
 
+    web = '[w](https://x.org) [h](#here)\n\n```sh\n[k](v)\n```'
+    text = f'# T\n\n[a](00_a.ipynb#x) ![i](images/i.png) [l](../LICENSE) {web}'
+    printed = dict(output_type='stream', name='stdout', text=['out\n'])
+    cells = [
+        dict(cell_type='markdown', source=text),
+        code('#| eval: false\nf[0](x)', data('text/plain', '3')),
+        code('#| hide\nsecret'),
+        code('', data('text/html', '<style>p</style><b>1</b>')),
+        code('#| echo: false\ng()', printed),
+    ]
     nb = tmp_path / 'index.ipynb'
-    nb.write_text(
-        json.dumps(
-            dict(
-                cells=[
-                    dict(
-                        cell_type='markdown',
-                        source='# T\n\n[a](00_a.ipynb#x) ![i](images/i.png) [line](../LICENSE) [w](https://x.org) [h](#here)\n\n```sh\n[k](v)\n```',
-                    ),
-                    code('#| eval: false\nf[0](x)', data('text/plain', '3')),
-                    code('#| hide\nsecret'),
-                    code('', data('text/html', '<style>p</style><b>1</b>')),
-                    code(
-                        '#| echo: false\ng()',
-                        dict(output_type='stream', name='stdout', text=['out\n']),
-                    ),
-                ]
-            )
-        )
-    )
+    nb.write_text(json.dumps(dict(cells=cells)))
     assert docs.readme(nb) == (
-        '# T\n\n[a](nbs/00_a.ipynb#x) ![i](nbs/images/i.png) [line](LICENSE) [w](https://x.org) [h](#here)\n\n```sh\n[k](v)\n```\n\n'
+        f'# T\n\n[a](nbs/00_a.ipynb#x) ![i](nbs/images/i.png) [l](LICENSE) {web}\n\n'
         '```python\nf[0](x)\n```\n\n```\n3\n```\n\n<b>1</b>\n\n```\nout\n```\n'
     )
     nb.write_text(json.dumps(dict(cells=[code('plot()', data('image/png', ''))])))

@@ -65,7 +65,8 @@ def forms(net):
 
 
 def condition(big):
-    "By how much rounding may be magnified: product of the random factors' condition numbers; up to 100 is taken for granted. Few channels may be drawn badly."
+    """By how much rounding may be magnified: product of the random factors' condition numbers; up
+    to 100 is taken for granted. Few channels may be drawn badly."""
     worst = 1.0
     for w in (big.first, big.last):
         if w is None:
@@ -102,7 +103,8 @@ def test_any_layer(case, rate, factors, seed, precision):
 @FEW
 @given(st.one_of(convolutions(), linears()), st.floats(1, 4), st.sampled_from([2, 3]))
 def test_gradients_and_counts(case, rate, factors):
-    "Gradients of both forms are equal; the form taken by itself is the one with fewer multiplications."
+    """Gradients of both forms are equal; the form taken by itself is the one with fewer
+    multiplications."""
     layer, x = case[0].double(), case[1].double()
     big, grads = expand(layer, rate, linear_rate=rate, linear_factors=factors), []
     for net in forms(big):
@@ -119,7 +121,8 @@ def test_gradients_and_counts(case, rate, factors):
 
 
 class Shared(nn.Module):
-    "One convolution used twice, one registered under two names, and two linear layers with one weight."
+    """One convolution used twice, one registered under two names, and two linear layers with one
+    weight."""
 
     def __init__(self):
         super().__init__()
@@ -195,7 +198,8 @@ def test_left_alone_with_reason(spoil, reason):
     ],
 )
 def test_architectures(build, size):
-    "Every layer is expanded; outputs agree; the state of the compact network loads after contraction; nothing happens to the model passed in."
+    """Every layer is expanded; outputs agree; the state of the compact network loads after
+    contraction; nothing happens to the model passed in."""
     torch.manual_seed(0)
     net = build().double().eval()
     x, before = (
@@ -322,7 +326,8 @@ def test_half_precision(dtype, how):
 @FEW
 @given(st.one_of(convolutions(), linears()), st.sampled_from(HALVES), st.integers(0, 99))
 def test_any_layer_in_half_precision(case, dtype, seed):
-    "The weight is within one rounding of the original's, so the output is as near as that brings it."
+    """The weight is within one rounding of the original's, so the output is as near as that brings
+    it."""
     layer, x = case[0].to(dtype), case[1].to(dtype)
     big, eps = expand(layer, seed=seed), torch.finfo(dtype).eps
     assert far(contract(big).weight.double(), layer.weight.double()) <= eps

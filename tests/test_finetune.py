@@ -1,4 +1,5 @@
-"Fine-tuning in two processes, killed for good, on the whole path; and what its schedule and order of images promise for any numbers."
+"""Fine-tuning in two processes, killed for good, on the whole path; and what its schedule and order
+of images promise for any numbers."""
 
 import signal
 import sys
@@ -46,7 +47,10 @@ from lbyl_nb.models import digits_net, initialised, save_weights
 data, out = subset(digits()[0], 256), sys.argv[1]
 short = Recipe(epochs=3, lr=.01, milestones=(2,), batch=64)
 dense = initialised(lambda: digits_net(4), 1)
-def linear(): return initialised(lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)), 0)
+def two_layers():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+def linear():
+    return initialised(two_layers, 0)
 class Shift:
     "Images shifted at random; the process kills itself at a call."
     def __init__(self, killed_at=None): self.calls, self.killed_at = 0, killed_at
@@ -60,15 +64,25 @@ TWO = (
     + """
 from accelerate import Accelerator, debug_launcher
 teacher = initialised(lambda: digits_net(4), 2).double()
-RUNS = dict(linear=(linear, unchanged, None), fixed=(lambda: dense, fixed_norms, None), own=(lambda: dense, unchanged, teacher))
+RUNS = dict(
+    linear=(linear, unchanged, None),
+    fixed=(lambda: dense, fixed_norms, None),
+    own=(lambda: dense, unchanged, teacher),
+)
+WRONG = {
+    'cannot be shared by 2': lambda: dict(recipe=Recipe(batch=63)),
+    'step 2: the loss is nan': lambda: dict(recipe=short, augment=Nan()),
+}
 def main():
     for name, (net, norms, teacher) in RUNS.items():
-        done = finetune(net().double(), data, teacher=teacher, sp_weight=3, recipe=short, batch_norms=norms, augment=Shift(), checkpoint=f'{out}/{name}.c', eval_set=data)
+        how = dict(recipe=short, batch_norms=norms, augment=Shift(), eval_set=data)
+        taught = dict(teacher=teacher, sp_weight=3)
+        done = finetune(net().double(), data, **taught, **how, checkpoint=f'{out}/{name}.c')
         rank = Accelerator().process_index
         save_weights(done.model, f'{out}/{name}{rank}.safetensors')
         done.history.to_csv(f'{out}/{name}{rank}.csv', index=False)
-    for says, how in (('cannot be shared by 2', dict(recipe=Recipe(batch=63))), ('step 2: the loss is nan', dict(augment=Nan()))):
-        try: finetune(dense, data, **{**dict(recipe=short), **how})
+    for says, how in WRONG.items():
+        try: finetune(dense, data, **how())
         except (ValueError, FloatingPointError) as e: assert says in str(e), e
         else: raise AssertionError(says)
 class Nan:
@@ -84,13 +98,16 @@ debug_launcher(main)
 KILLED = (
     COMMON
     + """
-boost(dense, data, teacher=dense, recipe=short, sp_weight=30, augment=Shift(11), checkpoint=f'{out}/c.safetensors', every=2, eval_set=data)
+how = dict(teacher=dense, recipe=short, sp_weight=30, augment=Shift(11), eval_set=data)
+boost(dense, data, **how, checkpoint=f'{out}/c.safetensors', every=2)
 """
 )
 HALF = (
     COMMON
     + """
-finetune(dense, data, teacher=initialised(lambda: digits_net(4), 2), recipe=short, sp_weight=30).history.to_csv(f'{out}/half.csv', index=False)
+teacher = initialised(lambda: digits_net(4), 2)
+done = finetune(dense, data, teacher=teacher, recipe=short, sp_weight=30)
+done.history.to_csv(f'{out}/half.csv', index=False)
 """
 )
 
@@ -146,7 +163,8 @@ def apart(a, b):
 
 
 def test_two_processes(tmp_path, data, dense):
-    "Two processes are one with the whole batch where images have nothing to do with each other; both end alike whatever the batch norms do."
+    """Two processes are one with the whole batch where images have nothing to do with each other;
+    both end alike whatever the batch norms do."""
     run = script(TWO, tmp_path)
     assert run.returncode == 0, run.stdout
     other = initialised(lambda: digits_net(4), 2).double()
@@ -183,7 +201,8 @@ def test_two_processes(tmp_path, data, dense):
 
 
 def test_killed(tmp_path, data, dense):
-    "A process that ends by SIGKILL in the middle of a step; the same call in another process goes on to the same bits."
+    """A process that ends by SIGKILL in the middle of a step; the same call in another process goes
+    on to the same bits."""
     run = script(KILLED, tmp_path)
     assert run.returncode == -signal.SIGKILL, run.stdout
     path = tmp_path / 'c.safetensors'
@@ -197,7 +216,8 @@ def test_killed(tmp_path, data, dense):
 
 
 def test_precision_that_accelerate_is_configured_with(tmp_path, data, dense):
-    "`accelerate launch --mixed_precision bf16` sets a variable; teacher and student obey it as they obey the argument."
+    """`accelerate launch --mixed_precision bf16` sets a variable; teacher and student obey it as
+    they obey the argument."""
     run = script(HALF, tmp_path, ACCELERATE_MIXED_PRECISION='bf16')
     assert run.returncode == 0, run.stdout
     how = dict(teacher=initialised(lambda: digits_net(4), 2), recipe=SHORT, sp_weight=30)
@@ -258,7 +278,8 @@ def test_callers_generator_goes_on(data, dense):
     st.integers(0, 20),
 )
 def test_order(images, batch, seed, first, more):
-    "Any stretch of steps sees the images it would see in the whole run; no image comes twice in an epoch."
+    """Any stretch of steps sees the images it would see in the whole run; no image comes twice in
+    an epoch."""
     if batch > images:
         return
     whole = [p.tolist() for _, p in _batches(images, batch, seed, 0, first + more)]

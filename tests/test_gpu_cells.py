@@ -1,4 +1,5 @@
-"The cells of 44_kinds_on_images and 45_boost that want a GPU, as they stand, on a processor and at a tiny size: interrupted again and again, they end with the rows of a run that never was."
+"""The cells of 44_kinds_on_images and 45_boost that want a GPU, as they stand, on a processor and
+at a tiny size: interrupted again and again, they end with the rows of a run that never was."""
 
 from collections import Counter
 from math import inf
@@ -111,7 +112,8 @@ def piece(folder):
 
 
 def test_cells_go_on(tmp_path, capsys):
-    "Three steps a call, an epoch of two of which a checkpoint keeps; now and then in a new process, as far as its names are concerned."
+    """Three steps a call, an epoch of two of which a checkpoint keeps; now and then in a new
+    process, as far as its names are concerned."""
     whole, parts = tmp_path / 'whole', tmp_path / 'parts'
     for folder in (whole, parts):
         folder.mkdir()
@@ -195,7 +197,8 @@ def kinds(folder, looks):
 
 
 def test_kinds_go_on(tmp_path, capsys):
-    "Training and measuring, four looks at the clock a call; now and then in a new process, as far as its names are concerned."
+    """Training and measuring, four looks at the clock a call; now and then in a new process, as far
+    as its names are concerned."""
     whole, parts = tmp_path / 'whole', tmp_path / 'parts'
     for folder in (whole, parts):
         folder.mkdir()

@@ -23,7 +23,8 @@ NETWORKS = [
 
 
 def by_torch_pruning(net, graph, name, channel):
-    "{(module, does it lose outputs?): indices} of all that goes with one output channel of a layer."
+    """{(module, does it lose outputs?): indices} of all that goes with one output channel of a
+    layer."""
     names, layer, found = {m: k for k, m in net.named_modules()}, net.get_submodule(name), {}
     cut = graph.get_pruner_of_module(layer).prune_out_channels
     for item in graph.get_pruning_group(layer, cut, [channel]).items:

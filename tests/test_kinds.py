@@ -1,4 +1,5 @@
-"Every kind of channel group: removed channels that repeat kept ones are restored without loss, whatever lies between producer and consumer."
+"""Every kind of channel group: removed channels that repeat kept ones are restored without loss,
+whatever lies between producer and consumer."""
 
 import copy
 
@@ -261,7 +262,8 @@ def made(kind, double=True):
 
 
 def repeated(net, group):
-    "The network with the last units of a group equal to its first ones (of a grouped convolution: in every group), and the plan that removes them."
+    """The network with the last units of a group equal to its first ones (of a grouped convolution:
+    in every group), and the plan that removes them."""
     net, half = copy.deepcopy(net), group.units // 2
     at = torch.arange(group.channels).view(-1, group.units)
     last, first = at[:, -half:].flatten(), at[:, :half].flatten()
@@ -296,7 +298,8 @@ def test_repeated_channels_are_restored_exactly(kind, group):
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_all_groups_together(kind):
-    "Everything pruned at once, by a ratio and an own kept set: it runs, is smaller, and is the better for restoration."
+    """Everything pruned at once, by a ratio and an own kept set: it runs, is smaller, and is the
+    better for restoration."""
     net, x = made(kind, double=False)
     r = {
         k: restore(

@@ -1,4 +1,5 @@
-"The notebooks are the source: modules are what they export, they run, they are clean, and they show what their code prints."
+"""The notebooks are the source: modules are what they export, they run, they are clean, and they
+show what their code prints."""
 
 import base64
 import io
@@ -13,10 +14,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 THEORY = [n for n in NOTEBOOKS if n[:2].isdigit() and int(n[:2]) < 10]
-SAME_VERSION, OTHER_VERSION = (
-    0.5,
-    6.0,
-)  # mean absolute difference, of 255, that two drawings of one figure may have; other figures have 28 and more
+# mean absolute difference, of 255, that drawings of one figure may have; other figures have 28
+SAME_VERSION, OTHER_VERSION = 0.5, 6.0
 FIELDS = 16, 10  # what figures are reduced to where versions differ
 EXPORT = re.compile(r'^#\|\s*exports?i?\b', re.M)
 CHECK = re.compile(r'\bassert|\btest_\w+\(|\braises\b|ExceptionExpected')
@@ -58,11 +57,13 @@ def picture(png):
 
 
 def check_same_figure(stored, printed, where):
-    """Fail unless two figures are the same, pixel by pixel; where another version of matplotlib drew the stored one, in the large.
+    """Fail unless two figures are the same, pixel by pixel; where another version of matplotlib
+    drew the stored one, in the large.
 
-    Versions differ in the shapes and places of letters. What a figure says is still there when it is reduced to a few fields."""
+    Versions differ in the shapes and places of letters. What a figure says is still there when
+    it is reduced to a few fields."""
     (a, drawn_by), (b, drawn_now_by) = picture(stored), picture(printed)
-    size = f'{where} stores a figure of {a.width} x {a.height} pixels and draws one of {b.width} x {b.height}'
+    size = f'{where} stores a figure of {a.size} pixels and draws one of {b.size}'
     if drawn_by == drawn_now_by:
         assert a.size == b.size, size
     else:
@@ -70,13 +71,13 @@ def check_same_figure(stored, printed, where):
         a, b = a.resize(FIELDS, Image.Resampling.BOX), b.resize(FIELDS, Image.Resampling.BOX)
     apart = abs(np.asarray(a, dtype=float) - np.asarray(b, dtype=float)).mean()
     bound = SAME_VERSION if drawn_by == drawn_now_by else OTHER_VERSION
-    assert apart <= bound, (
-        f'{where} stores another figure than it draws: they differ by {apart:.1f} of 255 on average, {bound} is allowed'
-    )
+    differ = f'they differ by {apart:.1f} of 255 on average, {bound} is allowed'
+    assert apart <= bound, f'{where} stores another figure than it draws: {differ}'
 
 
 def check_same(stored, printed, where):
-    "Fail unless two outputs of a cell are the same: text exactly, figures as `check_same_figure` says."
+    """Fail unless two outputs of a cell are the same: text exactly, figures as `check_same_figure`
+    says."""
     assert stored.keys() == printed.keys(), (
         f'{where} stores {sorted(stored)} and prints {sorted(printed)}'
     )
@@ -89,7 +90,8 @@ def check_same(stored, printed, where):
 
 @pytest.fixture(scope='session')
 def executed(tmp_path_factory):
-    "Runs a notebook once under nbdev's runner, in a copy of the project and in a process of its own; the run, the outputs stored before and the notebook it saved."
+    """Runs a notebook once under nbdev's runner, in a copy of the project and in a process of its
+    own; the run, the outputs stored before and the notebook it saved."""
     copy = shutil.copytree(
         ROOT, tmp_path_factory.mktemp('run') / 'project', ignore=BUILT, symlinks=True
     )
@@ -143,7 +145,8 @@ def test_stored_outputs_are_printed_again(name, executed):
 
 
 def test_difference_in_outputs_is_found():
-    "The comparison above notices another number, another kind of output, another size and another drawing, by the same program or by another."
+    """The comparison above notices another number, another kind of output, another size and another
+    drawing, by the same program or by another."""
 
     def figure(shade, width=200, by='matplotlib 1'):
         f, info = io.BytesIO(), PngInfo()
@@ -171,7 +174,8 @@ def test_difference_in_outputs_is_found():
 
 
 def test_modules_are_what_notebooks_export(project):
-    "A module changed by hand, a notebook not exported, a module whose notebook is gone: each shows as a difference."
+    """A module changed by hand, a notebook not exported, a module whose notebook is gone: each
+    shows as a difference."""
     lib = project / 'lbyl_nb'
     for p in lib.rglob('*.py'):
         if p.name != '__init__.py':
@@ -194,7 +198,8 @@ def test_every_module_says_where_it_comes_from():
 
 
 def test_notebooks_are_clean(project):
-    "nbdev-clean, run twice, changes nothing: no metadata, execution counts or addresses in what is committed."
+    """nbdev-clean, run twice, changes nothing: no metadata, execution counts or addresses in what
+    is committed."""
     for _ in range(2):
         run = call(command('nbdev-clean'), cwd=project)
         assert run.returncode == 0, run.stdout
@@ -205,7 +210,8 @@ def test_notebooks_are_clean(project):
 
 @pytest.mark.parametrize('name', NOTEBOOKS)
 def test_shape(name):
-    "Short export cells, a check for every two of them, text, stored outputs, no errors kept, not too large."
+    """Short export cells, a check for every two of them, text, stored outputs, no errors kept, not
+    too large."""
     code = [c for c in cells(NBS / name, 'code') if c['source'].strip()]
     exported = [c['source'] for c in code if EXPORT.search(c['source'])]
     lengths = [code_lines(s) for s in exported]

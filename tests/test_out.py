@@ -1,4 +1,5 @@
-"What comes out is a plain module: it is saved, copied, exported, compiled, trained alone and by several processes, in any precision."
+"""What comes out is a plain module: it is saved, copied, exported, compiled, trained alone and by
+several processes, in any precision."""
 
 import copy
 import functools
@@ -26,7 +27,8 @@ HALVES = {torch.bfloat16: 2**-5, torch.float16: 2**-8}  # with the error of a fe
 
 @functools.cache
 def small(kind):
-    "A network of a kind without 30 % of its channels, residual streams too, every layer restored: dense network, inputs, `Restoration`."
+    """A network of a kind without 30 % of its channels, residual streams too, every layer restored:
+    dense network, inputs, `Restoration`."""
     net, x = made(kind, double=False)
     return net, x, restore(net, x, ratio=0.3, streams=True, restorer=layerwise(calibration(x)))
 
@@ -38,7 +40,8 @@ def out(net, x):
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_nothing_is_left_of_the_surgery(kind):
-    "The same classes under the same names; parameters that autograd made nothing of; no hook of ours."
+    """The same classes under the same names; parameters that autograd made nothing of; no hook of
+    ours."""
     net, _, r = small(kind)
     assert [(k, type(m)) for k, m in r.model.named_modules()] == [
         (k, type(m)) for k, m in net.named_modules()
@@ -74,7 +77,8 @@ def test_files(kind, tmp_path):
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_copies(kind):
-    "A deep copy and, where the network can be pickled, what comes back from there; both live on without the original."
+    """A deep copy and, where the network can be pickled, what comes back from there; both live on
+    without the original."""
     _, x, r = small(kind)
     copies = [copy.deepcopy(r.model)] + (
         [] if kind == 'several_consumers' else [pickle.loads(pickle.dumps(r.model))]
@@ -131,7 +135,8 @@ def test_compile(kind, backend):
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_training_goes_on(kind):
-    "Gradients reach every parameter, a step along them lowers the loss; batch norms learn statistics in training mode."
+    """Gradients reach every parameter, a step along them lowers the loss; batch norms learn
+    statistics in training mode."""
     net, x, r = small(kind)
     student, target = copy.deepcopy(r.model), torch.randn_like(out(net, x))
     loss = lambda: F.mse_loss(student(x), target)
@@ -160,13 +165,19 @@ from lbyl_nb.models import digits_net, initialised
 from lbyl_nb.recover import lbyl_restore
 from safetensors.torch import save_file
 folder = sys.argv[1]
-def small(): return lbyl_restore(initialised(lambda: digits_net(4), 0).eval(), torch.zeros(1, 1, 8, 8), ratio=.5).double()
+def small():
+    net = initialised(lambda: digits_net(4), 0).eval()
+    return lbyl_restore(net, torch.zeros(1, 1, 8, 8), ratio=.5).double()
 def batch():
     g = torch.Generator().manual_seed(0)
-    return torch.randn(8, 1, 8, 8, generator=g, dtype=torch.float64), torch.randint(10, (8,), generator=g)
+    x = torch.randn(8, 1, 8, 8, generator=g, dtype=torch.float64)
+    return x, torch.randint(10, (8,), generator=g)
 def trained(net, x, y):
     opt = torch.optim.SGD(net.parameters(), .1)
-    for _ in range(2): opt.zero_grad(); F.cross_entropy(net(x), y).backward(); opt.step()    # the second raises where a parameter got no gradient
+    for _ in range(2):    # the second raises where a parameter got no gradient
+        opt.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        opt.step()
 def half(rank):
     dist.init_process_group('gloo', init_method=f'file://{folder}/meeting', rank=rank, world_size=2)
     net, (x, y) = small(), batch()
@@ -184,7 +195,8 @@ if __name__ == '__main__':
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='processes are forked')
 def test_two_processes(tmp_path):
-    "DistributedDataParallel: two processes with half a batch each end where one ends with the whole."
+    """DistributedDataParallel: two processes with half a batch each end where one ends with the
+    whole."""
     run = call(sys.executable, '-c', DDP, tmp_path, cwd=ROOT, timeout=120, CUDA_VISIBLE_DEVICES='')
     assert run.returncode == 0, run.stdout
     before, alone, *both = (
@@ -199,7 +211,8 @@ def test_two_processes(tmp_path):
 @pytest.mark.parametrize('dtype', HALVES)
 @pytest.mark.parametrize('kind', KINDS)
 def test_half_precision(kind, dtype):
-    "The solver's precision is not the model's: what comes out is the restoration of the same weights in float32, rounded once."
+    """The solver's precision is not the model's: what comes out is the restoration of the same
+    weights in float32, rounded once."""
     net, x, r = small(kind)
     net, x = copy.deepcopy(net).to(dtype), x.to(dtype)
     how = dict(keep=r.plan, restorer=layerwise(calibration(x)))

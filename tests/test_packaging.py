@@ -40,7 +40,8 @@ def named(requirements):
 
 
 def parsed(requirements, extra=None):
-    "Requirements in one normal form, to compare those of settings.ini with those of a built package."
+    """Requirements in one normal form, to compare those of settings.ini with those of a built
+    package."""
     found = []
     for r in map(Requirement, requirements):
         if extra:
@@ -67,7 +68,8 @@ def third_party():
 
 
 def test_requirements_are_what_the_modules_import():
-    "Nothing is imported that a plain installation would lack, and nothing installed that no module imports."
+    """Nothing is imported that a plain installation would lack, and nothing installed that no
+    module imports."""
     assert {
         IMPORTED_AS.get(n, n.replace('-', '_')) for n in named(settings()['requirements'])
     } == third_party()
@@ -99,7 +101,8 @@ def test_command_is_a_function(line):
 
 @pytest.fixture(scope='session')
 def built(tmp_path_factory):
-    "Folder with the sdist and the wheel made from it, by the setuptools that is installed here: nothing is fetched."
+    """Folder with the sdist and the wheel made from it, by the setuptools that is installed here:
+    nothing is fetched."""
     copy = shutil.copytree(
         ROOT, tmp_path_factory.mktemp('build') / 'project', ignore=BUILT, symlinks=True
     )
@@ -179,7 +182,8 @@ def lies_in(folder, printed):
 
 
 def test_wheel_works_where_the_project_is_not(wheel, tmp_path):
-    "Installed alone into a new environment that borrows only the dependencies, the package restores a network."
+    """Installed alone into a new environment that borrows only the dependencies, the package
+    restores a network."""
     python = fresh(tmp_path / 'env')
     run = call(python, '-m', 'pip', 'install', '--no-deps', '--no-index', wheel, cwd=tmp_path)
     assert run.returncode == 0, run.stdout
@@ -199,7 +203,8 @@ def test_wheel_works_where_the_project_is_not(wheel, tmp_path):
     reason='fetches PyTorch (gigabytes, minutes): set LBYL_FULL_INSTALL=1 to run it',
 )
 def test_wheel_brings_all_it_needs(wheel, tmp_path):
-    "In an environment with nothing in it, `pip install` of the wheel, dependencies from the index, is enough."
+    """In an environment with nothing in it, `pip install` of the wheel, dependencies from the
+    index, is enough."""
     python = fresh(tmp_path / 'env')
     run = call(python, '-m', 'pip', 'install', wheel, cwd=tmp_path, timeout=3600)
     assert run.returncode == 0, run.stdout

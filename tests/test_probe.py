@@ -35,7 +35,8 @@ MAKE = dict(
 @FEW
 @given(networks())
 def test_random_networks(name, drawn):
-    "Any ratio gives a network of the wanted widths with finite outputs, and the model passed in is what it was."
+    """Any ratio gives a network of the wanted widths with finite outputs, and the model passed in
+    is what it was."""
     net, x = drawn
     state, r = (
         copy.deepcopy(net.state_dict()),
@@ -92,7 +93,8 @@ def test_without_batch_norm(name):
 
 @pytest.mark.parametrize('name', MAKE)
 def test_frozen_batch_norm(name):
-    "A batch norm that does not learn and stays in evaluation mode is pinned like any other, and stays frozen."
+    """A batch norm that does not learn and stays in evaluation mode is pinned like any other, and
+    stays frozen."""
     net, x = simple().train(), torch.randn(2, 3, 8, 8)
     net[1].eval().requires_grad_(False)
     small = lbyl_restore(net, x, ratio=0.5, restorer=MAKE[name](noise(16)))
@@ -131,7 +133,8 @@ def test_several_inputs(name, named):
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
 def test_dtypes(dtype):
-    "Half precision is left for the probes: activations of 1e5 do not overflow, and the result comes back in the model's type."
+    """Half precision is left for the probes: activations of 1e5 do not overflow, and the result
+    comes back in the model's type."""
     net = simple()
     net[1].weight.data.fill_(3e4)
     net, x = net.to(dtype), torch.randn(2, 3, 8, 8).to(dtype)
@@ -145,7 +148,8 @@ def test_dtypes(dtype):
 
 @pytest.mark.parametrize('name', MAKE)
 def test_dead_channels_and_few_probes(name):
-    "A dead channel gives a zero row in the Gram matrix, two probes far fewer equations than unknowns; the answer is finite."
+    """A dead channel gives a zero row in the Gram matrix, two probes far fewer equations than
+    unknowns; the answer is finite."""
     net, x = simple(), torch.randn(2, 3, 8, 8)
     net[1].weight.data[:4], net[1].bias.data[:4] = 0, -1
     for p in net.parameters():
@@ -183,7 +187,8 @@ def resnet(data_dir, weights_dir):
 
 
 def test_noise_restores_resnet20(resnet):
-    "Half of the channels gone: noise through the pinned network, layer by layer, is far beyond neuron merging, and distilled probes beyond noise."
+    """Half of the channels gone: noise through the pinned network, layer by layer, is far beyond
+    neuron merging, and distilled probes beyond noise."""
     net, images = resnet
 
     def right(r):
@@ -203,7 +208,8 @@ def test_noise_restores_resnet20(resnet):
 
 @pytest.mark.parametrize('make', [probe, layerwise])
 def test_the_search_for_a_ridge_ends_at_the_best(resnet, make, monkeypatch):
-    "For every regression of a trained network, walking downhill from the middle finds what trying all ridges finds."
+    """For every regression of a trained network, walking downhill from the middle finds what trying
+    all ridges finds."""
     search, found = held_out_ridge, []
 
     def both(halves, prior):

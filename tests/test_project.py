@@ -90,7 +90,8 @@ def test_help_lists_every_target():
 
 @pytest.fixture
 def tools(tmp_path):
-    "A folder for PATH that holds only what make and the shell need, and stand-ins that a test puts there."
+    """A folder for PATH that holds only what make and the shell need, and stand-ins that a test
+    puts there."""
     folder = tmp_path / 'tools'
     folder.mkdir()
     for name in SYSTEM:
@@ -106,17 +107,19 @@ def stand_in(path, script):
 
 @pytest.fixture
 def dressed(project, tools):
-    """A copy of the project whose `python3` and whose .venv's Python only note what they are asked to do, in calls.txt.
+    """A copy of the project whose `python3` and whose .venv's Python only note what they are asked
+    to do, in calls.txt.
 
-    Making a virtual environment puts such a Python into .venv; asking for a module `fails` names makes it fail."""
+    Making a virtual environment puts such a Python into .venv; asking for a module `fails` names
+    makes it fail."""
     log = project / 'calls.txt'
     log.touch()
-    inner = f'echo "$@" >> {log}\nif [ -e {project}/fails ] && echo "$@" | grep -q "$(cat {project}/fails)"; then exit 7; fi\n'
-    stand_in(project / 'inner', inner)
-    stand_in(
-        tools / 'python3',
-        f'echo "$@" >> {log}\nif [ "$2" = venv ]; then mkdir -p .venv/bin; cp inner .venv/bin/python; cp inner .venv/bin/lbyl-demo; fi\n',
-    )
+    fails = f'[ -e {project}/fails ] && echo "$@" | grep -q "$(cat {project}/fails)"'
+    copies = 'cp inner .venv/bin/python; cp inner .venv/bin/lbyl-demo'
+    noted = f'echo "$@" >> {log}'
+    stand_in(project / 'inner', f'{noted}\nif {fails}; then exit 7; fi\n')
+    makes = f'if [ "$2" = venv ]; then mkdir -p .venv/bin; {copies}; fi'
+    stand_in(tools / 'python3', f'{noted}\n{makes}\n')
     for name in ('mkdir', 'cp', 'touch', 'grep'):
         (tools / name).symlink_to(shutil.which(name))
 
@@ -139,7 +142,8 @@ def test_demo_installs_without_tools_and_only_once(dressed):
 
 
 def test_what_make_was_told_stays_outside(dressed, monkeypatch):
-    "`make test PYTHON=... ARGS=...` hands both on to everything below it, so the commands that tests run must not hear of them."
+    """`make test PYTHON=... ARGS=...` hands both on to everything below it, so the commands that
+    tests run must not hear of them."""
     for name, value in dict(PYTHON='nowhere', ARGS='-k x', MAKEFLAGS=' -- PYTHON=nowhere').items():
         monkeypatch.setenv(name, value)
     run, calls = dressed('test')

@@ -7,7 +7,8 @@ from lbyl_nb import bench, data, models
 from lbyl_nb.recover import lbyl_restore
 from lbyl_nb.restorers import lbyl, merging, prune_only
 
-LENET = {  # ratio: lambda2 and the published accuracies of LBYL, merging and pruning alone, in percent
+# ratio: lambda2 and the published accuracies of LBYL, merging and pruning alone, in percent
+LENET = {
     0.5: (0.3, 88.83, 88.38, 87.86),
     0.6: (0.6, 87.75, 88.07, 83.03),
     0.7: (0.3, 83.92, 83.27, 71.21),

@@ -55,7 +55,8 @@ class Block(nn.Module):
 
 @st.composite
 def networks(draw):
-    "A random network of a few layers, with or without batch norm, blocks, pooling and dropout, and its input."
+    """A random network of a few layers, with or without batch norm, blocks, pooling and dropout,
+    and its input."""
     width, layers = draw(st.integers(2, 9)), []
     layers.append(nn.Conv2d(3, width, draw(st.sampled_from([1, 3])), bias=draw(st.booleans())))
     for _ in range(draw(st.integers(1, 3))):
@@ -117,7 +118,8 @@ def out(net, x):
     st.sampled_from([l1_norm, l2_norm, geometric_median, random_scores(3)]),
 )
 def test_any_network_and_ratio(case, ratio, name, criterion):
-    "Same output shape, fewer parameters where anything was removed, finite; the model passed in is untouched bit for bit."
+    """Same output shape, fewer parameters where anything was removed, finite; the model passed in
+    is untouched bit for bit."""
     net, x = case
     before = copy.deepcopy(net.state_dict())
     r = restore(net, x, ratio=ratio, criterion=criterion, restorer=RESTORERS[name])
@@ -139,7 +141,8 @@ def test_ratio_zero_changes_no_bit(case, name):
 @FEW
 @given(networks(), st.data())
 def test_any_plan_equals_silence(case, data):
-    "Pruning by a random plan is the dense network whose consumers do not listen to the removed channels."
+    """Pruning by a random plan is the dense network whose consumers do not listen to the removed
+    channels."""
     net, x = case
     groups = [g for g in find_groups(trace(net, x)) if not g.reason]
     keep = {
@@ -203,9 +206,11 @@ def test_architectures(build, size, least):
 
 
 def test_bottleneck_and_basic_block_scope():
-    """Bottleneck conv1 and conv2, BasicBlock conv1; a VGG's last convolution through its flattening.
+    """Bottleneck conv1 and conv2, BasicBlock conv1; a VGG's last convolution through its
+    flattening.
 
-    The stem of a ResNet-50 as well: its first block has a projection, so no addition reads the stem's channels."""
+    The stem of a ResNet-50 as well: its first block has a projection, so no addition reads the
+    stem's channels."""
     names = lambda net, n: set(plan(net, torch.zeros(1, 3, n, n), 0.5))
     blocks = {
         f'layer{i}.{j}.conv{k}'
@@ -266,7 +271,8 @@ def test_criterion_without_batch_norm_names_the_layer():
 
 
 def test_damaged_files_leave_everything_as_it_was(tmp_path):
-    "A truncated file, a foreign one, one of another architecture: an error each, and the network is unchanged."
+    """A truncated file, a foreign one, one of another architecture: an error each, and the network
+    is unchanged."""
     net, x, path = digits_net().eval(), torch.zeros(1, 1, 8, 8), tmp_path / 'small.safetensors'
     r = restore(net, x, ratio=0.5)
     save_restored(r.model, r.plan, path)
@@ -308,7 +314,8 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
 
 
 def test_counting_leaves_no_copy_of_the_weights():
-    "Not even one in a cycle, which would live until Python looks for cycles; and the model keeps its modes, methods and weights."
+    """Not even one in a cycle, which would live until Python looks for cycles; and the model keeps
+    its modes, methods and weights."""
     net, x = digits_net(4).train(), torch.zeros(1, 1, 8, 8)
     held, state, names = (
         (lambda: sum(type(o) is nn.Parameter for o in gc.get_objects())),

@@ -1,4 +1,5 @@
-"Strategies in networks of many shapes, against loops and sums by hand; what ADMM does to weights; and bad input."
+"""Strategies in networks of many shapes, against loops and sums by hand; what ADMM does to weights;
+and bad input."""
 
 import copy
 import itertools
@@ -61,7 +62,8 @@ def randomised(net, seed=0):
 
 
 class Joined(nn.Module):
-    "Two branches added, two concatenated, a depthwise and a transposed convolution, PReLU, a flattening."
+    """Two branches added, two concatenated, a depthwise and a transposed convolution, PReLU, a
+    flattening."""
 
     def __init__(self):
         super().__init__()
@@ -145,7 +147,8 @@ def contributions(net, group, x):
 
 
 def naive_order(y):
-    "ThiNet by its definition: the set of removed channels grows by the one with which their sum is smallest."
+    """ThiNet by its definition: the set of removed channels grows by the one with which their sum
+    is smallest."""
     gone = []
     while len(gone) < len(y):
         left = [j for j in range(len(y)) if j not in gone]
@@ -154,7 +157,8 @@ def naive_order(y):
 
 
 def test_thinet_is_the_naive_loop(case):
-    "In every group: several producers and consumers, strides, reflections, transposed convolutions, flattenings."
+    """In every group: several producers and consumers, strides, reflections, transposed
+    convolutions, flattenings."""
     net, x, traced, groups = case
     scores = thinet(x).scores(traced, groups)
     for g in groups:
@@ -178,7 +182,8 @@ def test_greedy_order(m, d, seed):
 
 
 def test_layers_too_wide_for_one_gram_matrix(monkeypatch):
-    "Convolutions and linear layers whose taps do not fit are treated by outputs, with the same result."
+    """Convolutions and linear layers whose taps do not fit are treated by outputs, with the same
+    result."""
     x = torch.randn(5, 6, 7, 7, dtype=torch.float64)
     for layer, v in ((nn.Conv2d(6, 4, 3, 2, 1), x), (nn.Linear(6, 4), x[..., 0])):
         for columns in (torch.arange(6)[:, None], torch.arange(6).view(3, 2)):
@@ -189,7 +194,8 @@ def test_layers_too_wide_for_one_gram_matrix(monkeypatch):
 
 
 def test_hrank_by_hand():
-    "Ranks of conv, batch norm and ReLU before the pooling, of a depthwise convolution behind them, and the mean over the branches of a stream."
+    """Ranks of conv, batch norm and ReLU before the pooling, of a depthwise convolution behind
+    them, and the mean over the branches of a stream."""
     net = randomised(initialised(Joined, 0), 3).double()
     x = torch.randn(5, 2, 8, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     x[:, :, 3:] = x[:, :, 2:3]
@@ -222,7 +228,8 @@ def test_hrank_by_hand():
 
 @pytest.mark.parametrize('make', [thinet, hrank])
 def test_criteria_in_plan_and_restore(make):
-    "With ratio and dict, in `plan` and in `restore`, for streams, on tensors, tuples and dicts; the network and the caller's random numbers stay."
+    """With ratio and dict, in `plan` and in `restore`, for streams, on tensors, tuples and dicts;
+    the network and the caller's random numbers stay."""
     net, x = randomised(initialised(resnet20, 0)), torch.randn(4, 3, 8, 8)
     before, drawn = copy.deepcopy(net.state_dict()), torch.get_rng_state()
     kept = plan(net, x[:1], 0.5, make(x))
@@ -338,7 +345,8 @@ def test_macs_are_those_of_the_cut_network(case):
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 5), st.floats(0.1, 0.95), st.floats(0.3, 0.95), st.integers(0, 999))
 def test_candidates_meet_the_budget(n, budget, most, seed):
-    "At most the budget; nearly all of it is used: a channel less removed in every group would exceed it. Something stays of every group."
+    """At most the budget; nearly all of it is used: a channel less removed in every group would
+    exceed it. Something stays of every group."""
     gen = torch.Generator().manual_seed(seed)
     widths, u = (
         torch.randint(1, 40, (n,), generator=gen).double(),
@@ -379,7 +387,8 @@ IMAGE = torch.zeros(1, 1, 8, 8)
 
 
 def test_eagleeye(trained):
-    "The best candidate by held-out accuracy, which is that of the network really cut; the same again; model and random numbers stay."
+    """The best candidate by held-out accuracy, which is that of the network really cut; the same
+    again; model and random numbers stay."""
     net, train_set, _ = trained
     before, drawn = copy.deepcopy(net.state_dict()), torch.get_rng_state()
     how = dict(candidates=8, statistics=100, held_out=400, seed=3)
@@ -466,7 +475,8 @@ def test_projection_is_the_nearest(m, d, data):
 
 
 def test_rows_of_zeros_are_channels_of_zeros(case):
-    "What `joined` collects is all that makes a channel: set to zero through it, cutting the channel changes nothing, whatever joins in a group."
+    """What `joined` collects is all that makes a channel: set to zero through it, cutting the
+    channel changes nothing, whatever joins in a group."""
     net, x, traced, groups = case
     for g in groups:
         zero, gone = copy.deepcopy(net), list(range(0, g.channels - 1, 2))
@@ -488,7 +498,8 @@ def test_rows_of_zeros_are_channels_of_zeros(case):
 
 
 def test_admm_trains_towards_its_plan(trained):
-    "Residuals fall, rows outside the plan come to be nearly nothing and can go; counts are those of `plan`; the model passed in stays."
+    """Residuals fall, rows outside the plan come to be nearly nothing and can go; counts are those
+    of `plan`; the model passed in stays."""
     net, train_set, test_set = trained
     before, drawn = copy.deepcopy(net.state_dict()), torch.get_rng_state()
     ratio = {'features.3': 0.5, 'features.7': 0.75}
@@ -628,7 +639,8 @@ def small_set():
 
 @pytest.mark.parametrize('fails, left', [(2, 12), (4, 9), (8, 6), (12, 3)])
 def test_admm_goes_on_from_its_checkpoint(tmp_path, one_thread, small_set, fails, left):
-    "Killed at any step: weights, plan and history are those of a run that never was. Once complete, nothing is trained any more."
+    """Killed at any step: weights, plan and history are those of a run that never was. Once
+    complete, nothing is trained any more."""
     path, net = tmp_path / 'c.safetensors', leaky()
     whole = admm(net, IMAGE, small_set, augment=Calls(), **SMALL)
     with pytest.raises(KeyboardInterrupt):
@@ -683,7 +695,8 @@ def test_admm_holds_its_variables(tmp_path, one_thread, small_set):
 
 
 def test_admm_refuses_checkpoints(tmp_path, small_set):
-    "Of another run, of fine-tuning, truncated, none at all, without a folder; and fine-tuning refuses those of ADMM. The files stay as they are."
+    """Of another run, of fine-tuning, truncated, none at all, without a folder; and fine-tuning
+    refuses those of ADMM. The files stay as they are."""
     path, other, net = (
         tmp_path / 'c.safetensors',
         tmp_path / 'f.safetensors',
@@ -725,13 +738,12 @@ def test_admm_refuses_checkpoints(tmp_path, small_set):
 
 
 def test_admm_keeps_the_checkpoint_before_a_nan(tmp_path, one_thread, small_set):
-    "The message names the step and the file, the file holds the last good projection, and from there the run can be finished."
+    """The message names the step and the file, the file holds the last good projection, and from
+    there the run can be finished."""
     path, net = tmp_path / 'c.safetensors', leaky()
     fit = lambda **how: admm(net, IMAGE, small_set, augment=Calls(**how), checkpoint=path, **SMALL)
-    with pytest.raises(
-        FloatingPointError,
-        match='^step 2: the loss is nan, the penalty .*; the learning rate or rho may be too large$',
-    ):
+    said = '^step 2: the loss is nan, the penalty .*; the learning rate or rho may be too large$'
+    with pytest.raises(FloatingPointError, match=said):
         fit(nan=2)
     assert not path.exists()
     with pytest.raises(

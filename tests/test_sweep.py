@@ -1,4 +1,5 @@
-"Sweeps side by side: the rows of one process, whatever runs the trials, and none lost but a killer's."
+"""Sweeps side by side: the rows of one process, whatever runs the trials, and none lost but a
+killer's."""
 
 import os
 import signal

@@ -1,4 +1,5 @@
-"""Networks of each family, random weights: pruned and restored as they come. With LBYL_ZOO=1 all of torchvision's up to 150 million parameters and 20 of timm's.
+"""Networks of each family, random weights: pruned and restored as they come. With LBYL_ZOO=1 all of
+torchvision's up to 150 million parameters and 20 of timm's.
 
 Notebook 46 does the same for all of them and keeps a table of what was reached."""
 
@@ -53,7 +54,8 @@ if SLOW:
         'poolformer_s12',
         'hrnet_w18_small',
     ]
-REFUSED = 'convnextv2_atto'  # the hidden units of its MLPs are normalised by each other, and its stream by a norm over channels
+# the hidden units of its MLPs are normalised by each other, its stream by a norm over channels
+REFUSED = 'convnextv2_atto'
 LARGE = dict(
     inception=96, swin=224, maxvit=224, vit=224, deit=224, mixer=224, poolformer=224
 )  # pixels where 64 are too few

@@ -4,8 +4,9 @@
     python tools/docs.py readme     write README.md            (make readme)
     python tools/docs.py pages      write _proc/, for Quarto   (first half of make docs)
 
-nbdev does both only where Quarto is installed, and offers to install it otherwise. These two need nbdev's processing alone. They stand
-outside the package, which knows nothing of nbdev, and outside nbs/, all of which becomes part of the website.
+nbdev does both only where Quarto is installed, and offers to install it otherwise. These two need
+nbdev's processing alone. They stand outside the package, which knows nothing of nbdev, and outside
+nbs/, all of which becomes part of the website.
 """
 
 import json
@@ -39,14 +40,16 @@ def relink(
 
 
 def shown(output):
-    "A stored output as Markdown: its own Markdown or HTML, else its plain text as a code block. Warnings and progress bars are left out."
+    """A stored output as Markdown: its own Markdown or HTML, else its plain text as a code block.
+    Warnings and progress bars are left out."""
     if output['output_type'] == 'stream':
         data = {'text/plain': output['text']} if output['name'] == 'stdout' else {}
     else:
         data = output.get('data', {})
     if any(kind.startswith('image/') for kind in data):
         raise ValueError(
-            'index.ipynb stores a figure as an output, which a README cannot hold: show an image file by a Markdown link instead'
+            'index.ipynb stores a figure as an output, which a README cannot hold: '
+            'show an image file by a Markdown link instead'
         )
     for kind in ('text/markdown', 'text/html', 'text/plain'):
         if kind not in data:
@@ -88,7 +91,8 @@ def readme(
 def pages(
     root=ROOT,  # the project
 ):
-    "Process every notebook for the website into `root`/_proc, executing nothing; the folder's path."
+    """Process every notebook for the website into `root`/_proc, executing nothing; the folder's
+    path."""
     from nbdev.serve import proc_nbs
 
     os.chdir(root)
@@ -97,9 +101,8 @@ def pages(
         p.name for p in sorted((root / 'nbs').glob('*.ipynb')) if not (made / p.name).exists()
     ]
     if missing:
-        raise SystemExit(
-            f'nbdev left out {", ".join(missing)}; it ignores whatever lies below a folder whose name begins with a dot.'
-        )
+        ignored = 'it ignores whatever lies below a folder whose name begins with a dot.'
+        raise SystemExit(f'nbdev left out {", ".join(missing)}; {ignored}')
     return made
 
 
