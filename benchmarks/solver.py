@@ -45,12 +45,10 @@ def shared_gram(W, a, b, keep):
     "One system a removed channel, but the Gram matrix of the folded filters computed only once."
     K, R = split(keep, len(W))
     U, S = a[:, None] * W, W.new_empty(len(R), len(K))
-    G, C, eye, bb = (
-        U[K] @ U[K].T,
-        U[K] @ U[R].T,
-        torch.eye(len(K), dtype=W.dtype),
-        torch.outer(b[K], b[K]),
-    )
+    G = U[K] @ U[K].T
+    C = U[K] @ U[R].T
+    eye = torch.eye(len(K), dtype=W.dtype)
+    bb = torch.outer(b[K], b[K])
     for i, j in enumerate(R.tolist()):
         S[i] = torch.linalg.solve(
             G + a[j] ** 2 * (LAM1 * bb + LAM2 * eye), C[:, i] + a[j] ** 2 * LAM1 * b[j] * b[K]
@@ -77,11 +75,9 @@ def seconds(f, *args, repeat=1):
 def main():
     gen, rows = torch.Generator().manual_seed(0), []
     for (m, d), times in sorted(shapes().items()):
-        W, a, b = (
-            torch.randn(m, d, generator=gen, dtype=torch.float64) / d**0.5,
-            torch.rand(m, generator=gen, dtype=torch.float64) + 0.5,
-            torch.randn(m, generator=gen, dtype=torch.float64),
-        )
+        W = torch.randn(m, d, generator=gen, dtype=torch.float64) / d**0.5
+        a = torch.rand(m, generator=gen, dtype=torch.float64) + 0.5
+        b = torch.randn(m, generator=gen, dtype=torch.float64)
         keep = torch.randperm(m, generator=gen)[: round(0.7 * m)].sort().values
         batched, S = seconds(lambda *v: lbyl_delivery(*v, LAM1, LAM2), W, a, b, keep, repeat=3)
         shared, S1 = seconds(shared_gram, W, a, b, keep)

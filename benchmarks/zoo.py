@@ -78,43 +78,38 @@ def grams(net, x, chosen, what):
     return max(map(sum, zip(now, solving, waiting)))
 
 
-def one(network, what):
-    "CPU time and memory of one measurement, as a dict; or why there is none."
+def build(network):
+    "A network of torchvision or timm, random weights, in evaluation mode."
     torch.manual_seed(0)
     if network in list_models():
-        build = lambda: get_model(network, weights=None)
-    else:
-        from timm import create_model  # only some networks of the whole zoo need it
+        return get_model(network, weights=None).eval()
+    from timm import create_model  # only some networks of the whole zoo need it
 
-        build = lambda: create_model(network)
-    before, net, done = peak(), build().eval(), []
+    return create_model(network).eval()
+
+
+def one(network, what):
+    "CPU time and memory of one measurement, as a dict; or why there is none."
+    before, net, done = peak(), build(network), []
     x = torch.randn(N if what == 'forward' else 1, 3, 224, 224)
 
     def forward():
         with torch.inference_mode():
             net(x)
 
+    def restored():
+        restorer = RESTORERS[what]()
+        done.append(restore(net, x, ratio=RATIO, streams=True, restorer=restorer))
+
     start = time.process_time()
     try:
-        row = time_and_memory(
-            network,
-            what,
-            forward
-            if what == 'forward'
-            else lambda: done.append(
-                restore(net, x, ratio=RATIO, streams=True, restorer=RESTORERS[what]())
-            ),
-            before,
-        )
+        row = time_and_memory(network, what, forward if what == 'forward' else restored, before)
     except ValueError as e:
-        return dict(
-            network=network, what=what, seconds=None, gigabytes=None, gram=None, error=str(e)[:300]
-        )
-    return row | dict(
-        seconds=time.process_time() - start,
-        gram=grams(net, x, done[0].plan, what) if done else 0.0,
-        error=None,
-    )
+        nothing = dict.fromkeys(('seconds', 'gigabytes', 'gram'))
+        return dict(network=network, what=what, **nothing, error=str(e)[:300])
+    seconds = time.process_time() - start
+    held = grams(net, x, done[0].plan, what) if done else 0.0
+    return row | dict(seconds=seconds, gram=held, error=None)
 
 
 def table(rows):

@@ -469,18 +469,16 @@ def test_backward_hooks(full):
 def test_hooks_that_change_what_passes(restorer):
     """A hook that doubles an output does so in the restored network, once: what is solved for is
     what the layer gives to it."""
-    net, x = (
-        nn.Sequential(
-            nn.Conv2d(3, 8, 1),
-            nn.ReLU(),
-            nn.Conv2d(8, 6, 1),
-            nn.ReLU(),
-            nn.Conv2d(6, 6, 1),
-            nn.ReLU(),
-            nn.Conv2d(6, 3, 1),
-        ).double(),
-        torch.randn(64, 3, 8, 8).double(),
-    )
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 1),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 1),
+        nn.ReLU(),
+        nn.Conv2d(6, 6, 1),
+        nn.ReLU(),
+        nn.Conv2d(6, 3, 1),
+    ).double()
+    x = torch.randn(64, 3, 8, 8).double()
     with torch.no_grad():
         net[0].weight[4:], net[0].bias[4:] = net[0].weight[:4], net[0].bias[:4]
     net[4].register_forward_hook(lambda m, i, o: 2 * o)
@@ -679,10 +677,8 @@ def test_bert(restorer):
 
 def test_bert_with_a_tied_head():
     hf = transformers()
-    net, words = (
-        hf.BertForMaskedLM(small_config(hf.BertConfig, **BERT)).eval(),
-        torch.randint(3, 50, (4, 6)),
-    )
+    net = hf.BertForMaskedLM(small_config(hf.BertConfig, **BERT)).eval()
+    words = torch.randint(3, 50, (4, 6))
     r = restore(net, dict(input_ids=words), ratio=0.5)
     assert r.model.cls.predictions.decoder.weight is r.model.bert.embeddings.word_embeddings.weight
     assert 'shares a parameter' in reasons(r)['cls.predictions.decoder'] and r.plan.keys() == {
@@ -695,10 +691,8 @@ def test_gpt2(cache):
     """Its layers are of a class of its own, which is that of a linear layer; a cache in its output
     is no obstacle."""
     hf = transformers()
-    net, words = (
-        hf.GPT2LMHeadModel(small_config(hf.GPT2Config, **GPT2)).eval(),
-        torch.randint(3, 50, (4, 6)),
-    )
+    net = hf.GPT2LMHeadModel(small_config(hf.GPT2Config, **GPT2)).eval()
+    words = torch.randint(3, 50, (4, 6))
     inputs = dict(input_ids=words, use_cache=cache)
     r = restore(net, inputs, ratio=0.5, restorer=prune_only())
     hidden = [k for k, m in net.named_modules() if k.endswith('mlp.c_fc')]

@@ -80,10 +80,8 @@ def pages(processed, tmp_path_factory):
     the format, have null."""
     media, made = tmp_path_factory.mktemp('media'), {}
     for name in NOTEBOOKS:
-        notebook, log = (
-            json.loads((processed / name).read_text(encoding='utf-8')),
-            media / f'{name}.json',
-        )
+        notebook = json.loads((processed / name).read_text(encoding='utf-8'))
+        log = media / f'{name}.json'
         for o in (
             o
             for c in notebook['cells']

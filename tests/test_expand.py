@@ -26,12 +26,10 @@ def convolutions(draw):
     "A random convolution and an input that it accepts, batched or not."
     dims, groups = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     per_axis = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(dims))
-    n, m, kernel, dilation = (
-        groups * draw(st.integers(1, 3)),
-        groups * draw(st.integers(1, 3)),
-        per_axis(1, 3),
-        per_axis(1, 2),
-    )
+    n = groups * draw(st.integers(1, 3))
+    m = groups * draw(st.integers(1, 3))
+    kernel = per_axis(1, 3)
+    dilation = per_axis(1, 2)
     padding = draw(st.sampled_from(['same', 'valid', per_axis(0, 2), 1]))
     stride = 1 if padding == 'same' else per_axis(1, 2)
     mode = draw(st.sampled_from(['zeros', 'reflect', 'replicate', 'circular']))
@@ -126,12 +124,10 @@ class Shared(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.twice, self.a, self.head, self.tail = (
-            nn.Conv2d(3, 3, 3, padding=1),
-            nn.Conv2d(3, 4, 1),
-            nn.Linear(4, 4),
-            nn.Linear(4, 4),
-        )
+        self.twice = nn.Conv2d(3, 3, 3, padding=1)
+        self.a = nn.Conv2d(3, 4, 1)
+        self.head = nn.Linear(4, 4)
+        self.tail = nn.Linear(4, 4)
         self.b, self.tail.weight = self.a, self.head.weight
 
     def forward(self, x):
@@ -202,10 +198,8 @@ def test_architectures(build, size):
     contraction; nothing happens to the model passed in."""
     torch.manual_seed(0)
     net = build().double().eval()
-    x, before = (
-        torch.randn(2, 1 if build is digits_net else 3, size, size, dtype=torch.float64),
-        copy.deepcopy(net.state_dict()),
-    )
+    x = torch.randn(2, 1 if build is digits_net else 3, size, size, dtype=torch.float64)
+    before = copy.deepcopy(net.state_dict())
     big = expand(net)
     assert not any(expandable(net).values()) and expandable(big) == {}
     for b in forms(big):

@@ -128,10 +128,8 @@ def test_cells_go_on(tmp_path, capsys):
         if call % 7 == 6:
             names = notebook(parts, 3)
     assert stopped['dense'] == 2 and stopped['ADMM'] > 2 and stopped['methods'] > 20
-    rows, files = (
-        pd.read_csv(parts / 'rows.csv'),
-        [sorted(p.name for p in (folder / 'boost_cuda').iterdir()) for folder in (whole, parts)],
-    )
+    rows = pd.read_csv(parts / 'rows.csv')
+    files = [sorted(p.name for p in (folder / 'boost_cuda').iterdir()) for folder in (whole, parts)]
     assert (parts / 'rows.csv').read_bytes() == (whole / 'rows.csv').read_bytes() and files[
         0
     ] == files[1]
@@ -155,16 +153,14 @@ def test_cells_go_on(tmp_path, capsys):
 def kinds(folder, looks):
     "What 44_kinds_on_images defines up to its last cell for a GPU, and that cell."
     code = [c['source'] for c in cells(NBS / '44_kinds_on_images.ipynb', 'code')]
-    gpu, wanted = (
-        [s for s in code if s.startswith('#| cuda')],
-        (
-            'from functools',
-            'class ProjectionResNet',
-            'def densenet',
-            'NETWORKS, PADDED',
-            '@cache\ndef network_of',
-            'def measure',
-        ),
+    gpu = [s for s in code if s.startswith('#| cuda')]
+    wanted = (
+        'from functools',
+        'class ProjectionResNet',
+        'def densenet',
+        'NETWORKS = dict',
+        '@cache\ndef network_of',
+        'def measure',
     )
     digits = SimpleNamespace(
         load=load,
@@ -173,18 +169,16 @@ def kinds(folder, looks):
         normalise=data.normalise,
         subset=lambda part, n, seed=0: data.subset(part, 32, seed),
     )
-    tiny, names = (
-        dict(
-            DEVICE='cpu',
-            ON_GPU=folder / 'rows.csv',
-            IMAGE=torch.zeros(1, 3, 16, 16),
-            data=digits,
-            time=Clock(looks),
-            RECIPE=SCRATCH,
-            models=SimpleNamespace(**{**vars(models), 'weights_dir': lambda: folder}),
-        ),
-        {},
+    tiny = dict(
+        DEVICE='cpu',
+        ON_GPU=folder / 'rows.csv',
+        IMAGE=torch.zeros(1, 3, 16, 16),
+        data=digits,
+        time=Clock(looks),
+        RECIPE=SCRATCH,
+        models=SimpleNamespace(**{**vars(models), 'weights_dir': lambda: folder}),
     )
+    names = {}
     for source in [s for s in code if s.startswith(wanted)] + gpu[:-1]:
         exec(source, names)
         names.update(tiny)

@@ -216,14 +216,12 @@ def test_half_precision(kind, dtype):
     net, x, r = small(kind)
     net, x = copy.deepcopy(net).to(dtype), x.to(dtype)
     how = dict(keep=r.plan, restorer=layerwise(calibration(x)))
-    low, full = (
-        restore(net, x, **how).model,
-        restore(
-            copy.deepcopy(net).float(),
-            x.float(),
-            **how | dict(restorer=layerwise(calibration(x.float()))),
-        ).model,
-    )
+    low = restore(net, x, **how).model
+    full = restore(
+        copy.deepcopy(net).float(),
+        x.float(),
+        **how | dict(restorer=layerwise(calibration(x.float()))),
+    ).model
     assert {v.dtype for v in low.state_dict().values() if v.is_floating_point()} == {dtype} and out(
         low, x
     ).dtype == dtype

@@ -143,10 +143,8 @@ def test_wheel_holds_the_package_alone(wheel):
 def test_wheel_says_what_settings_say(wheel):
     with zipfile.ZipFile(wheel) as z:
         [info] = {n.split('/')[0] for n in z.namelist() if '.dist-info/' in n}
-        meta, entries = (
-            email.message_from_bytes(z.read(f'{info}/METADATA')),
-            z.read(f'{info}/entry_points.txt').decode(),
-        )
+        meta = email.message_from_bytes(z.read(f'{info}/METADATA'))
+        entries = z.read(f'{info}/entry_points.txt').decode()
         assert any(n.endswith('/LICENSE') for n in z.namelist())
     said = settings()
     for key, field in [

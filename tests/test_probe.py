@@ -38,10 +38,8 @@ def test_random_networks(name, drawn):
     """Any ratio gives a network of the wanted widths with finite outputs, and the model passed in
     is what it was."""
     net, x = drawn
-    state, r = (
-        copy.deepcopy(net.state_dict()),
-        restore(net, x, ratio=0.5, restorer=MAKE[name](noise(8))),
-    )
+    state = copy.deepcopy(net.state_dict())
+    r = restore(net, x, ratio=0.5, restorer=MAKE[name](noise(8)))
     assert out(r.model, x).isfinite().all() and out(r.model, x).shape == out(net, x).shape
     for k, v in net.state_dict().items():
         assert torch.equal(v, state[k]), k
@@ -121,10 +119,8 @@ class Several(nn.Module):
 @pytest.mark.parametrize('name', MAKE)
 @pytest.mark.parametrize('named', [True, False])
 def test_several_inputs(name, named):
-    net, given_ = (
-        Several().eval(),
-        dict(tokens=torch.tensor([[0, 9, 3]]), image=torch.randn(1, 3, 8, 8)),
-    )
+    net = Several().eval()
+    given_ = dict(tokens=torch.tensor([[0, 9, 3]]), image=torch.randn(1, 3, 8, 8))
     small = lbyl_restore(
         net, given_ if named else tuple(given_.values()), ratio=0.5, restorer=MAKE[name](noise(12))
     )
@@ -198,11 +194,9 @@ def test_noise_restores_resnet20(resnet):
             *data.STATS['imagenet'],
         )[0]
 
-    merged, noisy, made = (
-        right(merging()),
-        right(layerwise(noise(64), refit=False)),
-        right(layerwise(distilled(64, steps=20, reflect=True))),
-    )
+    merged = right(merging())
+    noisy = right(layerwise(noise(64), refit=False))
+    made = right(layerwise(distilled(64, steps=20, reflect=True)))
     assert noisy > merged + 150 and made > noisy + 30, (merged, noisy, made)
 
 

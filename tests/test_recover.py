@@ -238,10 +238,8 @@ def test_inputs_as_tuple_and_dict():
             return self.b(self.a(x).relu()) * scale
 
     net, x, s = Two(), torch.randn(3, 4), torch.ones(1)
-    one, two = (
-        lbyl_restore(net, (x, s), ratio=0.5),
-        lbyl_restore(net, dict(x=x, scale=s), ratio=0.5),
-    )
+    one = lbyl_restore(net, (x, s), ratio=0.5)
+    two = lbyl_restore(net, dict(x=x, scale=s), ratio=0.5)
     assert torch.equal(one(x, s), two(x, s)) and one.a.weight.shape == (3, 4)
 
 
@@ -317,11 +315,9 @@ def test_counting_leaves_no_copy_of_the_weights():
     """Not even one in a cycle, which would live until Python looks for cycles; and the model keeps
     its modes, methods and weights."""
     net, x = digits_net(4).train(), torch.zeros(1, 1, 8, 8)
-    held, state, names = (
-        (lambda: sum(type(o) is nn.Parameter for o in gc.get_objects())),
-        copy.deepcopy(net.state_dict()),
-        set(vars(net)),
-    )
+    held = lambda: sum(type(o) is nn.Parameter for o in gc.get_objects())
+    state = copy.deepcopy(net.state_dict())
+    names = set(vars(net))
     gc.collect()
     gc.disable()
     try:

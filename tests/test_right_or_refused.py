@@ -148,11 +148,9 @@ def showing(outputs):
             z = getattr(net, k)(x)
             x = z.relu()
             seen.append((z, x))
-        y, parts = (
-            net.d(x),
-            lambda first: tuple(
-                shown(seen[o['layer']][not o['before']], o) for o in outputs if o['first'] == first
-            ),
+        y = net.d(x)
+        parts = lambda first: tuple(
+            shown(seen[o['layer']][not o['before']], o) for o in outputs if o['first'] == first
         )
         return (*parts(True), y, *parts(False))
 

@@ -109,10 +109,8 @@ def test_amp_with_gradient_scaling():
     "Autocast and a gradient scaler: gradients are float32 and finite."
     torch.manual_seed(0)
     teacher, x = digits_net(8).eval(), torch.randn(6, 1, 8, 8)
-    net, scaler = (
-        expand(lbyl_restore(teacher, x[:1], ratio=0.5)),
-        torch.amp.GradScaler('cpu', init_scale=2.0**10),
-    )
+    net = expand(lbyl_restore(teacher, x[:1], ratio=0.5))
+    scaler = torch.amp.GradScaler('cpu', init_scale=2.0**10)
     optimiser = torch.optim.SGD(net.parameters(), lr=0.01)
     with similarity(teacher, net) as similar:
         for _ in range(2):

@@ -72,10 +72,8 @@ class Joined(nn.Module):
         )
         self.stem, self.a, self.b = conv(2, 6), conv(6, 6), conv(6, 6, 1)
         self.wide, self.depth, self.act = conv(6, 8), conv(8, 8, groups=8), nn.PReLU(8)
-        self.up, self.other = (
-            nn.ConvTranspose2d(8, 5, 2, 2),
-            nn.Conv2d(8, 4, 3, 2, 1, padding_mode='reflect'),
-        )
+        self.up = nn.ConvTranspose2d(8, 5, 2, 2)
+        self.other = nn.Conv2d(8, 4, 3, 2, 1, padding_mode='reflect')
         self.last, self.head = nn.Conv2d(9, 3, 1), nn.Linear(3 * 16, 10)
 
     def forward(self, x):
@@ -280,19 +278,17 @@ def test_thinet_keeps_repetitions_and_least_lost_does_not():
 @pytest.mark.parametrize('batch, parts', [(30, 1), (10, 3), (11, 3), (8, 4)])
 def test_adaptive_bn_by_hand(batch, parts):
     "Statistics of all images, the second norm reading what the first makes of each batch."
-    net, x = (
-        randomised(
-            nn.Sequential(
-                nn.Conv2d(2, 4, 3),
-                nn.BatchNorm2d(4),
-                nn.ReLU(),
-                nn.Conv2d(4, 3, 3),
-                nn.BatchNorm2d(3),
-                nn.Dropout(0.9),
-            )
-        ).double(),
-        torch.randn(30, 2, 8, 8),
-    )
+    net = randomised(
+        nn.Sequential(
+            nn.Conv2d(2, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Conv2d(4, 3, 3),
+            nn.BatchNorm2d(3),
+            nn.Dropout(0.9),
+        )
+    ).double()
+    x = torch.randn(30, 2, 8, 8)
     net.train()
     before, modes = copy.deepcopy(net.state_dict()), [m.training for m in net.modules()]
     done, ys, zs = adaptive_bn(net, x, batch), [], []
@@ -348,10 +344,8 @@ def test_candidates_meet_the_budget(n, budget, most, seed):
     """At most the budget; nearly all of it is used: a channel less removed in every group would
     exceed it. Something stays of every group."""
     gen = torch.Generator().manual_seed(seed)
-    widths, u = (
-        torch.randint(1, 40, (n,), generator=gen).double(),
-        1 - torch.rand(20, n, generator=gen, dtype=torch.float64),
-    )
+    widths = torch.randint(1, 40, (n,), generator=gen).double()
+    u = 1 - torch.rand(20, n, generator=gen, dtype=torch.float64)
     count = lambda gone: ((1 - gone / widths) * widths).sum(1) / widths.sum()
     try:
         gone = _within_budget(u, widths, count, budget, most)
@@ -546,10 +540,8 @@ def test_admm_trains_towards_its_plan(trained):
 
 def test_admm_in_streams():
     "Groups with several producers, by hand: penalty and its gradient, and one update."
-    net, x = (
-        randomised(initialised(Joined, 0)).double(),
-        torch.randn(2, 2, 8, 8, dtype=torch.float64),
-    )
+    net = randomised(initialised(Joined, 0)).double()
+    x = torch.randn(2, 2, 8, 8, dtype=torch.float64)
     groups = [g for g in find_groups(trace(net, x), streams=True) if not g.reason]
     assert any(len(g.producers) > 1 for g in groups)
     split = _Split(net, groups, {g.name: g.channels // 2 for g in groups}, 0.3)
@@ -660,11 +652,9 @@ def test_admm_goes_on_from_its_checkpoint(tmp_path, one_thread, small_set, fails
 
 def test_admm_holds_its_variables(tmp_path, one_thread, small_set):
     "Z and U are in the file; with zeros in their place another run comes out."
-    path, net, how = (
-        tmp_path / 'c.safetensors',
-        leaky(),
-        dict(checkpoint=tmp_path / 'c.safetensors', **SMALL),
-    )
+    path = tmp_path / 'c.safetensors'
+    net = leaky()
+    how = dict(checkpoint=tmp_path / 'c.safetensors', **SMALL)
     whole = admm(net, IMAGE, small_set, augment=Calls(), **SMALL)
     with pytest.raises(KeyboardInterrupt):
         admm(net, IMAGE, small_set, augment=Calls(5), **how)
@@ -697,11 +687,9 @@ def test_admm_holds_its_variables(tmp_path, one_thread, small_set):
 def test_admm_refuses_checkpoints(tmp_path, small_set):
     """Of another run, of fine-tuning, truncated, none at all, without a folder; and fine-tuning
     refuses those of ADMM. The files stay as they are."""
-    path, other, net = (
-        tmp_path / 'c.safetensors',
-        tmp_path / 'f.safetensors',
-        initialised(lambda: digits_net(4), 0).eval(),
-    )
+    path = tmp_path / 'c.safetensors'
+    other = tmp_path / 'f.safetensors'
+    net = initialised(lambda: digits_net(4), 0).eval()
     fit = lambda net=net, data=small_set, checkpoint=path, **how: admm(
         net, IMAGE, data, checkpoint=checkpoint, **SMALL | how
     )
