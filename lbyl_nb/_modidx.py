@@ -182,6 +182,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'lbyl_nb.finetune._go_on': ('finetune.html#_go_on', 'lbyl_nb/finetune.py'),
                                   'lbyl_nb.finetune._load_checkpoint': ('finetune.html#_load_checkpoint', 'lbyl_nb/finetune.py'),
                                   'lbyl_nb.finetune._mixed': ('finetune.html#_mixed', 'lbyl_nb/finetune.py'),
+                                  'lbyl_nb.finetune._norms': ('finetune.html#_norms', 'lbyl_nb/finetune.py'),
                                   'lbyl_nb.finetune._same_run': ('finetune.html#_same_run', 'lbyl_nb/finetune.py'),
                                   'lbyl_nb.finetune._save_checkpoint': ('finetune.html#_save_checkpoint', 'lbyl_nb/finetune.py'),
                                   'lbyl_nb.finetune._sgd': ('finetune.html#_sgd', 'lbyl_nb/finetune.py'),
