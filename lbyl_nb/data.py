@@ -36,11 +36,10 @@ def known(
     if name in names:
         return name
     near = get_close_matches(str(name), names, 3, 0.4)
-    hint = (
-        f'did you mean {" or ".join(map(repr, near))}?'
-        if near
-        else f'there are {", ".join(map(repr, names))}'
-    )
+    if near:
+        hint = f'did you mean {" or ".join(map(repr, near))}?'
+    else:
+        hint = f'there are {", ".join(map(repr, names))}'
     raise ValueError(f'unknown {what} {name!r}: {hint}')
 
 # %% ../nbs/30_data.ipynb #dbb32469
@@ -89,10 +88,12 @@ def _from_torchvision(
     "A split as torchvision downloads it"
     from torchvision import datasets
 
-    make = dict(
-        cifar10=datasets.CIFAR10, cifar100=datasets.CIFAR100, fashion_mnist=datasets.FashionMNIST
-    )[name]
-    d = make(raw, train=split == 'train', download=True)
+    makers = dict(
+        cifar10=datasets.CIFAR10,
+        cifar100=datasets.CIFAR100,
+        fashion_mnist=datasets.FashionMNIST,
+    )
+    d = makers[name](raw, train=split == 'train', download=True)
     return np.asarray(d.data), np.asarray(d.targets)
 
 # %% ../nbs/30_data.ipynb #c3f9ce6a
@@ -104,7 +105,8 @@ def prepare(
     """The `.npz` file of a split, made from `download` if it is not there yet
 
     `FileNotFoundError` if it cannot be had. Of several programs that want it, one downloads."""
-    known(split, SETS[known(name, SETS, 'image set')].counts, 'split')
+    known(name, SETS, 'image set')
+    known(split, SETS[name].counts, 'split')
     path = data_dir() / f'{name}_{split}.npz'
     if path.exists():
         return path
@@ -115,10 +117,9 @@ def prepare(
             if path.exists():
                 return path
             images, labels = download(name, split, path.parent / 'raw')
+            images, labels = images.astype(np.uint8), labels.astype(np.uint8)
             with writing(path) as t:
-                np.savez_compressed(
-                    t, images=images.astype(np.uint8), labels=labels.astype(np.uint8)
-                )
+                np.savez_compressed(t, images=images, labels=labels)
     except (OSError, RuntimeError) as e:
         raise FileNotFoundError(
             f'{path} is missing and {name} could not be downloaded ({e}); '
@@ -131,12 +132,13 @@ def _read_npz(
     path: Path,  # an `.npz` with arrays `images` and `labels`
 ) -> tuple[np.ndarray, np.ndarray]:  # images, labels as stored
     "The two arrays of an image set; `ValueError` naming the file if it is damaged or lacks one"
+    damage = zipfile.BadZipFile, zlib.error, EOFError, ValueError, AttributeError, TypeError
     try:
         with np.load(path, allow_pickle=False) as z:
             missing = {'images', 'labels'} - set(z.files)
             if not missing:
                 return z['images'], z['labels']
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, AttributeError, TypeError) as e:
+    except damage as e:
         raise ValueError(
             f'{path} is not a whole .npz file of arrays ({e}); delete it to have it made again'
         ) from e
@@ -150,7 +152,7 @@ def _check_arrays(
     split: str,  # 'train' or 'test'
     path: Path,  # for the message
 ):
-    "`ValueError` naming the file unless the arrays have the type, number, shape and labels of the set"
+    "`ValueError` naming the file unless type, number, shape and labels are those of the set"
     (c, h, w), n = spec.shape, spec.counts[split]
     shape = (n, h, w, c) if c > 1 else (n, h, w)
     if images.dtype != np.uint8:
@@ -167,18 +169,17 @@ def load(
     name: str,  # 'cifar10', 'cifar100' or 'fashion_mnist'
     split: str,  # 'train' or 'test'
 ) -> Dataset:  # images (n, channels, height, width), labels (n,), in the order of the file
-    "A split of an image set, downloaded where `data_dir()` lacks it; `ValueError` if its file is damaged"
+    """A split of an image set, downloaded where `data_dir()` lacks it
+
+    `ValueError` if its file is damaged"""
     path = prepare(name, split)
     images, labels = _read_npz(path)
     _check_arrays(images, labels, SETS[name], split, path)
-    images = (
-        torch.from_numpy(images).unflatten(-1, (-1, SETS[name].shape[0]))
-        if images.ndim == 3
-        else torch.from_numpy(images)
-    )
-    return Dataset(
-        images.permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels.astype(np.int64))
-    )
+    images = torch.from_numpy(images)
+    if images.ndim == 3:  # one channel, which is not an axis in the file
+        images = images[..., None]
+    labels = torch.from_numpy(labels.astype(np.int64))
+    return Dataset(images.permute(0, 3, 1, 2).contiguous(), labels)
 
 # %% ../nbs/30_data.ipynb #13f15287
 def digits() -> tuple[Dataset, Dataset]:  # 1,297 training and 500 test images, (n, 1, 8, 8)
@@ -200,11 +201,8 @@ def subset(
     "`n` images drawn at random; `ValueError` if there are fewer"
     if not 0 <= n <= len(dataset):
         raise ValueError(f'n: cannot draw {n} of {len(dataset)} images')
-    return dataset[
-        torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:n].to(
-            dataset.labels.device
-        )
-    ]
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    return dataset[order[:n].to(dataset.labels.device)]
 
 # %% ../nbs/30_data.ipynb #b74b607d
 class Stats(NamedTuple):
@@ -228,18 +226,16 @@ def normalise(
     mean: tuple = (0.5,),  # of pixels / 255, one number a channel or one for all
     std: tuple = (0.5,),  # likewise
 ) -> Tensor:  # float32, same shape and device
-    "`(images / 255 - mean) / std`, channel by channel; `TypeError` if the images are not bytes"
+    """`(images / 255 - mean) / std`, channel by channel
+
+    `TypeError` if the images are not bytes, `ValueError` if the numbers do not fit the channels"""
     if images.dtype != torch.uint8:
         raise TypeError(f'images: {images.dtype}, not torch.uint8 (normalised already?)')
     if not all(len(v) in (1, images.shape[1]) for v in (mean, std)):
-        raise ValueError(
-            f'mean, std: {len(mean)} and {len(std)} numbers for {images.shape[1]} channels'
-        )
-    mean, std = (
-        torch.tensor(v, dtype=torch.float32, device=images.device)[:, None, None]
-        for v in (mean, std)
-    )
-    return (images.float() / 255 - mean) / std
+        numbers = f'{len(mean)} and {len(std)} numbers for {images.shape[1]} channels'
+        raise ValueError(f'mean, std: {numbers}')
+    each = lambda v: torch.tensor(v, dtype=torch.float32, device=images.device)[:, None, None]
+    return (images.float() / 255 - each(mean)) / each(std)
 
 # %% ../nbs/30_data.ipynb #eac939d0
 def crop_flip(
@@ -249,9 +245,10 @@ def crop_flip(
     "Images shifted and reflected at random, each by itself: the usual augmentation for CIFAR"
     n, _, h, w = x.shape
     dy, dx = torch.randint(0, 2 * pad + 1, (2, n, 1), device=x.device)
-    rows, columns = dy + torch.arange(h, device=x.device), dx + torch.arange(w, device=x.device)
+    rows = dy + torch.arange(h, device=x.device)
+    columns = dx + torch.arange(w, device=x.device)
     columns = torch.where(torch.rand(n, 1, device=x.device) < 0.5, columns, columns.flip(1))
     x = torch.nn.functional.pad(x, (pad, pad, pad, pad))
-    return x[
-        torch.arange(n, device=x.device)[:, None, None], :, rows[:, :, None], columns[:, None, :]
-    ].permute(0, 3, 1, 2)
+    image = torch.arange(n, device=x.device)[:, None, None]
+    shifted = x[image, :, rows[:, :, None], columns[:, None, :]]  # (n, height, width, channels)
+    return shifted.permute(0, 3, 1, 2)

@@ -70,72 +70,73 @@ def factorise(
     scale: float = 1.0,  # of the random factors
     name: str = 'layer',  # for errors
 ) -> tuple:  # W1, W2, W3 as weights, float64 on the CPU; W1 or W3 may be None
-    "Linear factors whose product is `W` (arXiv 2204.11444): W1 and W3 random, W2 by their inverses. ValueError if the rate is under 1 or `W` isn't finite."
-    W2 = _per_group(W.detach().cpu().double(), groups)
+    """Linear factors whose product is `W` (arXiv 2204.11444).
+
+    W1 and W3 are random, W2 is made by their inverses.
+    ValueError if the rate is under 1 or `W` isn't finite."""
+    shape = W.shape[2:]
+    W1, W2, W3 = None, _per_group(W.detach().cpu().double(), groups), None
     if not W2.isfinite().all():
         raise ValueError(f'{name}: its weight holds NaN or infinity')
-    (_, n, m, _), shape = W2.shape, W.shape[2:]
-    W1 = (
-        _tall(groups, _expanded_width(m, rate, name), m, generator, scale)
-        if factors == 3 or m < n
-        else None
-    )
-    W3 = (
-        _tall(groups, _expanded_width(n, rate, name), n, generator, scale).mT
-        if factors == 3 or n <= m
-        else None
-    )
-    if W1 is not None:
+    _, n, m, _ = W2.shape
+    if factors == 3 or m < n:
+        W1 = _tall(groups, _expanded_width(m, rate, name), m, generator, scale)
         W2 = torch.einsum('gnmk,gmb->gnbk', W2, _left_inverse(W1))
-    if W3 is not None:
+    if factors == 3 or n <= m:
+        W3 = _tall(groups, _expanded_width(n, rate, name), n, generator, scale).mT
         W2 = torch.einsum('gan,gnbk->gabk', _left_inverse(W3.mT).mT, W2)
     pointwise = lambda A: None if A is None else A.reshape(-1, A.shape[2], *[1] * len(shape))
     return pointwise(W1), W2.reshape(-1, W2.shape[2], *shape), pointwise(W3)
 
 # %% ../nbs/20_expand.ipynb #e8de9e79
 def contraction(
-    first: Tensor | None,  # W1
-    middle: Tensor,  # W2
-    last: Tensor | None,  # W3
-    groups: int = 1,
+    first: Tensor | None,  # W1, (groups x h1, m, 1...)
+    middle: Tensor,  # W2, (groups x h2, h1, taps...)
+    last: Tensor | None,  # W3, (groups x n, h2, 1...)
+    groups: int = 1,  # of the convolution
 ) -> tuple[int, int]:  # (W3 W2) W1 and W3 (W2 W1)
     "Multiplications of both orders of contraction."
     _, h2, h1, taps = _per_group(middle, groups).shape
     m = h1 if first is None else first.shape[1]
     n = h2 if last is None else last.shape[0] // groups
-    out, into = n * h2 * (last is not None), first is not None
-    return groups * taps * h1 * (out + n * m * into), groups * taps * m * (out + h2 * h1 * into)
+    out = 0 if last is None else n * h2
+    into = 0 if first is None else 1
+    last_first = groups * taps * h1 * (out + n * m * into)
+    first_first = groups * taps * m * (out + h2 * h1 * into)
+    return last_first, first_first
 
 # %% ../nbs/20_expand.ipynb #91115c4c
 def compose(
     first: Tensor | None,  # W1, (groups x h1, m, 1...)
     middle: Tensor,  # W2, (groups x h2, h1, taps...)
     last: Tensor | None,  # W3, (groups x n, h2, 1...)
-    groups: int = 1,
+    groups: int = 1,  # of the convolution
 ) -> Tensor:  # (groups x n, m, taps...)
     "The weight W3 W2 W1, for every group and tap, in the cheaper order."
-    into = lambda W: (
-        W if first is None else torch.einsum('gabk,gbm->gamk', W, _per_group(first, groups)[..., 0])
-    )
-    out = lambda W: (
-        W if last is None else torch.einsum('gna,gabk->gnbk', _per_group(last, groups)[..., 0], W)
-    )
-    W, (last_first, first_first) = (
-        _per_group(middle, groups),
-        contraction(first, middle, last, groups),
-    )
+
+    def into(W):  # W W1
+        if first is None:
+            return W
+        return torch.einsum('gabk,gbm->gamk', W, _per_group(first, groups)[..., 0])
+
+    def out(W):  # W3 W
+        if last is None:
+            return W
+        return torch.einsum('gna,gabk->gnbk', _per_group(last, groups)[..., 0], W)
+
+    W = _per_group(middle, groups)
+    last_first, first_first = contraction(first, middle, last, groups)
     W = into(out(W)) if last_first <= first_first else out(into(W))
-    return W.flatten().view(
-        -1, W.shape[2], *middle.shape[2:]
-    )  # contiguous, with the strides of a new tensor
+    # flat in between, so that it is contiguous, with the strides of a new tensor
+    return W.flatten().view(-1, W.shape[2], *middle.shape[2:])
 
 # %% ../nbs/20_expand.ipynb #8991e240
-_POINTWISE = {
+_POINTWISE = {  # what can be expanded
     nn.Conv1d: F.conv1d,
     nn.Conv2d: F.conv2d,
     nn.Conv3d: F.conv3d,
     nn.Linear: lambda x, W, b=None, groups=1: F.linear(x, W, b),
-}  # what can be expanded
+}
 
 # %% ../nbs/20_expand.ipynb #6556051c
 def _run(
@@ -145,7 +146,9 @@ def _run(
     b: Tensor | None,  # bias to use
 ) -> Tensor:
     "Output of a convolution or linear layer with another weight and bias."
-    return F.linear(x, W, b) if isinstance(layer, nn.Linear) else layer._conv_forward(x, W, b)
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, W, b)
+    return layer._conv_forward(x, W, b)
 
 # %% ../nbs/20_expand.ipynb #0b170214
 def _consecutive(
@@ -157,7 +160,8 @@ def _consecutive(
     bias: Tensor | None,
 ) -> Tensor:
     "The factors one after the other, as published; the middle one pads and strides."
-    pointwise, groups = _POINTWISE[type(layer)], getattr(layer, 'groups', 1)
+    pointwise = _POINTWISE[type(layer)]
+    groups = getattr(layer, 'groups', 1)
     if first is not None:
         x = pointwise(x, first, groups=groups)
     if last is None:
@@ -171,14 +175,14 @@ def _positions(
 ) -> tuple[int, int]:  # inputs and outputs
     "Positions, times samples, that a layer reads and gives."
     if isinstance(layer, nn.Linear):
-        return (n := prod(shape[:-1])), n
+        n = prod(shape[:-1])
+        return n, n
     dims = len(layer.kernel_size)
     reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size)]
-    pad = (
-        dict(same=reach, valid=[0] * dims)[layer.padding]
-        if isinstance(layer.padding, str)
-        else [2 * p for p in layer.padding]
-    )
+    if isinstance(layer.padding, str):
+        pad = dict(same=reach, valid=[0] * dims)[layer.padding]
+    else:
+        pad = [2 * p for p in layer.padding]
     out = [(n + p - r - 1) // s + 1 for n, p, r, s in zip(shape[-dims:], pad, reach, layer.stride)]
     samples = prod(shape[: -dims - 1])
     return samples * prod(shape[-dims:]), samples * prod(out)
@@ -190,9 +194,9 @@ class Expanded(nn.Module):
     def __init__(
         self,
         layer: nn.Module,  # the compact layer
-        first: Tensor | None,
+        first: Tensor | None,  # factors, as in `compose`
         middle: Tensor,
-        last: Tensor | None,  # factors, as in `compose`
+        last: Tensor | None,
         composed: bool | None = None,  # contract before use? None: if that is cheaper
     ):
         super().__init__()
@@ -202,10 +206,10 @@ class Expanded(nn.Module):
             factor = None if w is None else nn.Parameter(w.to(W.device, wide), W.requires_grad)
             self.register_parameter(name, factor)
         self.register_buffer('like', None if W.dtype == wide else W.new_zeros(()), persistent=False)
-        self.bias, self.composed, self.groups = layer.bias, composed, getattr(layer, 'groups', 1)
-        plain = copy.copy(layer)
-        plain._parameters = dict.fromkeys(layer._parameters)
-        self.__dict__['plain'] = plain  # no submodule: nobody shall find a layer without weights
+        self.bias = layer.bias
+        self.composed = composed
+        self.groups = getattr(layer, 'groups', 1)
+        self.__dict__['plain'] = _settings(layer)  # no submodule: nobody shall find it
         self.train(layer.training)
 
     @property
@@ -218,10 +222,7 @@ class Expanded(nn.Module):
 
     @property
     def weight(self):
-        wide = torch.promote_types(self.middle.dtype, torch.float32)
-        factors = (None if w is None else w.to(wide) for w in self.factors)
-        with torch.autocast(self.middle.device.type, enabled=False):
-            return compose(*factors, self.groups).to(self.dtype)
+        return _product(self)
 
     def forward(self, input):
         if is_composed(self, input.shape):
@@ -231,12 +232,24 @@ class Expanded(nn.Module):
         return _in_wide(self, input)
 
     def extra_repr(self):
-        widths = [str(w.shape[1] * self.groups) for w in self.factors if w is not None]
-        widths.append(str(len(self.middle if self.last is None else self.last)))
-        plain = f'{type(self.plain).__name__}({self.plain.extra_repr()})'
-        return f'{plain}, channels {" -> ".join(widths)}'
+        return _described(self)
 
 # %% ../nbs/20_expand.ipynb #6a91c3d8
+def _settings(layer: nn.Module) -> nn.Module:
+    "A layer without its weights, which knows how to pad and stride."
+    plain = copy.copy(layer)
+    plain._parameters = dict.fromkeys(layer._parameters)
+    return plain
+
+
+def _product(layer: Expanded) -> Tensor:
+    "The contracted weight, multiplied in float32 at least."
+    wide = torch.promote_types(layer.middle.dtype, torch.float32)
+    factors = [None if w is None else w.to(wide) for w in layer.factors]
+    with torch.autocast(layer.middle.device.type, enabled=False):
+        return compose(*factors, layer.groups).to(layer.dtype)
+
+
 def _in_wide(layer: Expanded, input: Tensor) -> Tensor:
     "The factors of a layer in half precision one after the other, in their own precision."
     to = lambda v: None if v is None else v.to(layer.middle.dtype)
@@ -244,25 +257,40 @@ def _in_wide(layer: Expanded, input: Tensor) -> Tensor:
         y = _consecutive(layer.plain, to(input), *layer.factors, to(layer.bias))
     return y.to(layer.dtype)
 
+
+def _described(layer: Expanded) -> str:
+    "The compact layer, and the channels from its input over the factors to its output."
+    widths = [str(w.shape[1] * layer.groups) for w in layer.factors if w is not None]
+    widths.append(str(len(layer.middle if layer.last is None else layer.last)))
+    plain = f'{type(layer.plain).__name__}({layer.plain.extra_repr()})'
+    return f'{plain}, channels {" -> ".join(widths)}'
+
 # %% ../nbs/20_expand.ipynb #c1040cbd
 def operations(
     layer: Expanded,  # an expanded layer
     shape: torch.Size,  # of its input
 ) -> dict:  # compact, composed, consecutive
     "Multiplications of one forward pass in every form, biases aside."
+    first, middle, last = layer.factors
     before, after = _positions(layer.plain, shape)
-    of, (first, middle, last) = lambda w: 0 if w is None else w.numel(), layer.factors
-    n, m = len(middle if last is None else last), (middle if first is None else first).shape[1]
+    n = len(middle if last is None else last)
+    m = (middle if first is None else first).shape[1]
+    size = lambda w: 0 if w is None else w.numel()
     compact = after * n * m * prod(middle.shape[2:])
     return dict(
         compact=compact,
         composed=compact + min(contraction(first, middle, last, layer.groups)),
-        consecutive=before * of(first) + after * (of(middle) + of(last)),
+        consecutive=before * size(first) + after * (size(middle) + size(last)),
     )
 
 # %% ../nbs/20_expand.ipynb #08acf2b8
-def is_composed(layer: Expanded, shape: torch.Size) -> bool:
-    "Is the weight contracted before use? As the layer's `composed` says; if None, where that takes fewer multiplications."
+def is_composed(
+    layer: Expanded,  # an expanded layer
+    shape: torch.Size,  # of its input
+) -> bool:
+    """Is the weight contracted before use?
+
+    As the layer's `composed` says; if None, where that takes fewer multiplications."""
     if layer.composed is not None:
         return layer.composed
     cost = operations(layer, shape)
@@ -273,47 +301,50 @@ def _why_not(
     layer: nn.Module,
 ) -> str:  # '' if it can be expanded
     "Why a layer is left alone."
+    kind = type(layer)
     if isinstance(layer, _ConvTransposeNd):
         return 'a transposed convolution, for which the method is not defined'
     if parametrize.is_parametrized(layer):
         return 'parametrised: its weight is computed from others'
-    if type(layer) not in _POINTWISE:
-        return (
-            f'{type(layer).__name__} is a class of its own, which may use its weight in other ways'
-        )
+    if kind not in _POINTWISE:
+        return f'{kind.__name__} is a class of its own, which may use its weight in other ways'
     if not isinstance(layer._parameters.get('weight'), nn.Parameter):
         return 'its weight is not a parameter but computed from others'
-    if (
-        layer._forward_hooks
-        or layer._forward_pre_hooks
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
-    ):
+    forward = layer._forward_hooks or layer._forward_pre_hooks
+    backward = layer._backward_hooks or layer._backward_pre_hooks
+    if forward or backward:
         return 'has hooks, which would be lost'
     if not layer.weight.numel() or layer.weight.is_meta:
         return 'its weight has no values'
     return '' if layer.weight.is_floating_point() else f'its weight is {layer.weight.dtype}'
 
 # %% ../nbs/20_expand.ipynb #a927cf1c
+def _parameters(layer: nn.Module) -> list:
+    "The places in memory of a layer's own parameters."
+    own = [p for p in layer._parameters.values() if p is not None]
+    return [(p.device, p.data_ptr()) for p in own if not nn.parameter.is_lazy(p)]
+
+
 def expandable(
-    model: nn.Module,
+    model: nn.Module,  # the compact network
 ) -> dict:  # name -> reason, '' for layers that can be expanded
     "Every convolution and linear layer of a network, and why it is left alone by `expand`."
-    place = lambda p: (p.device, p.data_ptr())
-    own = lambda m: [
-        p for p in m._parameters.values() if p is not None and not nn.parameter.is_lazy(p)
-    ]
-    users = Counter(place(p) for m in model.modules() for p in own(m))
-    shared = lambda m: any(users[place(p)] > 1 for p in own(m))
-    layers = {k: m for k, m in model.named_modules() if isinstance(m, (_ConvNd, nn.Linear))}
-    return {
-        k: _why_not(m) or ('shares a parameter with another layer' if shared(m) else '')
-        for k, m in layers.items()
-    }
+    users = Counter(place for m in model.modules() for place in _parameters(m))
+    reasons = {}
+    for k, m in model.named_modules():
+        if not isinstance(m, (_ConvNd, nn.Linear)):
+            continue
+        reasons[k] = _why_not(m)
+        if not reasons[k] and any(users[place] > 1 for place in _parameters(m)):
+            reasons[k] = 'shares a parameter with another layer'
+    return reasons
 
 # %% ../nbs/20_expand.ipynb #2224aeda
-def _swap(model: nn.Module, new: dict) -> nn.Module:
-    "Put modules in the place of others, everywhere, in place; returns the model, or what stands for it."
+def _swap(
+    model: nn.Module,  # changed in place
+    new: dict,  # module -> what takes its place
+) -> nn.Module:  # the model, or what stands for it
+    "Put modules in the place of others, everywhere."
     if model in new:
         return new[model]
     for parent in list(model.modules()):
@@ -328,21 +359,15 @@ def _choose(
     layers: Callable | None,  # predicate (name, module), None for all
 ) -> dict:  # name -> layer
     "Layers to be expanded. ValueError if some are expanded already, or if there are none."
-    reasons, done = (
-        expandable(model),
-        [k for k, m in model.named_modules() if isinstance(m, Expanded)],
-    )
+    done = [k for k, m in model.named_modules() if isinstance(m, Expanded)]
     if done:
         raise ValueError(f'{done[0] or "the model"}: expanded already; contract the model first')
-    chosen = {
-        k: model.get_submodule(k)
-        for k, reason in reasons.items()
-        if not reason and (layers is None or layers(k, model.get_submodule(k)))
-    }
+    reasons = expandable(model)
+    possible = {k: model.get_submodule(k) for k, reason in reasons.items() if not reason}
+    chosen = {k: m for k, m in possible.items() if layers is None or layers(k, m)}
     if not chosen:
-        raise ValueError(
-            f'no layer to expand; of {len(reasons)} layers, left alone: { {k: r for k, r in reasons.items() if r} }'
-        )
+        left = {k: reason for k, reason in reasons.items() if reason}
+        raise ValueError(f'no layer to expand; of {len(reasons)} layers, left alone: {left}')
     return chosen
 
 # %% ../nbs/20_expand.ipynb #24fc1d87
@@ -350,31 +375,33 @@ def expand(
     model: nn.Module,  # the compact network, not changed
     rate: float = 3,  # of convolutions: channels between factors / channels; at least 1
     *,
-    layers: Callable
-    | None = None,  # predicate (name, module): which layers; None: every layer that can be expanded
+    layers: Callable | None = None,  # predicate (name, module): which; None: all that can be
     linear_rate: float = 2,  # of linear layers
     linear_factors: int = 2,  # 2 or 3
-    scale: float = 1.0,  # of the random factors; 1: the middle factor's part of a step is as large as a plain step
+    scale: float = 1.0,  # of the random factors; with 1 the middle one learns at the usual speed
     seed: int = 0,  # of the random factors
-    composed: bool
-    | None = None,  # contract before use (True), run the factors one by one (False), or whichever is cheaper (None)
+    composed: bool | None = None,  # contract before use, or not; None: whichever is cheaper
 ) -> nn.Module:  # a copy whose layers are `Expanded`
-    """Linear over-parameterization (arXiv 2204.11444): the same function with more parameters, to be trained and contracted.
+    """Linear over-parameterization (arXiv 2204.11444).
 
-    Layers that can't be expanded are left alone, see `expandable`. ValueError for a rate under 1, NaN in a weight, a model that is expanded already, or no layer."""
+    The same function with more parameters, to be trained and contracted.
+    Layers that can't be expanded are left alone, see `expandable`. ValueError for a rate under 1,
+    NaN in a weight, a model that is expanded already, or no layer."""
     if linear_factors not in (2, 3):
         raise ValueError(f'linear_factors must be 2 or 3, got {linear_factors}')
     if not 0 < scale < float('inf'):
         raise ValueError(f'scale must be a positive number, got {scale}')
-    net, generator, new = copy.deepcopy(model), torch.Generator().manual_seed(seed), {}
+    net = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    new = {}
     for name, m in tqdm(_choose(net, layers).items(), 'expanding', delay=2, leave=False):
-        p, count = (linear_rate, linear_factors) if isinstance(m, nn.Linear) else (rate, 3)
+        linear = isinstance(m, nn.Linear)
         factors = factorise(
             m.weight,
-            p,
+            linear_rate if linear else rate,
             generator,
             groups=getattr(m, 'groups', 1),
-            factors=count,
+            factors=linear_factors if linear else 3,
             scale=scale,
             name=name or type(m).__name__,
         )

@@ -41,7 +41,10 @@ from .similarity import similarity
 # %% ../nbs/22_finetune.ipynb #6fbb76ad
 @dataclass(frozen=True)
 class Recipe:
-    "How long, how fast, how many images at a time; stochastic gradient descent whose learning rate is divided by 10 at milestones. ValueError for numbers out of range."
+    """How long, how fast, how many images at a time.
+
+    Stochastic gradient descent; the learning rate is divided by 10 at milestones.
+    ValueError for numbers out of range."""
 
     epochs: float = 150  # times through the set
     lr: float = 0.01  # at first
@@ -63,9 +66,8 @@ class Recipe:
                 raise ValueError(f'{name}: {getattr(self, name)} is out of range')
 
     def scaled(self, factor: float) -> 'Recipe':
-        return replace(
-            self, epochs=self.epochs * factor, milestones=tuple(m * factor for m in self.milestones)
-        )
+        milestones = tuple(m * factor for m in self.milestones)
+        return replace(self, epochs=self.epochs * factor, milestones=milestones)
 
     def rate(self, epoch: float) -> float:
         return self.lr / 10 ** sum(m <= epoch for m in self.milestones)
@@ -97,41 +99,41 @@ def _batches(
     for step in range(first, last):
         epoch, i = divmod(step, per_epoch)
         if step == first or i == 0:
-            order = torch.randperm(
-                images, generator=torch.Generator().manual_seed(_mixed(seed, 0, epoch))
-            )
+            gen = torch.Generator().manual_seed(_mixed(seed, 0, epoch))
+            order = torch.randperm(images, generator=gen)
         yield step, order[i * batch : (i + 1) * batch]
 
 # %% ../nbs/22_finetune.ipynb #19b707ce
 class Penalty:
     "What is added to the loss of the task, here nothing; made from the network in training."
 
-    kind, name, suspects = (
-        'finetune',
-        'similarity',
-        'the learning rate',
-    )  # of a checkpoint; in the history; where a loss is not finite
-    teacher, weight = None, 0.0
+    kind = 'finetune'  # of a checkpoint
+    name = 'similarity'  # in the history
+    suspects = 'the learning rate'  # where a loss is not finite
+    teacher = None
+    weight = 0.0
 
     def __init__(self, net: nn.Module):
         self.net = net
 
     def active(self):
-        return nullcontext(
-            lambda x: torch.zeros((), device=x.device)
-        )  # inside the block: images -> penalty of the last forward pass
+        "A block in which a function is valid: images -> penalty of the last forward pass."
+        return nullcontext(lambda x: torch.zeros((), device=x.device))
 
     def update(self) -> dict:
-        return {}  # after a stretch of steps; numbers for the history
+        "What happens after a stretch of steps; numbers for the history."
+        return {}
 
     def facts(self) -> dict:
-        return dict(sp_weight=self.weight)  # what distinguishes it from others
+        "What distinguishes it from others."
+        return dict(sp_weight=self.weight)
 
     def state(self) -> dict:
-        return {}  # its variables, name -> tensor
+        "Its variables, name -> tensor."
+        return {}
 
     def load_state(self, state: dict):
-        pass
+        "Take up variables that `state` gave."
 
 # %% ../nbs/22_finetune.ipynb #301ef091
 class Similarity(Penalty):
@@ -139,7 +141,9 @@ class Similarity(Penalty):
 
     def __init__(self, net: nn.Module, teacher: nn.Module, weight: float):
         super().__init__(net)
-        self.teacher, self.weight = copy.deepcopy(teacher).to(place(net)[0]), weight
+        device = place(net)[0]
+        self.teacher = copy.deepcopy(teacher).to(device)
+        self.weight = weight
 
     def active(self):
         return similarity(self.teacher, self.net)
@@ -164,13 +168,15 @@ class _Run:
     seed: int
 
 # %% ../nbs/22_finetune.ipynb #c0a0914e
-def unchanged(x):
+def unchanged(
+    x,  # anything
+):  # the same object
     "What it is given."
     return x
 
 # %% ../nbs/22_finetune.ipynb #68a06b2a
 def _check_arguments(recipe: Recipe, images: int, processes: int, autocast):
-    "ValueError for a batch that is too large or can't be shared, or a precision that needs more than is done here."
+    "ValueError for a batch that is too large or can't be shared, or an unsupported precision."
     if not recipe.batch <= images:
         raise ValueError(f'batch: {recipe.batch} images a step from a set of {images}')
     if recipe.batch % processes:
@@ -188,28 +194,37 @@ def _sgd(net: nn.Module, recipe: Recipe) -> torch.optim.SGD:
 
 # %% ../nbs/22_finetune.ipynb #5837406e
 def _begin(
-    model, train_set, penalty: Callable, recipe, mean, std, augment, batch_norms, autocast, seed
+    model: nn.Module,  # never changed
+    train_set: Dataset,
+    penalty: Callable,  # working copy -> `Penalty`
+    recipe: Recipe,
+    mean: tuple,  # this and what follows as in `finetune`
+    std: tuple,
+    augment: Callable,
+    batch_norms: Callable,
+    autocast: torch.dtype | None,
+    seed: int,
 ) -> _Run:
-    "A run before its first step; `penalty` makes a `Penalty` from the working copy, other arguments as in `finetune`."
+    "A run before its first step."
     a = Accelerator()
     _check_arguments(recipe, len(train_set), a.num_processes, autocast)
     check_model(model)
     net = batch_norms(copy.deepcopy(model).to(a.device).train())
     parallel, opt = a.prepare(net, _sgd(net, recipe))
     return _Run(
-        a,
-        net,
-        parallel,
-        opt,
-        penalty(net),
-        train_set.to(a.device),
-        recipe,
-        mean,
-        std,
-        augment,
-        batch_norms,
-        autocast,
-        seed,
+        accelerator=a,
+        net=net,
+        parallel=parallel,
+        opt=opt,
+        penalty=penalty(net),
+        data=train_set.to(a.device),
+        recipe=recipe,
+        mean=mean,
+        std=std,
+        augment=augment,
+        batch_norms=batch_norms,
+        autocast=autocast,
+        seed=seed,
     )
 
 # %% ../nbs/22_finetune.ipynb #f5c1d0b9
@@ -218,7 +233,8 @@ def _shown(
     part: Tensor,  # indices of the images of a step, (batch,)
 ) -> tuple:  # images (share, channels, height, width), labels (share,)
     "What this process sees of a batch: normalised, augmented, on the device."
-    a, part = run.accelerator, part.to(run.data.labels.device)
+    a = run.accelerator
+    part = part.to(run.data.labels.device)
     share = slice(a.process_index, None, a.num_processes)
     x = run.augment(normalise(run.data.images[part], run.mean, run.std))
     return x[share].to(place(run.net)[1]), run.data.labels[part][share]
@@ -229,24 +245,21 @@ def _take_step(
     step: int,  # its number, from 0; decides all random numbers
     part: Tensor,  # indices of its images, (batch,)
     penalty: Callable,  # images -> what is added for the last forward pass
-) -> (
-    list
-):  # loss of the task, penalty, share of right answers before the step; means over processes
+) -> list:  # loss of the task, penalty, share of right answers: before the step, of all processes
     "One step of training. FloatingPointError, with weights as they were, if a loss isn't finite."
     a = run.accelerator
     amp = a.autocast() if run.autocast is None else torch.autocast(a.device.type, run.autocast)
     with _seeded(_mixed(run.seed, 1, step), a.device), amp:
         x, labels = _shown(run, part)
         scores = run.parallel(x)
-        task, added = F.cross_entropy(scores, labels), penalty(x)
+        task = F.cross_entropy(scores, labels)
+        added = penalty(x)
     right = (scores.argmax(1) == labels).float().mean()
-    seen = a.reduce(
-        torch.stack([v.detach().float() for v in (task, added, right)]), 'mean'
-    ).tolist()
+    here = torch.stack([v.detach().float() for v in (task, added, right)])
+    seen = a.reduce(here, 'mean').tolist()
     if not all(map(isfinite, seen)):
-        raise FloatingPointError(
-            f'step {step + 1}: the loss is {seen[0]}, the {run.penalty.name} {seen[1]}'
-        )
+        says = f'the loss is {seen[0]}, the {run.penalty.name} {seen[1]}'
+        raise FloatingPointError(f'step {step + 1}: {says}')
     run.opt.zero_grad(set_to_none=True)
     a.backward(task + run.penalty.weight * added)
     run.opt.step()
@@ -260,28 +273,28 @@ def _advance(
     bar: tqdm,  # to be moved
 ) -> dict:  # a row of the history: means over these steps
     "Train from step `first` to `last`, then update the penalty."
-    per_epoch, seen = len(run.data) // run.recipe.batch, []
+    per_epoch = len(run.data) // run.recipe.batch
+    seen = []
     with run.penalty.active() as penalty:
         for step, part in _batches(len(run.data), run.recipe.batch, run.seed, first, last):
+            rate = run.recipe.rate(step / per_epoch)
             for group in run.opt.param_groups:
-                group['lr'] = run.recipe.rate(step / per_epoch)
+                group['lr'] = rate
             seen.append(_take_step(run, step, part, penalty))
             bar.set_postfix(loss=f'{seen[-1][0]:.3f}', accuracy=f'{seen[-1][2]:.0%}', refresh=False)
             bar.update()
     for b in run.net.buffers():
         broadcast(b)  # statistics of the first process for all
     loss, added, right = np.mean(seen, 0).tolist()
-    return {
-        'step': last,
-        'epoch': last / per_epoch,
-        'lr': group['lr'],
-        'loss': loss,
-        run.penalty.name: added,
-        'accuracy': 100 * right,
-    } | run.penalty.update()
+    row = dict(step=last, epoch=last / per_epoch, lr=rate, loss=loss)
+    row[run.penalty.name] = added
+    row['accuracy'] = 100 * right
+    return row | run.penalty.update()
 
 # %% ../nbs/22_finetune.ipynb #63867b66
-def fixed_norms(net: nn.Module) -> nn.Module:
+def fixed_norms(
+    net: nn.Module,  # in training mode; changed in place
+) -> nn.Module:  # the same object
     "Batch norms in evaluation mode: with the statistics they have, which stay. In place."
     for m in net.modules():
         if isinstance(m, BATCH_NORM):
@@ -289,18 +302,24 @@ def fixed_norms(net: nn.Module) -> nn.Module:
     return net
 
 # %% ../nbs/22_finetune.ipynb #c6d34b09
-def synced_norms(net: nn.Module) -> nn.Module:
-    "Batch norms with the statistics of all processes (`torch.nn.SyncBatchNorm`). ValueError on a CPU, where PyTorch has none."
+def synced_norms(
+    net: nn.Module,  # on a GPU; its batch norms are replaced
+) -> nn.Module:
+    """Batch norms with the statistics of all processes (`torch.nn.SyncBatchNorm`).
+
+    ValueError on a CPU, where PyTorch has none."""
     if place(net)[0].type != 'cuda':
         raise ValueError('synced_norms: torch.nn.SyncBatchNorm needs GPUs; take fixed_norms')
     return nn.SyncBatchNorm.convert_sync_batchnorm(net)
 
 # %% ../nbs/22_finetune.ipynb #84f2dc10
+def _norms(net: nn.Module, of: str) -> dict:
+    "The norm of every tensor of a network, {`of` and its name: number}."
+    return {f'{of} {k}': v.double().norm().item() for k, v in net.state_dict().items()}
+
+
 def _about(run: _Run, every: int) -> dict:
     "What distinguishes a run from others, for a checkpoint; numbers and strings."
-    norms = lambda net: (
-        {} if net is None else {k: v.double().norm().item() for k, v in net.state_dict().items()}
-    )
     name = lambda f: getattr(f, '__qualname__', type(f).__qualname__)
     data = dict(
         images=len(run.data),
@@ -314,30 +333,28 @@ def _about(run: _Run, every: int) -> dict:
         batch_norms=name(run.batch_norms),
         autocast=str(run.autocast),
         every=every,
+        seed=run.seed,
     )
-    weights = {f'start {k}': v for k, v in norms(run.net).items()} | {
-        f'teacher {k}': v for k, v in norms(run.penalty.teacher).items()
-    }
-    return (
-        asdict(run.recipe) | data | how | dict(seed=run.seed, weights=weights) | run.penalty.facts()
-    )
+    weights = _norms(run.net, 'start')
+    if run.penalty.teacher is not None:
+        weights |= _norms(run.penalty.teacher, 'teacher')
+    about = asdict(run.recipe) | data | how
+    about['weights'] = weights
+    return about | run.penalty.facts()
 
 # %% ../nbs/22_finetune.ipynb #df0f9286
 def _same_run(path, there: dict, here: dict):
     "ValueError unless a checkpoint, which says `there` of itself, belongs to the run `here`."
+    other = f'{path}: checkpoint of another run'
     here = json.loads(json.dumps(here))
     for k in here:
         if k != 'weights' and there.get(k) != here[k]:
-            raise ValueError(
-                f'{path}: checkpoint of another run, whose {k} is {there.get(k)} and not {here[k]}'
-            )
+            raise ValueError(f'{other}, whose {k} is {there.get(k)} and not {here[k]}')
     if odd := there['weights'].keys() ^ here['weights'].keys():
-        raise ValueError(
-            f'{path}: checkpoint of another run, with {sorted(odd)[0]} on one side only'
-        )
+        raise ValueError(f'{other}, with {sorted(odd)[0]} on one side only')
     for k, v in here['weights'].items():
         if not isclose(v, there['weights'][k], rel_tol=1e-4, abs_tol=1e-12):
-            raise ValueError(f'{path}: checkpoint of another run, with other weights: {k}')
+            raise ValueError(f'{other}, with other weights: {k}')
 
 # %% ../nbs/22_finetune.ipynb #7be21675
 _CHECKPOINT_FORMAT = 'lbyl_nb.{}.1'  # of a kind of penalty
@@ -345,42 +362,41 @@ _CHECKPOINT_FORMAT = 'lbyl_nb.{}.1'  # of a kind of penalty
 
 def _save_checkpoint(path, run: _Run, what: dict, step: int, rows: list):
     "Write all that a run is after `step` steps; the file appears as a whole or not at all."
-    state = {
-        k: run.opt.optimizer.state.get(p, {}).get('momentum_buffer')
-        for k, p in run.net.named_parameters()
-    }
-    tensors = {f'model/{k}': v for k, v in run.net.state_dict().items()} | {
-        f'momentum/{k}': v for k, v in state.items() if v is not None
-    }
-    tensors |= {f'penalty/{k}': v for k, v in run.penalty.state().items()}
-    write_safetensors(
-        tensors,
-        path,
-        dict(
-            format=_CHECKPOINT_FORMAT.format(run.penalty.kind),
-            run=json.dumps(what),
-            step=str(step),
-            history=json.dumps(rows),
-        ),
+    tensors = {f'model/{k}': v for k, v in run.net.state_dict().items()}
+    for k, p in run.net.named_parameters():
+        momentum = run.opt.optimizer.state.get(p, {}).get('momentum_buffer')
+        if momentum is not None:
+            tensors[f'momentum/{k}'] = momentum
+    for k, v in run.penalty.state().items():
+        tensors[f'penalty/{k}'] = v
+    meta = dict(
+        format=_CHECKPOINT_FORMAT.format(run.penalty.kind),
+        run=json.dumps(what),
+        step=str(step),
+        history=json.dumps(rows),
     )
+    write_safetensors(tensors, path, meta)
 
 # %% ../nbs/22_finetune.ipynb #c71401bf
 def _load_checkpoint(
-    path, run: _Run, what: dict
+    path,  # a file that `_save_checkpoint` wrote
+    run: _Run,  # changed in place
+    what: dict,  # as from `_about`
 ) -> tuple[int, list]:  # steps done, rows of the history
-    "Put a run where a checkpoint left it. ValueError if the file is truncated, no checkpoint, or of another kind, architecture or run."
-    (tensors, meta), kind = read_safetensors(path), run.penalty.kind
+    """Put a run where a checkpoint left it.
+
+    ValueError if the file is truncated, no checkpoint, or of another kind, architecture or run."""
+    tensors, meta = read_safetensors(path)
+    kind = run.penalty.kind
     if meta.get('format') != _CHECKPOINT_FORMAT.format(kind):
         raise ValueError(f'{path}: not a checkpoint of {kind} (format {meta.get("format")!r})')
-    weights, momenta, state = (
-        {k.partition('/')[2]: v for k, v in tensors.items() if k.startswith(part)}
-        for part in ('model/', 'momentum/', 'penalty/')
-    )
+    part = lambda of: {k.partition('/')[2]: v for k, v in tensors.items() if k.startswith(of)}
+    weights, momenta = part('model/'), part('momentum/')
     if wrong := _differences(run.net, weights):
         raise ValueError(f'{path}: checkpoint of another architecture: {"; ".join(wrong[:3])}')
     _same_run(path, json.loads(meta['run']), what)
     run.net.load_state_dict(weights)
-    run.penalty.load_state(state)
+    run.penalty.load_state(part('penalty/'))
     for k, p in run.net.named_parameters():
         if k in momenta:
             run.opt.optimizer.state[p]['momentum_buffer'] = momenta[k].to(p)
@@ -389,15 +405,20 @@ def _load_checkpoint(
 # %% ../nbs/22_finetune.ipynb #e4eb5fab
 @dataclass(frozen=True)
 class Finetuned:
-    "A trained network and how it came about."
+    """A trained network and how it came about.
+
+    The history has the columns step, epoch, lr, loss, similarity or penalty, accuracy (%)
+    and, with an `eval_set`, eval_accuracy (%)."""
 
     model: nn.Module
-    history: pd.DataFrame  # a row for each `every` steps: step, epoch, lr, loss, similarity or penalty, accuracy (%), eval_accuracy (%)
+    history: pd.DataFrame  # a row for each `every` steps
     plan: dict | None = None  # {layer: kept channels}, where it was pruned on the way
 
 # %% ../nbs/22_finetune.ipynb #a681e0a3
 def _with_accuracy(run: _Run, row: dict, eval_set: Dataset | None) -> dict:
-    "A row of the history with the accuracy on other images. FloatingPointError if a weight isn't finite any more."
+    """A row of the history and, given an `eval_set`, the accuracy on it.
+
+    FloatingPointError if a weight isn't finite any more."""
     try:
         check_model(run.net)
     except ValueError as e:
@@ -410,24 +431,24 @@ def _with_accuracy(run: _Run, row: dict, eval_set: Dataset | None) -> dict:
 # %% ../nbs/22_finetune.ipynb #dc770a61
 def _go_on(run: _Run, eval_set, checkpoint, every: int, label: str) -> list:  # rows of the history
     "Train a run to its end, from where its checkpoint left it; main process writes."
-    total, done, rows, what = run.recipe.steps(len(run.data)), 0, [], _about(run, every)
+    what = _about(run, every)
+    done, rows = 0, []
     if checkpoint is not None and Path(checkpoint).exists():
         done, rows = _load_checkpoint(checkpoint, run, what)
+    total = run.recipe.steps(len(run.data))
     main = run.accelerator.is_main_process
-    with tqdm(
-        total=total, initial=done, desc=label, leave=False, **({} if main else dict(disable=True))
-    ) as bar:
+    shown = {} if main else dict(disable=True)
+    with tqdm(total=total, initial=done, desc=label, leave=False, **shown) as bar:
         while done < total:
             last = min(total, done + every)
             try:
-                rows.append(_with_accuracy(run, _advance(run, done, last, bar), eval_set))
+                row = _advance(run, done, last, bar)
+                rows.append(_with_accuracy(run, row, eval_set))
             except FloatingPointError as e:
-                kept = (
-                    f'; {checkpoint} holds step {done}' if checkpoint is not None and done else ''
-                )
-                raise FloatingPointError(
-                    f'{e}; {run.penalty.suspects} may be too large{kept}'
-                ) from e
+                says = f'{e}; {run.penalty.suspects} may be too large'
+                if checkpoint is not None and done:
+                    says += f'; {checkpoint} holds step {done}'
+                raise FloatingPointError(says) from e
             done = last
             if checkpoint is not None and main:
                 _save_checkpoint(checkpoint, run, what, done, rows)
@@ -453,30 +474,35 @@ def finetune(
     model: nn.Module,  # the network to train, compact or expanded; never changed
     train_set: Dataset,  # images as bytes, and labels
     *,
-    teacher: nn.Module
-    | None = None,  # with it, the similarity-preserving loss is added (arXiv 1907.09682); never changed
+    teacher: nn.Module | None = None,  # with it, its similarity loss is added; never changed
     sp_weight: float = 3000.0,  # of that loss
     recipe: Recipe = FINETUNING,  # `SCRATCH` for networks that know nothing
-    mean: tuple = (0.5,),
-    std: tuple = (0.5,),  # of the pixels / 255
-    augment: Callable = unchanged,  # normalised images -> images, before each step, on the device; as `data.crop_flip`
-    batch_norms: Callable = unchanged,  # network -> network: `fixed_norms`, `synced_norms`, or whatever shall be done to the copy in training mode
-    autocast: torch.dtype
-    | None = None,  # torch.bfloat16 where PyTorch holds it safe; None: as Accelerate is configured, usually float32
+    mean: tuple = (0.5,),  # of the pixels / 255, for each colour
+    std: tuple = (0.5,),  # of the pixels / 255, for each colour
+    augment: Callable = unchanged,  # normalised images -> images, before each step, on the device
+    batch_norms: Callable = unchanged,  # copy in training mode -> network, such as `fixed_norms`
+    autocast: torch.dtype | None = None,  # torch.bfloat16, or None: as Accelerate is configured
     eval_set: Dataset | None = None,  # images for the column eval_accuracy; decides nothing
-    checkpoint: str
-    | Path
-    | None = None,  # file to go on from, if there is one, and to write, all `every` steps
-    every: int | None = None,  # steps for a row of the history; None: an epoch
+    checkpoint: str | Path | None = None,  # file to go on from, if there is one, and to write
+    every: int | None = None,  # steps for a row of the history and a checkpoint; None: an epoch
     seed: int = 0,  # order of the images, augmentation, dropout
     label: str = 'fine-tuning',  # in front of the bar
-) -> Finetuned:
-    """Train a network by SGD, on the CPU, a GPU or several processes, as Hugging Face Accelerate finds them (recipe of arXiv 2204.11444).
+) -> Finetuned:  # with a new network on the device of `model`, in its modes
+    """Train a network by SGD (recipe of arXiv 2204.11444, similarity loss of arXiv 1907.09682).
 
-    The same call with the same `checkpoint` goes on where it was killed, on a CPU with as many threads to the same bits. In several processes each takes its share of a batch;
-    similarities are of images within a share, and so are the statistics of batch norm unless `batch_norms` says otherwise; dropout is the same in all shares.
-    FloatingPointError naming the step if a loss or weight is not finite; the checkpoint before it stays. ValueError for a batch larger than the set
-    or not divisible by the processes, NaN in the model, a checkpoint that is truncated or of another architecture or run. FileNotFoundError without the folder for it."""
+    It runs on the CPU, a GPU or several processes, as Hugging Face Accelerate finds them.
+    The same call with the same `checkpoint` goes on where it was killed,
+    on a CPU with as many threads to the same bits.
+
+    In several processes each takes its share of a batch. Similarities are of images within a
+    share, and so are the statistics of batch norm unless `batch_norms` says otherwise;
+    dropout is the same in all shares. An `augment` is for instance `data.crop_flip`.
+    With torch.bfloat16 the forward pass is in it where PyTorch holds that safe.
+
+    FloatingPointError naming the step if a loss or weight is not finite; the checkpoint before
+    it stays. ValueError for a batch larger than the set or not divisible by the processes,
+    NaN in the model, a checkpoint that is truncated or of another architecture or run.
+    FileNotFoundError without the folder for it."""
     penalty = Penalty if teacher is None else partial(Similarity, teacher=teacher, weight=sp_weight)
     run = _begin(model, train_set, penalty, recipe, mean, std, augment, batch_norms, autocast, seed)
     return _complete(model, run, eval_set, checkpoint, every, label)
@@ -484,17 +510,18 @@ def finetune(
 # %% ../nbs/22_finetune.ipynb #6e9e575f
 def boost(
     model: nn.Module,  # pruned, perhaps restored; never changed
-    train_set: Dataset,
+    train_set: Dataset,  # images as bytes, and labels
     *,
     teacher: nn.Module | None = None,  # the dense network
     rate: float = 3,  # of expansion
     seed: int = 0,  # of the factors and of training
     **training,  # further arguments of `finetune`
 ) -> Finetuned:  # with the compact network
-    "Expand, fine-tune, with a teacher by distillation too, and contract (arXiv 2204.11444). Errors as in `expand` and `finetune`."
-    done = finetune(
-        expand(model, rate, seed=seed), train_set, teacher=teacher, seed=seed, **training
-    )
+    """Expand, fine-tune, with a teacher by distillation too, and contract (arXiv 2204.11444).
+
+    Errors as in `expand` and `finetune`."""
+    big = expand(model, rate, seed=seed)
+    done = finetune(big, train_set, teacher=teacher, seed=seed, **training)
     return replace(done, model=contract(done.model))
 
 # %% ../nbs/22_finetune.ipynb #8090b42b
@@ -502,7 +529,9 @@ def fresh(
     model: nn.Module,  # never changed
     seed: int = 0,  # of the weights
 ) -> nn.Module:
-    "The same architecture with new weights, as every module draws its own. ValueError naming a module with parameters that can't."
+    """The same architecture with new weights, as every module draws its own.
+
+    ValueError naming a module with parameters that can't."""
     net = copy.deepcopy(model)
     with _seeded(seed, place(net)[0]):
         for name, m in net.named_modules():
@@ -516,15 +545,18 @@ def fresh(
 def restore_and_boost(
     model: nn.Module,  # the dense network, which is also the teacher; never changed
     example_inputs,  # a tensor, tuple or dict that its forward accepts
-    train_set: Dataset,
+    train_set: Dataset,  # images as bytes, and labels
     *,
     restoring: dict,  # `ratio` or `keep`, `criterion`, `restorer`: as in `restore`
     path: str | Path | None = None,  # file for the small network, to be read by `load_restored`
     **training,  # further arguments of `boost`
 ) -> Finetuned:  # with the compact network and its plan
-    "Prune, restore, expand, fine-tune with distillation, contract and save. Errors as in `restore` and `boost`."
+    """Prune, restore, expand, fine-tune with distillation, contract and save.
+
+    Errors as in `restore` and `boost`."""
     small = restore(model, example_inputs, **restoring)
-    done = replace(boost(small.model, train_set, teacher=model, **training), plan=small.plan)
+    done = boost(small.model, train_set, teacher=model, **training)
+    done = replace(done, plan=small.plan)
     if path is not None:
         save_restored(done.model, done.plan, path)
     return done
@@ -541,11 +573,7 @@ def plot_history(
     ax = ax or plt.subplots()[1]
     for title, colour in _colours(histories).items():
         ax.plot(histories[title].step, histories[title][y], '.-', color=colour, label=title)
-    ax.set(
-        xlabel='steps',
-        ylabel={'accuracy': 'accuracy while training (%)', 'eval_accuracy': 'accuracy (%)'}.get(
-            y, y
-        ),
-    )
+    words = {'accuracy': 'accuracy while training (%)', 'eval_accuracy': 'accuracy (%)'}
+    ax.set(xlabel='steps', ylabel=words.get(y, y))
     ax.legend()
     return ax

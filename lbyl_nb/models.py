@@ -29,14 +29,14 @@ class LeNet300100(nn.Module):
 
     def __init__(self, num_classes: int = 10):
         super().__init__()
-        self.ip1, self.ip2, self.ip3 = (
-            nn.Linear(784, 300),
-            nn.Linear(300, 100),
-            nn.Linear(100, num_classes),
-        )
+        self.ip1 = nn.Linear(784, 300)
+        self.ip2 = nn.Linear(300, 100)
+        self.ip3 = nn.Linear(100, num_classes)
 
     def forward(self, x):  # (n, 784) or (n, 1, 28, 28) -> (n, num_classes)
-        return self.ip3(F.relu(self.ip2(F.relu(self.ip1(x.flatten(1))))))
+        x = F.relu(self.ip1(x.flatten(1)))
+        x = F.relu(self.ip2(x))
+        return self.ip3(x)
 
 # %% ../nbs/31_models.ipynb #4568b4b0
 class BasicBlock(nn.Module):
@@ -44,102 +44,129 @@ class BasicBlock(nn.Module):
 
     def __init__(self, m: int, n: int, stride: int = 1):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(m, n, 3, stride, 1, bias=False), nn.BatchNorm2d(n)
-        self.conv2, self.bn2 = nn.Conv2d(n, n, 3, 1, 1, bias=False), nn.BatchNorm2d(n)
-        self.stride, self.widen, self.project = stride, n - m, None
+        self.conv1 = nn.Conv2d(m, n, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(n)
+        self.conv2 = nn.Conv2d(n, n, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(n)
+        self.stride = stride
+        self.widen = n - m
+        self.project = None
 
     def shortcut(self, x):  # (b, m, h, w) -> (b, n, h/stride, w/stride)
         if self.project is not None:
             return self.project(x)
         if self.stride == 1 and not self.widen:
             return x
-        return F.pad(
-            x[:, :, :: self.stride, :: self.stride],
-            (0, 0, 0, 0, self.widen // 2, self.widen - self.widen // 2),
-        )
+        before = self.widen // 2
+        after = self.widen - before
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, after))
 
     def forward(self, x):
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         return F.relu(y + self.shortcut(x))
 
 # %% ../nbs/31_models.ipynb #3fe0a0c6
+def _stage(m: int, n: int, stride: int, blocks: int) -> nn.Sequential:
+    "Blocks from m to n channels, the first with a stride"
+    later = [BasicBlock(n, n) for _ in range(blocks - 1)]
+    return nn.Sequential(BasicBlock(m, n, stride), *later)
+
+
 class CifarResNet(nn.Module):
-    "ResNet of 6·`blocks` + 2 layers for images (n, 3, 32, 32); names as in akamaster/pytorch_resnet_cifar10"
+    """ResNet of 6·`blocks` + 2 layers for images (n, 3, 32, 32)
+
+    Names are those of akamaster/pytorch_resnet_cifar10."""
 
     def __init__(self, blocks: int, num_classes: int = 10):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
-        stage = lambda m, n, stride: nn.Sequential(
-            BasicBlock(m, n, stride), *(BasicBlock(n, n) for _ in range(blocks - 1))
-        )
-        self.layer1, self.layer2, self.layer3 = stage(16, 16, 1), stage(16, 32, 2), stage(32, 64, 2)
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = _stage(16, 16, 1, blocks)
+        self.layer2 = _stage(16, 32, 2, blocks)
+        self.layer3 = _stage(32, 64, 2, blocks)
         self.linear = nn.Linear(64, num_classes)
         for m in self.modules():
             if isinstance(m, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(m.weight)
 
     def forward(self, x):  # (n, 3, 32, 32) -> (n, num_classes)
-        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(x.mean((2, 3)))
 
 # %% ../nbs/31_models.ipynb #db929f10
-def resnet20(num_classes: int = 10) -> CifarResNet:  # 0.27 million parameters
+def resnet20(
+    num_classes: int = 10,  # scores
+) -> CifarResNet:  # 0.27 million parameters
     "ResNet-20 for CIFAR (He et al., 2015)"
     return CifarResNet(3, num_classes)
 
 
-def resnet56(num_classes: int = 10) -> CifarResNet:  # 0.86 million parameters
+def resnet56(
+    num_classes: int = 10,  # scores
+) -> CifarResNet:  # 0.86 million parameters
     "ResNet-56 for CIFAR (He et al., 2015)"
     return CifarResNet(9, num_classes)
 
 # %% ../nbs/31_models.ipynb #fc6e1109
+def _copying(block: BasicBlock) -> nn.Conv2d:
+    "The padded shortcut of a block as a 1×1 convolution"
+    W = block.conv1.weight
+    m, n = block.conv1.in_channels, block.conv1.out_channels
+    like = dict(device=W.device, dtype=W.dtype)
+    conv = nn.utils.skip_init(nn.Conv2d, m, n, 1, block.stride, bias=False, **like)
+    with torch.no_grad():
+        conv.weight.zero_()[torch.arange(m) + block.widen // 2, torch.arange(m)] = 1
+    return conv
+
+
 def with_projections(
     net: CifarResNet,  # not changed
 ) -> CifarResNet:  # gives the same; a tensor more for each padded shortcut
     "Padded shortcuts as 1×1 convolutions, so that residual streams can be pruned"
     net = copy.deepcopy(net)
     for b in [b for b in net.modules() if isinstance(b, BasicBlock) and b.widen]:
-        m, n = b.conv1.in_channels, b.conv1.out_channels
-        b.project = nn.utils.skip_init(
-            nn.Conv2d,
-            m,
-            n,
-            1,
-            b.stride,
-            bias=False,
-            device=b.conv1.weight.device,
-            dtype=b.conv1.weight.dtype,
-        )
-        with torch.no_grad():
-            b.project.weight.zero_()[torch.arange(m) + b.widen // 2, torch.arange(m)] = 1
+        b.project = _copying(b)
     return net
 
 # %% ../nbs/31_models.ipynb #18698bb9
-def vgg16_bn(num_classes: int = 10) -> nn.Sequential:  # 14.7 million parameters
-    "VGG-16 with batch norm for images (n, 3, 32, 32): `features.0` … `features.43`, then `classifier`"
+def _vgg_features(widths: list) -> nn.Sequential:
+    "3×3 convolutions of these widths with batch norm and ReLU, and a pooling where it is 0"
     layers, m = [], 3
-    for n in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0):
+    for n in widths:
         if not n:
             layers.append(nn.MaxPool2d(2))
             continue
-        layers += [
-            nn.Conv2d(m, n, 3, padding=1, bias=False),
-            nn.BatchNorm2d(n),
-            nn.ReLU(inplace=True),
-        ]
-        nn.init.kaiming_normal_(layers[-3].weight)
+        conv = nn.Conv2d(m, n, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(conv.weight)
+        layers += [conv, nn.BatchNorm2d(n), nn.ReLU(inplace=True)]
         m = n
-    return nn.Sequential(
-        OrderedDict(
-            features=nn.Sequential(*layers),
-            flatten=nn.Flatten(),
-            classifier=nn.Linear(m, num_classes),
-        )
-    )
+    return nn.Sequential(*layers)
+
+
+def _with_classifier(features: nn.Sequential, m: int, num_classes: int) -> nn.Sequential:
+    "Features, and one linear layer that reads all of their m numbers"
+    flatten, classifier = nn.Flatten(), nn.Linear(m, num_classes)
+    parts = OrderedDict(features=features, flatten=flatten, classifier=classifier)
+    return nn.Sequential(parts)
+
+
+def vgg16_bn(
+    num_classes: int = 10,  # scores
+) -> nn.Sequential:  # 14.7 million parameters
+    """VGG-16 with batch norm for images (n, 3, 32, 32)
+
+    Its layers are `features.0` … `features.43`, then `classifier`."""
+    widths = [64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0]
+    return _with_classifier(_vgg_features(widths), 512, num_classes)
 
 # %% ../nbs/31_models.ipynb #1b20df5a
-def resnet50_cifar(num_classes: int = 10) -> ResNet:  # 23.5 million parameters
-    "torchvision's ResNet-50 with a 3×3 stem of stride 1 and no first pooling, for images (n, 3, 32, 32)"
+def resnet50_cifar(
+    num_classes: int = 10,  # scores
+) -> ResNet:  # 23.5 million parameters
+    """torchvision's ResNet-50 for images (n, 3, 32, 32)
+
+    It has a 3×3 stem of stride 1 and no first pooling."""
     net = ResNet(Bottleneck, [3, 4, 6, 3], num_classes=num_classes)
     net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(net.conv1.weight, mode='fan_out')
@@ -150,33 +177,29 @@ def resnet50_cifar(num_classes: int = 10) -> ResNet:  # 23.5 million parameters
 def digits_net(
     width: int = 32,  # channels of the first convolution; the two others have four times as many
     num_classes: int = 10,  # scores
-    offset: float = 1.0,  # initial offset (beta) of every batch norm; the initial scale (gamma) is 1
-) -> nn.Sequential:
-    "conv–BN–ReLU three times, for images (n, 1, 8, 8); the more channels, the more of them nearly repeat others"
+    offset: float = 1.0,  # initial offset (beta) of every batch norm; its scale (gamma) is 1
+) -> nn.Sequential:  # features and a linear classifier
+    """conv–BN–ReLU three times, for images (n, 1, 8, 8)
+
+    The more channels, the more of them nearly repeat others."""
     conv = lambda m, n: [nn.Conv2d(m, n, 3, padding=1, bias=False), nn.BatchNorm2d(n), nn.ReLU()]
-    features = [
+    features = nn.Sequential(
         *conv(1, width),
         *conv(width, 4 * width),
         nn.MaxPool2d(2),
         *conv(4 * width, 4 * width),
         nn.AvgPool2d(2),
-    ]
+    )
     for m in features:
         if isinstance(m, nn.BatchNorm2d):
             nn.init.constant_(m.bias, offset)
-    return nn.Sequential(
-        OrderedDict(
-            features=nn.Sequential(*features),
-            flatten=nn.Flatten(),
-            classifier=nn.Linear(16 * width, num_classes),
-        )
-    )
+    return _with_classifier(features, 16 * width, num_classes)
 
 # %% ../nbs/31_models.ipynb #71411311
 def initialised(
     build: Callable,  # makes a network, as `resnet20`
     seed: int,  # decides its initial weights
-) -> nn.Module:
+) -> nn.Module:  # what `build` makes
     "`build()` with initial weights drawn from `seed`; the global generator is left as it was"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -188,32 +211,32 @@ def _differences(
     weights: dict,  # name -> tensor
 ) -> list:  # one sentence for each name that does not fit
     "Where weights and network differ in names or shapes"
-    own = model.state_dict()
-    out = [
-        f'{k} is missing in the file'
-        for k in own
-        if k not in weights and not k.endswith('num_batches_tracked')
-    ]
-    out += [f'{k} is not in the network' for k in weights if k not in own]
-    shape = lambda t: tuple(t.shape)
-    return out + [
-        f'{k} is {shape(weights[k])} in the file and {shape(v)} in the network'
-        for k, v in own.items()
-        if k in weights and shape(v) != shape(weights[k])
-    ]
+    shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    there = {k: tuple(v.shape) for k, v in weights.items()}
+    needed = [k for k in shapes if not k.endswith('num_batches_tracked')]
+    wrong = [f'{k} is missing in the file' for k in needed if k not in there]
+    wrong += [f'{k} is not in the network' for k in there if k not in shapes]
+    for k, shape in shapes.items():
+        if k in there and there[k] != shape:
+            wrong.append(f'{k} is {there[k]} in the file and {shape} in the network')
+    return wrong
 
 # %% ../nbs/31_models.ipynb #359c76be
 def load_weights(
     model: nn.Module,  # any network
     path: str | Path,  # safetensors file with its weights
 ) -> nn.Module:  # the same network, with these weights in its own dtype and on its own device
-    "Copy weights into `model`; `ValueError` if the file is damaged or of another architecture, `FileNotFoundError` if there is none; `model` is then untouched"
+    """Copy weights into `model`
+
+    `ValueError` if the file is damaged or of another architecture, `FileNotFoundError` if there
+    is none; `model` is then untouched"""
     weights, _ = read_safetensors(path)
     wrong = _differences(model, weights)
     if wrong:
         more = f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''
         raise ValueError(
-            f'{path} holds weights of another architecture than {type(model).__name__}: {"; ".join(wrong[:3])}{more}'
+            f'{path} holds weights of another architecture than {type(model).__name__}: '
+            f'{"; ".join(wrong[:3])}{more}'
         )
     model.load_state_dict(weights, strict=False)
     return model
@@ -229,12 +252,16 @@ def save_weights(
 
 # %% ../nbs/31_models.ipynb #1243e17c
 _PRETRAINED = dict(
-    resnet20_cifar10=resnet20, resnet56_cifar10=resnet56, lenet_300_100_fashion_mnist=LeNet300100
+    resnet20_cifar10=resnet20,
+    resnet56_cifar10=resnet56,
+    lenet_300_100_fashion_mnist=LeNet300100,
 )
+_RESNETS = 'akamaster/pytorch_resnet_cifar10 (BSD-2-Clause)'
+_LENET = 'the checkpoint published beside the neuron-merging and LBYL papers'
 _ORIGIN = dict(
-    resnet20_cifar10='akamaster/pytorch_resnet_cifar10 (BSD-2-Clause)',
-    resnet56_cifar10='akamaster/pytorch_resnet_cifar10 (BSD-2-Clause)',
-    lenet_300_100_fashion_mnist='the checkpoint published beside the neuron-merging and LBYL papers',
+    resnet20_cifar10=_RESNETS,
+    resnet56_cifar10=_RESNETS,
+    lenet_300_100_fashion_mnist=_LENET,
 )
 
 # %% ../nbs/31_models.ipynb #bde99413
@@ -247,12 +274,16 @@ def weights_dir() -> Path | None:  # `$LBYL_WEIGHTS`, or None where it is not se
 def pretrained(
     name: str,  # a key of `_PRETRAINED`
 ) -> nn.Module:  # the trained network, in evaluation mode
-    "A network with its published weights from `weights_dir()`; `FileNotFoundError` says which file is missing"
-    build, folder = _PRETRAINED[known(name, _PRETRAINED, 'network')], weights_dir()
+    """A network with its published weights from `weights_dir()`
+
+    `FileNotFoundError` says which file is missing"""
+    build = _PRETRAINED[known(name, _PRETRAINED, 'network')]
+    folder = weights_dir()
     file = f'{name}.safetensors'
     if folder is None or not (folder / file).is_file():
         where = 'LBYL_WEIGHTS, which is not set' if folder is None else folder
         raise FileNotFoundError(
-            f'{file} is not in {where}; its weights come from {_ORIGIN[name]}, saved as safetensors under the names of `{build.__name__}`'
+            f'{file} is not in {where}; its weights come from {_ORIGIN[name]}, '
+            f'saved as safetensors under the names of `{build.__name__}`'
         )
     return load_weights(build(), folder / file).eval()

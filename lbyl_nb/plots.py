@@ -34,9 +34,8 @@ def _need_columns(
     "`ValueError` naming the columns that are missing, or saying that there are no rows"
     missing = [n for n in names if n not in rows.columns]
     if missing:
-        raise ValueError(
-            f'rows: no column {", ".join(missing)} among {", ".join(map(str, rows.columns))}'
-        )
+        there = ', '.join(map(str, rows.columns))
+        raise ValueError(f'rows: no column {", ".join(missing)} among {there}')
     if not len(rows):
         raise ValueError('rows: nothing to draw')
 
@@ -49,50 +48,42 @@ def plot_accuracy(
     by: str = 'method',  # column that makes the lines
     unpruned: float | None = None,  # accuracy of the dense network in percent
     ax: Axes | None = None,  # where to draw; a new figure if None
-) -> Axes:
-    "Accuracy against ratio, one line a method, with a band of ± one deviation over seeds"
+) -> Axes:  # with the figure
+    """Accuracy against ratio, one line a method, with a band of ± one deviation over seeds
+
+    `ValueError` if a column is missing, or if there are no rows"""
     _need_columns(rows, x, y, by)
     ax = ax or plt.subplots()[1]
     if unpruned is not None:
         ax.axhline(unpruned, color='0.4', ls='--', lw=1.2, label=f'unpruned ({unpruned:.2f})')
     palette = _colours(rows[by])
-    sns.lineplot(
-        rows, x=x, y=y, hue=by, hue_order=palette, palette=palette, marker='o', errorbar='sd', ax=ax
-    )
-    ax.set(
-        xlabel='ratio of removed channels', ylabel='accuracy (%)', xticks=sorted(rows[x].unique())
-    )
+    lines = dict(hue=by, hue_order=palette, palette=palette)
+    sns.lineplot(rows, x=x, y=y, **lines, marker='o', errorbar='sd', ax=ax)
+    ratios = sorted(rows[x].unique())
+    ax.set(xlabel='ratio of removed channels', ylabel='accuracy (%)', xticks=ratios)
     ax.legend(title=None)
     return ax
 
 # %% ../nbs/33_plots.ipynb #de74c5cb
 def plot_errors(
-    rows: pd.DataFrame,  # columns layer, method, error, value; layers in the order in which they are to be drawn
+    rows: pd.DataFrame,  # columns layer, method, error, value; layers in the order of the figure
     error: str,  # which error: one of the values of the column `error`
     *,
     log: bool = False,  # logarithmic axis
     ax: Axes | None = None,  # where to draw; a new figure if None
-) -> Axes:
-    "One error component as bars, layer by layer, one colour a method; `ValueError` if the table has no such error"
+) -> Axes:  # with the figure
+    """One error component as bars, layer by layer, one colour a method
+
+    `ValueError` if the table has no such error"""
     _need_columns(rows, 'layer', 'method', 'error', 'value')
     part = rows[rows.error == error]
     if not len(part):
-        raise ValueError(
-            f'error: no {error!r} in the table, which has {", ".join(map(str, rows.error.unique()))}'
-        )
+        there = ', '.join(map(str, rows.error.unique()))
+        raise ValueError(f'error: no {error!r} in the table, which has {there}')
     ax = ax or plt.subplots()[1]
     palette = _colours(part.method)
-    sns.barplot(
-        part,
-        x='layer',
-        y='value',
-        hue='method',
-        hue_order=palette,
-        palette=palette,
-        saturation=1,
-        errorbar='sd',
-        ax=ax,
-    )
+    bars = dict(hue='method', hue_order=palette, palette=palette, saturation=1)
+    sns.barplot(part, x='layer', y='value', **bars, errorbar='sd', ax=ax)
     if log:
         ax.set_yscale('log')
     ax.set(xlabel='', ylabel=error)

@@ -21,7 +21,9 @@ from .expand import _POINTWISE, Expanded
 def similarities(
     A: Tensor,  # activations of b images, (b, ...)
 ) -> Tensor:  # (b, b), float32, or float64 if they are
-    "Similarities of the images of a batch, each row divided by its L2 norm (Tung and Mori, arXiv 1907.09682)."
+    """Similarities of the images of a batch (Tung and Mori, arXiv 1907.09682).
+
+    Each row is divided by its L2 norm."""
     A = A.reshape(len(A), -1).to(torch.promote_types(A.dtype, torch.float32), copy=True)
     with torch.autocast(A.device.type, enabled=False):
         return F.normalize(A @ A.T, dim=1)
@@ -31,29 +33,29 @@ def similarity_loss(
     teacher: dict,  # name -> list of `similarities`, one for each use of the layer
     student: dict,  # likewise
 ) -> Tensor:  # a number
-    "Mean over pairs of the mean square of the difference. ValueError naming the layer if pairs or batches don't fit."
+    """Mean over pairs of the mean square of the difference.
+
+    ValueError naming the layer if pairs or batches don't fit."""
     for k in {**teacher, **student}:
         t, s = teacher.get(k, []), student.get(k, [])
         if len(t) != len(s):
-            raise ValueError(
-                f'{k}: used {len(t)} times by the teacher and {len(s)} times by the student'
-            )
+            used = f'used {len(t)} times by the teacher and {len(s)} times by the student'
+            raise ValueError(f'{k}: {used}')
         if any(a.shape != b.shape for a, b in zip(t, s)):
-            raise ValueError(
-                f'{k}: {len(t[0])} images in the teacher and {len(s[0])} in the student'
-            )
-    return torch.stack(
-        [F.mse_loss(b, a) for k in teacher for a, b in zip(teacher[k], student[k])]
-    ).mean()
+            images = f'{len(t[0])} images in the teacher and {len(s[0])} in the student'
+            raise ValueError(f'{k}: {images}')
+    pairs = [(a, b) for k in teacher for a, b in zip(teacher[k], student[k])]
+    return torch.stack([F.mse_loss(b, a) for a, b in pairs]).mean()
 
 # %% ../nbs/21_similarity.ipynb #c38ddd2d
 def _paired(
     teacher: nn.Module,
     student: nn.Module,
-    layers: Sequence[str]
-    | None = None,  # names; None: every convolution, linear and expanded layer of the student
+    layers: Sequence[str] | None = None,  # names; None: all of the student that have weights
 ) -> list:  # names
-    "Names of layers to be compared. ValueError with similar names if one is missing in either network, or if there are none."
+    """Names of layers to be compared: convolutions, linear and expanded ones, or those given.
+
+    ValueError with similar names if one is missing in either network, or if there are none."""
     if layers is None:
         layers = [k for k, m in student.named_modules() if isinstance(m, (Expanded, *_POINTWISE))]
     if isinstance(layers, str):
@@ -62,9 +64,8 @@ def _paired(
         names = [k for k, _ in net.named_modules()]
         for k in layers:
             if k not in names:
-                raise ValueError(
-                    f'the {role} has no layer {k!r}; similar: {get_close_matches(k, names) or names[1:4]}'
-                )
+                similar = get_close_matches(k, names) or names[1:4]
+                raise ValueError(f'the {role} has no layer {k!r}; similar: {similar}')
     if not layers:
         raise ValueError('no layers to compare')
     return list(dict.fromkeys(layers))
@@ -86,7 +87,9 @@ def _watched_layers(
     net: nn.Module,
     names: Sequence[str],  # of layers
 ):
-    "Inside the block, a dict name -> list of `similarities` of what the layer gave in the last forward pass."
+    """Inside the block, a dict name -> list of `similarities`.
+
+    They are of what the layer gave in the last forward pass, one for each use of it."""
     seen = {}
     hooks = [net.register_forward_pre_hook(lambda *_: seen.clear())]
     hooks += [net.get_submodule(k).register_forward_hook(_note(seen, k)) for k in names]
@@ -100,13 +103,16 @@ def _watched_layers(
 @contextmanager
 def similarity(
     teacher: nn.Module,  # runs in evaluation mode and without gradients
-    student: nn.Module,
-    layers: Sequence[str]
-    | None = None,  # names of layers to compare; None: every convolution, linear and expanded layer of the student
+    student: nn.Module,  # in training; its layers have the teacher's names
+    layers: Sequence[str] | None = None,  # names; None: all of the student that have weights
 ):
-    """Inside the block, a function that gives the similarity-preserving loss (arXiv 1907.09682) between the student's last forward pass and the teacher's on the inputs given to it.
+    """Inside the block, a function that gives the similarity-preserving loss (arXiv 1907.09682).
 
-    ValueError for a layer that one of them lacks, another batch than the student's, or a student that hasn't run."""
+    It compares the student's last forward pass with the teacher's on the inputs given to it,
+    by default at every convolution, linear and expanded layer of the student.
+
+    ValueError for a layer that one of them lacks, another batch than the student's,
+    or a student that hasn't run."""
     names = _paired(teacher, student, layers)
     with _watched_layers(teacher, names) as t, _watched_layers(student, names) as s:
 
@@ -115,9 +121,9 @@ def similarity(
                 raise ValueError('the student has not run since the last loss')
             with _evaluating(teacher):
                 teacher(*inputs)
-            value = similarity_loss(
-                {k: [g.clone() for g in v] for k, v in t.items()}, s
-            )  # tensors of inference mode are no good for autograd
+            # copies: tensors of inference mode are no good for autograd
+            copies = {k: [g.clone() for g in v] for k, v in t.items()}
+            value = similarity_loss(copies, s)
             t.clear()
             s.clear()
             return value

@@ -69,27 +69,35 @@ def contribution_gram(
     x: Tensor,  # what it reads
     columns: Tensor,  # (m, span): input columns of each channel
 ) -> Tensor:  # (m, m), float64
-    "Products of what the channels contribute to a layer's output: all images, positions and outputs (ThiNet, Luo et al., 2017)."
+    """Products of what the channels contribute to a layer's output (ThiNet, Luo et al., 2017).
+
+    They are sums over all images, positions and outputs."""
     m, span = columns.shape
-    x, V = selected(layer, x, columns.flatten()), by_output(layer).detach()[:, columns.flatten()]
+    x = selected(layer, x, columns.flatten())
+    V = by_output(layer).detach()[:, columns.flatten()]
     if taps_fit(layer, columns):
         V = V.flatten(1).double()
-        return (
-            (patch_gram(layer, x).double() * (V.T @ V)).view(m, V.shape[1] // m, m, -1).sum((1, 3))
-        )
-    rows = lambda v: (
-        _one_output(layer, x, v).movedim(channel_dim(layer), -1).reshape(-1, m, span).sum(-1)
-    )
-    return sum((y.T @ y).double() for y in map(rows, V))
+        products = patch_gram(layer, x).double() * (V.T @ V)
+        return products.view(m, V.shape[1] // m, m, -1).sum((1, 3))
+
+    def contributions(v):  # (images and positions, m), to the output with weights v
+        y = _one_output(layer, x, v).movedim(channel_dim(layer), -1)
+        return y.reshape(-1, m, span).sum(-1)
+
+    return sum((y.T @ y).double() for y in map(contributions, V))
 
 # %% ../nbs/23_strategies.ipynb #7875bc3d
 def greedy_order(
     M: Tensor,  # (m, m) products of contributions
 ) -> Tensor:  # (m,) 0 for the channel removed first, m - 1 for the one that stays last
-    "Remove, again and again, the channel with which the sum of all removed contributions is smallest."
-    cost, order = M.diagonal().clone(), torch.empty(len(M), dtype=torch.float64)
+    """The order in which channels are removed greedily.
+
+    The next to go is that with which the sum of all removed contributions is smallest."""
+    cost = M.diagonal().clone()
+    order = torch.empty(len(M), dtype=torch.float64)
     for i in range(len(M)):
-        order[c := cost.argmin()] = i
+        c = cost.argmin()
+        order[c] = i
         cost += 2 * M[c]
         cost[c] = math.inf
     return order
@@ -107,7 +115,8 @@ def _each_by_itself(groups, method: str):
     for g in groups:
         if g.units < g.channels:
             raise ValueError(
-                f'{g.name}: {method} removes channels one by one, and grouped convolutions tie its channels'
+                f'{g.name}: {method} removes channels one by one, '
+                'and grouped convolutions tie its channels'
             )
 
 # %% ../nbs/23_strategies.ipynb #757fa7c2
@@ -119,6 +128,7 @@ class _ThiNet:
 
     def scores(self, net, groups) -> dict:
         "Place of each channel in the order of removal, {producer: (m,)}."
+        _each_by_itself(groups, 'ThiNet')
 
         def measure(c, layer, x, y):
             M = contribution_gram(layer, x, c.columns)
@@ -126,18 +136,20 @@ class _ThiNet:
                 raise ValueError(f'{c.name}: NaN or infinity met on the images')
             return M
 
-        _each_by_itself(groups, 'ThiNet')
         seen = look_at_consumers(self.source(net.model, net.args), groups, measure)
-        return {
-            g.name: greedy_order(sum(total(seen[g.name, c.name]) for c in g.consumers).cpu())
-            for g in groups
-        }
+        order = {}
+        for g in groups:
+            M = sum(total(seen[g.name, c.name]) for c in g.consumers)
+            order[g.name] = greedy_order(M.cpu())
+        return order
 
 # %% ../nbs/23_strategies.ipynb #a84cf05e
 def thinet(
-    images,  # unlabelled inputs as the model takes them (normalised): a tensor, a tuple or a dict, n samples
+    images,  # n unlabelled inputs as the model takes them (normalised): a tensor, tuple or dict
 ) -> _ThiNet:  # for `plan` and `restore`
-    "A criterion: greedily remove the channels without which the next layers' outputs change least (ThiNet, Luo et al., ICCV 2017). ValueError for no images."
+    """A criterion: the next layers' outputs shall change least (ThiNet, Luo et al., ICCV 2017).
+
+    Channels are removed greedily. ValueError for no images."""
     return _ThiNet(_given(images))
 
 # %% ../nbs/23_strategies.ipynb #3757c4d7
@@ -146,9 +158,21 @@ def _map_ranks(
     x: Tensor,  # feature maps, (n, m, h, w)
 ) -> Tensor:  # (m,) float64
     "Sum over samples of the rank of each channel's map."
-    return torch.linalg.matrix_rank(x if x.dtype == torch.float64 else x.float()).double().sum(0)
+    x = x if x.dtype == torch.float64 else x.float()
+    return torch.linalg.matrix_rank(x).double().sum(0)
 
 # %% ../nbs/23_strategies.ipynb #005e035e
+def _check_maps(name: str, y: Tensor):
+    "ValueError naming a layer whose output `y` has no maps, or holds NaN or infinity."
+    if y.ndim != 4:
+        raise ValueError(
+            f'{name}: hrank needs feature maps (n, m, h, w), and this layer puts out '
+            f'{tuple(y.shape)}; leave it out by a ratio for each layer'
+        )
+    if not y.isfinite().all():
+        raise ValueError(f'{name}: NaN or infinity met on the images')
+
+
 @dataclass(frozen=True)
 class _HRank:
     "The criterion that `hrank` makes."
@@ -158,45 +182,43 @@ class _HRank:
     def scores(self, net, groups) -> dict:
         "Mean rank of each channel's maps, {producer: (m,)}."
         probes = self.source(net.model, net.args)
-        ends = {
-            g.name: [norm or layer for layer, norm in (branch[-1] for branch in g.branches)]
-            for g in groups
-        }
-        activation = {end: g.activation or unchanged for g in groups for end in ends[g.name]}
+        ends, activation = {}, {}
+        for g in groups:
+            last = [branch[-1] for branch in g.branches]
+            ends[g.name] = [norm or layer for layer, norm in last]
+            for end in ends[g.name]:
+                activation[end] = g.activation or unchanged
 
         def measure(layer, x, y, name):
-            if y.ndim != 4:
-                raise ValueError(
-                    f'{name}: hrank needs feature maps (n, m, h, w), and this layer puts out {tuple(y.shape)}; leave it out by a ratio for each layer'
-                )
-            if not y.isfinite().all():
-                raise ValueError(f'{name}: NaN or infinity met on the images')
+            _check_maps(name, y)
             return _map_ranks(activation[name](y))
 
         seen = look(probes, activation, measure)
-        return {
-            k: sum(total(seen[e]) for e in names) / (len(probes) * len(names))
-            for k, names in ends.items()
-        }
+        ranks = {}
+        for k, names in ends.items():
+            ranks[k] = sum(total(seen[e]) for e in names) / (len(probes) * len(names))
+        return ranks
 
 # %% ../nbs/23_strategies.ipynb #9fc177a7
 def hrank(
-    images,  # unlabelled inputs as the model takes them (normalised): a tensor, a tuple or a dict, n samples
+    images,  # n unlabelled inputs as the model takes them (normalised): a tensor, tuple or dict
 ) -> _HRank:  # for `plan` and `restore`
-    "A criterion: mean rank of the feature maps (HRank, Lin et al., CVPR 2020). ValueError for no images, and naming layers that have no maps."
+    """A criterion: mean rank of the feature maps (HRank, Lin et al., CVPR 2020).
+
+    ValueError for no images, and naming layers that have no maps."""
     return _HRank(_given(images))
 
 # %% ../nbs/23_strategies.ipynb #42687540
 def _in_batches(
-    images,
-    batch: int,  # inputs as in `calibration`, and how many at a time at most
+    images,  # inputs as in `calibration`
+    batch: int,  # how many at a time at most
 ) -> list:  # arguments of a model's forward
     "As few batches as possible, of nearly equal size. ValueError for fewer than 2 samples."
     args = as_args(images, 'images')
     n = batch_size(args)
-    few = f'images, batch: statistics need at least 2 samples, got {n} and {batch} at a time'
     if n < 2 or batch < 2:
-        raise ValueError(few)
+        few = f'statistics need at least 2 samples, got {n} and {batch} at a time'
+        raise ValueError(f'images, batch: {few}')
     count = math.ceil(n / batch)
     return [map_samples(args, lambda v: v.tensor_split(count)[i]) for i in range(count)]
 
@@ -209,19 +231,24 @@ def adaptive_bn(
     "Batch norms with the statistics of these images (EagleEye, ECCV 2020). ValueError for one."
     device, dtype = place(model)
     moved = lambda v: v.to(device, dtype if v.is_floating_point() else v.dtype)
-    return pin(model, (map_tensors(args, moved) for args in _in_batches(images, batch)))
+    batches = _in_batches(images, batch)
+    return pin(model, (map_tensors(args, moved) for args in batches))
 
 # %% ../nbs/23_strategies.ipynb #281dfd39
 def _mac_fraction(
     net,  # from `trace`
     groups: list,  # of the network
 ) -> Callable:  # removed channels (candidates, groups) -> (candidates,)
-    "The part of a network's multiply-accumulate operations, convolutions and linear layers counted, that is left when channels go."
+    """The part of a network's multiply-accumulate operations that is left when channels go.
+
+    Convolutions and linear layers are counted."""
     costs = bill(net, groups)
-    return lambda gone: (
-        costs.total({g.name: gone[:, i] for i, g in enumerate(groups)})['macs']
-        / costs.total({})['macs']
-    )
+
+    def fraction(gone):
+        removed = {g.name: gone[:, i] for i, g in enumerate(groups)}
+        return costs.total(removed)['macs'] / costs.total({})['macs']
+
+    return fraction
 
 # %% ../nbs/23_strategies.ipynb #d8758635
 def _within_budget(
@@ -231,15 +258,15 @@ def _within_budget(
     budget: float,  # part of the operations that may be left
     most: float,  # largest ratio
 ) -> Tensor:  # (candidates, groups) how many channels go
-    "Random ratios, each row scaled until the budget is met. ValueError naming the arguments if it cannot be."
+    "Random ratios, each row scaled until the budget is met. ValueError if it cannot be."
     gone = lambda s: torch.minimum((widths * (s * u).clamp(max=most)).round(), widths - 1)
-    low, high = (
-        torch.zeros_like(u[:, :1]),
-        2 * most / u.amin(1, keepdim=True),
-    )  # twice: at once it could round to less than `most`
+    low = torch.zeros_like(u[:, :1])
+    # twice: at once it could round to less than `most`
+    high = 2 * most / u.amin(1, keepdim=True)
     if (count(gone(high)) > budget).any():
         raise ValueError(
-            f'budget, most: {count(gone(high)).max():.3f} of the operations are left with ratio {most} everywhere, more than {budget}'
+            f'budget, most: {count(gone(high)).max():.3f} of the operations are left '
+            f'with ratio {most} everywhere, more than {budget}'
         )
     for _ in range(60):
         s = (low + high) / 2
@@ -248,19 +275,23 @@ def _within_budget(
     return gone(high)
 
 # %% ../nbs/23_strategies.ipynb #30a653ed
-def _prunable(model, example_inputs, ratio, streams):
-    "The groups that `plan` prunes, and how many units (channels, or those that stay together) each of them keeps."
+def _prunable(
+    model: nn.Module,
+    example_inputs,
+    ratio: float | dict,
+    streams: bool,
+) -> tuple:  # groups, {group: how many units stay}; a unit is a channel, or some that stay together
+    "The groups that `plan` prunes, and how much each of them keeps."
+    found = []
+
+    def by_itself(g):
+        return len(g.family.members) == 1 and not g.family.cells.any()
 
     def choose(model, net, groups):
         chosen = by_ratio(ratio, l2_norm)(model, net, groups)
-        found[:] = [
-            g
-            for g in groups
-            if g.name in chosen and len(g.family.members) == 1 and not g.family.cells.any()
-        ]
+        found[:] = [g for g in groups if g.name in chosen and by_itself(g)]
         return {g.name: chosen[g.name] for g in found}
 
-    found = []
     kept = verified(model, example_inputs, prune_only(), choose, streams=streams).plan
     return found, {g.name: len(kept[g.name]) * g.units // g.channels for g in found}
 
@@ -271,22 +302,64 @@ def _judged(
     keep: dict,  # a plan
     images: Tensor,  # for the statistics, normalised
     held_out: Dataset,  # for the accuracy
-    mean,
-    std,  # of the pixels / 255
+    mean: tuple,  # of the pixels / 255
+    std: tuple,  # of the pixels / 255
 ) -> float:  # accuracy in percent
     "Accuracy of a candidate after adaptive batch norm."
+    gone = {g.name: removed(keep[g.name], g.channels).tolist() for g in groups}
     silent = copy.deepcopy(net.model)
-    silence(silent, groups, {g.name: removed(keep[g.name], g.channels).tolist() for g in groups})
+    silence(silent, groups, gone)
     right, n = accuracy(adaptive_bn(silent, images), held_out, mean, std)
     return 100 * right / n
 
 # %% ../nbs/23_strategies.ipynb #d95111d1
 @dataclass(frozen=True)
 class _Searched:
-    "The best candidate, and all."
+    """The best candidate, and all.
+
+    The table has a row for each: macs (the part that is left), accuracy (%, on images held out),
+    and the ratio of each layer."""
 
     plan: dict  # {layer: kept channels}
-    candidates: pd.DataFrame  # a row each: macs (part that is left), accuracy (%, on images held out), and the ratio of each layer
+    candidates: pd.DataFrame
+
+
+def _check_search(budget, most, candidates: int, statistics: int, held_out: int, images: int):
+    "ValueError naming arguments of `eagleeye` that are out of range, for a set of so many images."
+    for name, v in dict(budget=budget, most=most).items():
+        if not 0 < v < 1:
+            raise ValueError(f'{name} must be in (0, 1), got {v}')
+    if candidates < 1:
+        raise ValueError(f'candidates: {candidates}')
+    if statistics < 2 or held_out < 1 or statistics + held_out > images:
+        counts = f'{statistics} and {held_out} images from a set of {images}'
+        raise ValueError(f'statistics, held_out: {counts}')
+
+# %% ../nbs/23_strategies.ipynb #5eb0f1a2
+def _drawn_ratios(
+    groups: list,  # of the network
+    fraction: Callable,  # as from `_mac_fraction`
+    budget: float,  # part of the operations that may be left
+    most: float,  # largest ratio
+    candidates: int,
+    seed: int,
+) -> Tensor:  # (candidates, groups), float64
+    "Random ratios that meet a budget."
+    widths = torch.tensor([g.channels for g in groups], dtype=torch.float64)
+    units = torch.tensor([g.units for g in groups], dtype=torch.float64)
+    gen = torch.Generator().manual_seed(seed)
+    u = 1 - torch.rand(candidates, len(groups), generator=gen, dtype=torch.float64)
+    left = lambda gone: fraction(gone * widths / units)  # units -> channels
+    return _within_budget(u, units, left, budget, most) / units
+
+
+def _best_kept(groups: list, scores: dict, ratios: list) -> dict:
+    "The plan that keeps the units with the best scores, given the ratio of each group."
+    keep = {}
+    for g, ratio in zip(groups, ratios):
+        units = keep_best(scores[g.name], round(g.units * (1 - ratio)), g.name)
+        keep[g.name] = whole_units(units, g)
+    return keep
 
 # %% ../nbs/23_strategies.ipynb #930a06b6
 def eagleeye(
@@ -300,53 +373,29 @@ def eagleeye(
     criterion=l1_norm,  # which channels go, given how many
     statistics: int = 1000,  # training images for the batch norms
     held_out: int = 1000,  # others, for the accuracy
-    mean: tuple = (0.5,),
-    std: tuple = (0.5,),  # of the pixels / 255
+    mean: tuple = (0.5,),  # of the pixels / 255, for each colour
+    std: tuple = (0.5,),  # of the pixels / 255, for each colour
     streams: bool = False,  # residual streams too
     seed: int = 0,  # of ratios and images
-) -> _Searched:
-    "The best of many random pruned networks, each judged after adaptive batch norm (EagleEye, Li et al., ECCV 2020). ValueError for bad input, naming it."
-    for name, v in dict(budget=budget, most=most).items():
-        if not 0 < v < 1:
-            raise ValueError(f'{name} must be in (0, 1), got {v}')
-    if candidates < 1:
-        raise ValueError(f'candidates: {candidates}')
-    if statistics < 2 or held_out < 1 or statistics + held_out > len(train_set):
-        raise ValueError(
-            f'statistics, held_out: {statistics} and {held_out} images from a set of {len(train_set)}'
-        )
+) -> _Searched:  # the best plan, and a table of all candidates
+    """The best of many random pruned networks (EagleEye, Li et al., ECCV 2020).
+
+    Each is judged after adaptive batch norm. ValueError for bad input, naming it."""
+    _check_search(budget, most, candidates, statistics, held_out, len(train_set))
     groups, _ = _prunable(model, example_inputs, 0.4, streams)
     net = trace(model, example_inputs)
-    count, widths = (
-        _mac_fraction(net, groups),
-        torch.tensor([g.channels for g in groups], dtype=torch.float64),
-    )
-    units = torch.tensor([g.units for g in groups], dtype=torch.float64)
-    u = 1 - torch.rand(
-        candidates, len(groups), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
-    ratios = (
-        _within_budget(u, units, lambda gone: count(gone * widths / units), budget, most) / units
-    )
-    scores, part = (
-        unit_scores(net.model, net, groups, criterion),
-        subset(train_set, statistics + held_out, seed),
-    )
-    plans = [
-        {
-            g.name: whole_units(keep_best(scores[g.name], round(g.units * (1 - r)), g.name), g)
-            for g, r in zip(groups, row)
-        }
-        for row in ratios.tolist()
-    ]
-    images = normalise(part[:statistics].images, mean, std)
-    right = [
-        _judged(net, groups, p, images, part[statistics:], mean, std)
-        for p in tqdm(plans, 'searching', delay=2, leave=False)
-    ]
-    rows = pd.DataFrame(dict(macs=count(ratios * widths), accuracy=right)).join(
-        pd.DataFrame(ratios.numpy(), columns=[g.name for g in groups])
-    )
+    fraction = _mac_fraction(net, groups)
+    ratios = _drawn_ratios(groups, fraction, budget, most, candidates, seed)
+    scores = unit_scores(net.model, net, groups, criterion)
+    plans = [_best_kept(groups, scores, row) for row in ratios.tolist()]
+    part = subset(train_set, statistics + held_out, seed)
+    images, held = normalise(part[:statistics].images, mean, std), part[statistics:]
+    right = []
+    for p in tqdm(plans, 'searching', delay=2, leave=False):
+        right.append(_judged(net, groups, p, images, held, mean, std))
+    widths = torch.tensor([g.channels for g in groups], dtype=torch.float64)
+    rows = pd.DataFrame(dict(macs=fraction(ratios * widths), accuracy=right))
+    rows = rows.join(pd.DataFrame(ratios.numpy(), columns=[g.name for g in groups]))
     return _Searched(plans[rows.accuracy.argmax()], rows)
 
 # %% ../nbs/23_strategies.ipynb #7f975d26
@@ -373,10 +422,18 @@ def joined_parameters(
     return torch.cat([r for name, columns in group.cut for r in rows(name, columns)], 1)
 
 # %% ../nbs/23_strategies.ipynb #63cc3bcc
-class _Split(Penalty):
-    "The variables of ADMM other than the weights, for all groups of a network."
+def _norm(matrices: dict) -> float:
+    "The norm of all entries of some matrices."
+    return math.sqrt(sum(v.square().sum().item() for v in matrices.values()))
 
-    kind, name, suspects, weight = 'admm', 'penalty', 'the learning rate or rho', 1.0
+
+class _Rows(Penalty):
+    "What pulls the rows of all groups of a network towards a plan."
+
+    kind = 'admm'
+    name = 'penalty'
+    suspects = 'the learning rate or rho'
+    weight = 1.0
 
     def __init__(
         self,
@@ -400,41 +457,35 @@ class _Split(Penalty):
 
     def penalty(self, *_):
         "What the weights are pulled by."
-        return (
-            self.rho
-            / 2
-            * sum((X - self.Z[k] + self.U[k]).square().sum() for k, X in self.rows().items())
-        )
+        X = self.rows()
+        apart = sum((X[k] - self.Z[k] + self.U[k]).square().sum() for k in X)
+        return self.rho / 2 * apart
+
+# %% ../nbs/23_strategies.ipynb #8c31d7e4
+class _Split(_Rows):
+    "The variables of ADMM other than the weights, for all groups of a network."
 
     @torch.no_grad()
     def update(self) -> dict:
         "Project and add up; returns the residuals, relative to the norm of all rows."
-        X, before, norm = (
-            self.rows(),
-            self.Z,
-            lambda d: math.sqrt(sum(v.square().sum().item() for v in d.values())),
-        )
+        X, before = self.rows(), self.Z
         self.Z = {k: _projected(v + self.U[k], self.keep[k]) for k, v in X.items()}
         apart = {k: v - self.Z[k] for k, v in X.items()}
+        moved = {k: v - before[k] for k, v in self.Z.items()}
         self.U = {k: self.U[k] + v for k, v in apart.items()}
-        return dict(
-            primal=norm(apart) / norm(X),
-            dual=self.rho * norm({k: v - before[k] for k, v in self.Z.items()}) / norm(X),
-        )
+        return dict(primal=_norm(apart) / _norm(X), dual=self.rho * _norm(moved) / _norm(X))
 
     def facts(self):
         return dict(rho=self.rho, keep=self.keep)
 
     def state(self):
-        return {
-            f'{name}/{k}': v
-            for name, var in dict(Z=self.Z, U=self.U).items()
-            for k, v in var.items()
-        }
+        Z = {f'Z/{k}': v for k, v in self.Z.items()}
+        U = {f'U/{k}': v for k, v in self.U.items()}
+        return Z | U
 
     def load_state(self, state):
-        for name, var in dict(Z=self.Z, U=self.U).items():
-            var.update({k: state[f'{name}/{k}'].to(v) for k, v in var.items()})
+        self.Z = {k: state[f'Z/{k}'].to(v) for k, v in self.Z.items()}
+        self.U = {k: state[f'U/{k}'].to(v) for k, v in self.U.items()}
 
     @property
     def plan(self):
@@ -448,38 +499,31 @@ def admm(
     ratio: float | dict,  # fraction of the channels to remove from each group, as in `plan`
     *,
     rho: float = 0.1,  # weight of the penalty
-    recipe: Recipe = FINETUNING,
+    recipe: Recipe = FINETUNING,  # of the training
     every: int | None = None,  # steps between projections; None: an epoch
     streams: bool = False,  # residual streams too
-    mean: tuple = (0.5,),
-    std: tuple = (0.5,),  # of the pixels / 255
-    augment: Callable = unchanged,  # as in `finetune`, and so are the next three
-    batch_norms: Callable = unchanged,
-    autocast: torch.dtype | None = None,
-    checkpoint: str
-    | Path
-    | None = None,  # file to go on from, if there is one, and to write after each projection
-    seed: int = 0,
-) -> Finetuned:  # with the network, still dense but with weights for the plan; the plan; the history, a row a projection
-    """Train a network until the channels outside a plan are nearly nothing (ADMM, Zhang et al., ECCV 2018; rows are whole channels).
+    mean: tuple = (0.5,),  # of the pixels / 255, for each colour
+    std: tuple = (0.5,),  # of the pixels / 255, for each colour
+    augment: Callable = unchanged,  # as in `finetune`
+    batch_norms: Callable = unchanged,  # as in `finetune`
+    autocast: torch.dtype | None = None,  # as in `finetune`
+    checkpoint: str | Path | None = None,  # file to go on from, and to write at each projection
+    seed: int = 0,  # order of the images, augmentation, dropout
+) -> Finetuned:  # the network, still dense but with weights for the plan; the plan; the history
+    """Train a network until the channels outside a plan are nearly nothing.
 
-    The history has step, epoch, lr, loss, penalty, accuracy (%), and the residuals primal ||X - Z|| and dual rho ||Z - Z before||, both over ||X||.
+    ADMM (Zhang et al., ECCV 2018), where rows are whole channels. The history has a row for each
+    projection: step, epoch, lr, loss, penalty, accuracy (%), and the residuals primal ||X - Z||
+    and dual rho ||Z - Z before||, both over ||X||.
     The same call with the same `checkpoint` goes on where it was killed, as in `finetune`.
-    FloatingPointError naming the step if a loss or weight is not finite; ValueError for bad input and wrong checkpoints, as in `plan` and `finetune`. FileNotFoundError without the folder for it."""
+
+    FloatingPointError naming the step if a loss or weight is not finite; ValueError for bad input
+    and wrong checkpoints, as in `plan` and `finetune`; FileNotFoundError without the folder."""
     if not 0 < rho < math.inf:
         raise ValueError(f'rho must be a positive number, got {rho}')
     groups, keep = _prunable(model, example_inputs, ratio, streams)
     _each_by_itself(groups, 'ADMM')
-    run = _begin(
-        model,
-        train_set,
-        partial(_Split, groups=groups, keep=keep, rho=rho),
-        recipe,
-        mean,
-        std,
-        augment,
-        batch_norms,
-        autocast,
-        seed,
-    )
-    return replace(_complete(model, run, None, checkpoint, every, 'ADMM'), plan=run.penalty.plan)
+    split = partial(_Split, groups=groups, keep=keep, rho=rho)
+    run = _begin(model, train_set, split, recipe, mean, std, augment, batch_norms, autocast, seed)
+    done = _complete(model, run, None, checkpoint, every, 'ADMM')
+    return replace(done, plan=run.penalty.plan)
