@@ -47,34 +47,49 @@ def _check_kind(model):
         raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}')
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError(
-            f'{type(model).__name__}: TorchScript cannot be followed; give the module that it was made from'
+            f'{type(model).__name__}: TorchScript cannot be followed; '
+            'give the module that it was made from'
         )
     for name, m in model.named_modules():
         for k in ('weight', 'bias'):
             if isinstance(vars(m).get(k), Tensor):
                 raise ValueError(
-                    f'{name}.{k}: is computed by a hook; make it a parameter again, by remove_weight_norm or remove_spectral_norm of torch.nn.utils, or prune.remove'
+                    f'{name}.{k}: is computed by a hook; make it a parameter again, by '
+                    'remove_weight_norm or remove_spectral_norm of torch.nn.utils, or prune.remove'
                 )
 
 
-def check_model(model: nn.Module):
-    "Raise ValueError, naming the tensor, for NaN or infinity in weights or statistics, negative running variances, tensors without values."
+def _fault(v) -> str:
+    "What is wrong with one entry of a state; empty if nothing is."
+    if not isinstance(v, torch.Tensor):
+        return 'packed or quantized weights are not handled'
+    if isinstance(v, nn.parameter.UninitializedTensorMixin):
+        return 'has no shape yet; call the lazy network once first'
+    if v.is_complex():
+        return 'complex weights are not handled'
+    if v.is_quantized:
+        return 'quantized weights are not handled'
+    if v.is_meta:
+        return 'is on the meta device and holds no values'
+    if v.is_floating_point() and not torch.isfinite(v).all():
+        return 'holds NaN or infinity'
+    return ''
+
+# %% ../nbs/13_recover.ipynb #b5d0a3e1
+def check_model(
+    model: nn.Module,  # any network; not changed
+):
+    """Raise an error where a model cannot be restored, naming the tensor.
+
+    ValueError for NaN or infinity in weights or statistics, negative running variances, tensors
+    without values, and weights that are computed by hooks; TypeError for what is no module.
+    """
     _check_kind(model)
     for name, v in model.state_dict().items():
         if name.endswith('_extra_state'):
             continue
-        if not isinstance(v, torch.Tensor):
-            raise ValueError(f'{name}: packed or quantized weights are not handled')
-        if isinstance(v, nn.parameter.UninitializedTensorMixin):
-            raise ValueError(f'{name}: has no shape yet; call the lazy network once first')
-        if v.is_complex():
-            raise ValueError(f'{name}: complex weights are not handled')
-        if v.is_quantized:
-            raise ValueError(f'{name}: quantized weights are not handled')
-        if v.is_meta:
-            raise ValueError(f'{name}: is on the meta device and holds no values')
-        if v.is_floating_point() and not torch.isfinite(v).all():
-            raise ValueError(f'{name}: holds NaN or infinity')
+        if fault := _fault(v):
+            raise ValueError(f'{name}: {fault}')
     for name, m in model.named_modules():
         if isinstance(m, BATCH_NORM) and m.running_var is not None and (m.running_var < 0).any():
             raise ValueError(f'{name}.running_var: holds negative variances')
@@ -84,25 +99,22 @@ def _prunable(model, groups):
     "Raise ValueError, with the reasons, where a network has nothing to prune."
     if any(not g.reason for g in groups):
         return
-    why = (
-        '; '.join(f'{g.name}: {g.reason}' for g in groups[:5])
-        or 'it calls no convolution or linear layer'
-    )
+    reasons = [f'{g.name}: {g.reason}' for g in groups[:5]]
+    why = '; '.join(reasons) or 'it calls no convolution or linear layer'
     raise ValueError(f'{type(model).__name__} has nothing to prune ({why})')
 
 # %% ../nbs/13_recover.ipynb #62cae1a3
 @torch.no_grad()
 def _absorb(model, consumer, delivery, keep):
-    "Let a consumer read the kept channels in place of all, in place; the columns of removed ones are left for the cut."
+    "Let a consumer read kept channels in place of all; columns of removed ones await the cut."
     layer = model.get_submodule(consumer.name)
-    n, m, offsets = conv_groups(layer), len(consumer.columns) // conv_groups(layer), []
-    cols, keep = (
-        consumer.columns[:m].to(layer.weight.device),
-        [k for k in keep if k < m],
-    )  # places are the same in every group
-    for W, S, shift in zip(
-        by_output(layer).chunk(n), _diagonal(delivery.S, n), delivery.shift.chunk(n)
-    ):
+    n = conv_groups(layer)
+    m = len(consumer.columns) // n
+    cols = consumer.columns[:m].to(layer.weight.device)
+    keep = [k for k in keep if k < m]  # places are the same in every group
+    blocks = zip(by_output(layer).chunk(n), _diagonal(delivery.S, n), delivery.shift.chunk(n))
+    offsets = []
+    for W, S, shift in blocks:
         for part in W.split(512):  # of the outputs: a large layer is not copied in double precision
             V, offset = Delivery(S, shift).absorb(part[:, cols], keep)
             part[:, cols[keep]] = V
@@ -127,7 +139,8 @@ def _in_blocks(
         return restorer(ch, keep)
     keep = [k for k in keep if k < len(ch) // n]
     parts = [restorer(ch.block(i, n), keep) for i in range(n)]
-    return Delivery(torch.block_diag(*(d.S for d in parts)), torch.cat([d.shift for d in parts]))
+    S = torch.block_diag(*(d.S for d in parts))
+    return Delivery(S, torch.cat([d.shift for d in parts]))
 
 # %% ../nbs/13_recover.ipynb #5ff1ddb8
 def _delivered(
@@ -149,9 +162,10 @@ def _one_by_one(net, groups, chosen, restorer, dtype):
     "Put every group right by itself; returns the errors of each."
     errors = {}
     for g in tqdm(groups, 'restoring', delay=2, leave=False):
-        ch, keep = channels(net.original, g, dtype), chosen[g.name]
+        ch = channels(net.original, g, dtype)
+        keep = chosen[g.name]
         blocks = [conv_groups(net.model.get_submodule(c.name)) for c in g.consumers]
-        deliveries = {n: _in_blocks(restorer, ch, keep, n) for n in {*blocks}}
+        deliveries = {n: _in_blocks(restorer, ch, keep, n) for n in set(blocks)}
         for c, n in zip(g.consumers, blocks):
             _absorb(net.model, c, _delivered(deliveries[n], c, keep), keep)
         errors[g.name] = _errors(ch, keep, deliveries[min(blocks)].S)
@@ -159,10 +173,11 @@ def _one_by_one(net, groups, chosen, restorer, dtype):
 
 # %% ../nbs/13_recover.ipynb #8c380d43
 def _errors(ch, keep, S):
-    "Mean residual error and mean batch-norm error of the removed channels, of nothing delivered and given the coefficients."
+    "Mean residual and batch-norm error of the removed channels, before and after delivery."
     out = removed(keep, len(ch)).to(ch.a.device)
     mean = lambda v: v[ch.a[out] != 0].mean().item()
-    re, be = mean(ch.squares[out]), mean(ch.b[out].square())
+    re = mean(ch.squares[out])
+    be = mean(ch.b[out].square())
     if not S.any():
         return dict(re_before=re, re_after=re, be_before=be, be_after=be)
     return dict(
@@ -182,7 +197,7 @@ def _row(g, keep=None, missed=math.nan, **errors):
         activation=str(g.activation or ''),
         consumers=', '.join(c.name for c in g.consumers),
         channels=g.channels,
-        kept=g.channels,
+        kept=g.channels if keep is None else len(keep),
         re_before=math.nan,
         re_after=math.nan,
         be_before=math.nan,
@@ -190,7 +205,21 @@ def _row(g, keep=None, missed=math.nan, **errors):
         output_error=missed,
         left_alone=g.reason,
     )
-    return row | errors | ({} if keep is None else dict(kept=len(keep)))
+    row.update(errors)
+    return row
+
+
+def _report(groups, touched, chosen, errors, missed):
+    "All groups as a table: what was kept of each, and the errors of those that lost channels."
+    rows = []
+    for g in groups:
+        if g not in touched:
+            rows.append(_row(g))
+            continue
+        of_consumers = [missed[c.name] for c in g.consumers if c.name in missed]
+        worst = max(of_consumers, default=math.nan)
+        rows.append(_row(g, chosen[g.name], worst, **errors.get(g.name, {})))
+    return pd.DataFrame(rows)
 
 # %% ../nbs/13_recover.ipynb #35b90abc
 @dataclass(frozen=True)
@@ -204,17 +233,18 @@ class Restoration:
 
 # %% ../nbs/13_recover.ipynb #4d1fcb84
 def _dress(small, model):
-    "Give the smaller copy the classes, dtypes, training modes and frozen parameters of the model. ValueError where weights are too large for a dtype."
+    "Give the smaller copy the model's classes, dtypes, training modes and frozen parameters."
     small = _own_classes(small, model)
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, v in [*small.named_parameters(), *small.named_buffers()]:
-        like = tensors.get(
-            name, tensors[name.rsplit('.', 1)[0] + '.weight'] if name not in tensors else None
-        )
+        like = tensors.get(name)
+        if like is None:
+            like = tensors[name.rsplit('.', 1)[0] + '.weight']
         new = v.data.to(like.dtype)
-        if new.isfinite().all() < v.data.isfinite().all():
+        if v.data.isfinite().all() and not new.isfinite().all():
             raise ValueError(
-                f'{name}: its restored values are too large for {like.dtype}; restore the network in bfloat16 or float32'
+                f'{name}: its restored values are too large for {like.dtype}; '
+                'restore the network in bfloat16 or float32'
             )
         v.data = new
         v.requires_grad_(like.requires_grad)
@@ -225,25 +255,30 @@ def _dress(small, model):
                 setattr(m, k, v)
     return small
 
+# %% ../nbs/13_recover.ipynb #c7e94d20
+def _own_class(now, ref):
+    "The numbers of one layer in the class of another."
+    new = copy.copy(ref)
+    parameters = {}
+    for k, p in ref._parameters.items():
+        if p is not None:
+            v = getattr(now, k).data
+            transposed = k == 'weight' and type(ref).__name__ == 'Conv1D'
+            p = nn.Parameter(v.T.contiguous() if transposed else v)
+        parameters[k] = p
+    new._parameters = parameters
+    new._buffers = {k: None if b is None else getattr(now, k).data for k, b in ref._buffers.items()}
+    if hasattr(ref, 'nf'):
+        new.nf, new.nx = now.out_features, now.in_features
+    return new
+
 
 def _own_classes(small, model):
     "The smaller copy with layers of other libraries in their own classes again."
     for name, ref in model.named_modules():
         if _equal_layer(ref) is None:
             continue
-        new, now = copy.copy(ref), small.get_submodule(name)
-        turn = lambda k, v: (
-            v.T.contiguous() if k == 'weight' and type(ref).__name__ == 'Conv1D' else v
-        )
-        new._parameters = {
-            k: p if p is None else nn.Parameter(turn(k, getattr(now, k).data))
-            for k, p in ref._parameters.items()
-        }
-        new._buffers = {
-            k: b if b is None else getattr(now, k).data for k, b in ref._buffers.items()
-        }
-        if hasattr(ref, 'nf'):
-            new.nf, new.nx = now.out_features, now.in_features
+        new = _own_class(small.get_submodule(name), ref)
         if not name:
             return new
         parent, _, child = name.rpartition('.')
@@ -252,30 +287,34 @@ def _own_classes(small, model):
 
 # %% ../nbs/13_recover.ipynb #8bd40d5b
 def _cut(net, groups, gone):
-    "Cut channels whose consumers are silent already. Returns the smaller model, and groups (with a reason) that should not have been cut."
+    """Cut channels whose consumers are silent already.
+
+    Returns the smaller model, and groups, with a reason, that should not have been cut.
+    """
     gen = torch.Generator().manual_seed(0)
-    noise = random_args(
-        net.model, net.args, lambda v, tables: random_like(v, len(v), 1.5, gen, tables)
-    )
+    draw = lambda v, tables: random_like(v, len(v), 1.5, gen, tables)
+    noise = random_args(net.model, net.args, draw)
     with _deaf_norms(net.model, groups, gone):
         silent = _layer_outputs(net.model, noise)
-    classes, small = lost(groups, gone), remove_channels(net, groups, gone)
+    classes = lost(groups, gone)
+    small = remove_channels(net, groups, gone)
     name, error = _difference(net, silent, noise, classes)
     if (name is not None or error) and follow_sizes(net, noise, classes):
         name, error = _difference(net, silent, noise, classes)
     if name is None and not error:
         return small, {}
     wrong = _culprits(net, noise, groups, classes)
-    if wrong or error:
-        return small, wrong or {g.name: error for g in groups if gone.get(g.name)}
-    return small, {
-        g.name: f'{name or "the network"} computes something else without its channels than with them silent'
-        for g in _suspects(groups, name, gone)
-    }
+    if wrong:
+        return small, wrong
+    if error:
+        return small, {g.name: error for g in groups if gone.get(g.name)}
+    where = name or 'the network'
+    why = f'{where} computes something else without its channels than with them silent'
+    return small, {g.name: why for g in _suspects(groups, name, gone)}
 
-
+# %% ../nbs/13_recover.ipynb #1f86b2c9
 def _difference(net, silent, noise, classes):
-    "What `differing` finds in the cut network, and why it does not run, if so."
+    "What `_differing` finds in the cut network, and why it does not run, if so."
     try:
         return _differing(net, silent, _layer_outputs(net.model, noise), classes), ''
     except Exception as e:
@@ -285,52 +324,50 @@ def _difference(net, silent, noise, classes):
 def _suspects(groups, name, gone):
     "Groups that were cut and meet at a layer; all that were cut if there is none."
     cut = [g for g in groups if gone.get(g.name)]
-    return [
-        g for g in cut if name in (*(k for k, _ in g.cut), *(c.name for c in g.consumers))
-    ] or cut
+    at = lambda g: [k for k, _ in g.cut] + [c.name for c in g.consumers]
+    return [g for g in cut if name in at(g)] or cut
 
 # %% ../nbs/13_recover.ipynb #eb7086c5
 def _attempt(
     model, example_inputs, restorer, choose, left_alone, streams=False, dtype=torch.float64
 ):
-    "Prune and restore with some groups left alone. Returns a `Restoration`, and groups that turn out not to be any."
+    """Prune and restore with some groups left alone.
+
+    Returns a `Restoration`, and groups that turn out not to be any, each with a reason.
+    """
     net = trace(model, example_inputs)
     groups = _left_alone(find_groups(net, streams), left_alone)
     _prunable(model, groups)
     chosen = choose(net.original, net, groups)
-    gone = {
-        g.name: removed(chosen[g.name], g.channels).tolist() for g in groups if g.name in chosen
-    }
+    gone = {}
+    for g in groups:
+        if g.name in chosen:
+            gone[g.name] = removed(chosen[g.name], g.channels).tolist()
     touched = [g for g in groups if gone.get(g.name)]
-    before, errors, missed = cost(net.model, net.args), {}, {}
+    before = cost(net.model, net.args)
+    errors, missed = {}, {}
     if hasattr(restorer, 'rewrite'):
         missed = restorer.rewrite(net, touched, chosen)
     else:
         errors = _one_by_one(net, touched, chosen, restorer, dtype)
-    lost = lambda g: max(
-        (missed[c.name] for c in g.consumers if c.name in missed), default=math.nan
-    )
-    rows = [
-        _row(g, chosen[g.name], lost(g), **errors.get(g.name, {})) if g in touched else _row(g)
-        for g in groups
-    ]
+    report = _report(groups, touched, chosen, errors, missed)
     silence(net.model, touched, gone)
     small, wrong = _cut(net, touched, gone)
     if wrong:
         return None, wrong
     costs = pd.DataFrame(dict(before=before, after=cost(small, net.args))).T
-    return Restoration(_dress(small, model), chosen, pd.DataFrame(rows), costs), {}
+    return Restoration(_dress(small, model), chosen, report, costs), {}
 
-
+# %% ../nbs/13_recover.ipynb #a93be410
 def _left_alone(groups, reasons):
     "Groups with reasons of their own, which hold for their families too."
     families = {g.family.name: reasons[g.name] for g in groups if g.family and g.name in reasons}
-    return [
-        g
-        if g.reason or g.family.name not in families
-        else replace(g, reason=families[g.family.name])
-        for g in groups
-    ]
+    left = []
+    for g in groups:
+        if not g.reason and g.family.name in families:
+            g = replace(g, reason=families[g.family.name])
+        left.append(g)
+    return left
 
 # %% ../nbs/13_recover.ipynb #3f8f8a38
 def _plain_precision(f):
@@ -338,11 +375,9 @@ def _plain_precision(f):
 
     @functools.wraps(f)
     def inner(model, *args, **kwargs):
-        kinds = (
-            {v.device.type for v in (*model.parameters(), *model.buffers())} | {'cpu'}
-            if isinstance(model, nn.Module)
-            else {'cpu'}
-        )
+        kinds = {'cpu'}
+        if isinstance(model, nn.Module):
+            kinds |= {v.device.type for v in (*model.parameters(), *model.buffers())}
         with contextlib.ExitStack() as stack:
             for k in kinds - {'meta'}:
                 stack.enter_context(torch.autocast(k, enabled=False))
@@ -350,10 +385,16 @@ def _plain_precision(f):
 
     return inner
 
-
+# %% ../nbs/13_recover.ipynb #d20c57b8
 @_plain_precision
-def verified(model, example_inputs, restorer, choose, **kwargs) -> Restoration:
-    "`_attempt` until every group that is cut is one."
+def verified(
+    model: nn.Module,  # the dense network; never changed
+    example_inputs,  # a tensor, tuple or dict that its forward accepts
+    restorer,  # a function from `Channels` and kept channels to a `Delivery`, or with `rewrite`
+    choose,  # a function from model, traced network and groups to a plan {layer: kept channels}
+    **kwargs,  # `streams`, `dtype`: as in `restore`
+) -> Restoration:  # of a plan that leaves alone what turned out to be no group
+    "Prune and restore, again and again until every group that is cut is one."
     check_model(model)
     left_alone, tried = {}, {}
 
@@ -363,9 +404,8 @@ def verified(model, example_inputs, restorer, choose, **kwargs) -> Restoration:
 
     done, wrong = _attempt(model, example_inputs, restorer, noted, left_alone, **kwargs)
     while wrong:
-        sure = len(wrong) < len(tried['plan']) and not any(
-            'computes something else' in why for why in wrong.values()
-        )
+        differs = any('computes something else' in why for why in wrong.values())
+        sure = len(wrong) < len(tried['plan']) and not differs
         if not sure and len(tried['plan']) > 1:
             wrong = _guilty(model, example_inputs, tried['plan'], left_alone, wrong, **kwargs)
         left_alone |= wrong
@@ -374,30 +414,32 @@ def verified(model, example_inputs, restorer, choose, **kwargs) -> Restoration:
             done, wrong = _attempt(model, example_inputs, restorer, noted, left_alone, **kwargs)
     return done
 
-
+# %% ../nbs/13_recover.ipynb #5a0e9c7f
 def _guilty(model, example_inputs, plan, left_alone, suspects, **kwargs):
-    """Groups of a plan that cannot be cut even without the others: the suspects, if it is wrong to cut them alone;
-    else those among the others that are found by halving; the suspects if there are none."""
+    """Groups of a plan that cannot be cut even without the others.
+
+    The suspects, if it is wrong to cut them alone; else those among the others that are found by
+    halving; the suspects if there are none.
+    """
     why = next(iter(suspects.values()))
 
+    def choose(model, net, groups):
+        return {g.name: plan[g.name] for g in groups if not g.reason and g.name in plan}
+
     def wrong_with(some):
-        others = {k: why for k in plan if k not in some}
-
-        def choose(model, net, groups):
-            return {g.name: plan[g.name] for g in groups if not g.reason and g.name in plan}
-
+        spared = left_alone | {k: why for k in plan if k not in some}
         try:
-            return _attempt(
-                model, example_inputs, prune_only(), choose, left_alone | others, **kwargs
-            )[1]
-        except ValueError:
-            return {}  # nothing is left to be cut
+            _, wrong = _attempt(model, example_inputs, prune_only(), choose, spared, **kwargs)
+        except ValueError:  # nothing is left to be cut
+            return {}
+        return wrong
 
     def search(some):
         wrong = wrong_with(some)
         if not wrong or len(some) == 1:
             return {k: wrong[k] for k in some if k in wrong}
-        return search(some[: len(some) // 2]) | search(some[len(some) // 2 :])
+        half = len(some) // 2
+        return search(some[:half]) | search(some[half:])
 
     others = [k for k in plan if k not in suspects]
     if others and wrong_with(list(suspects)):
@@ -407,28 +449,27 @@ def _guilty(model, example_inputs, plan, left_alone, suspects, **kwargs):
 # %% ../nbs/13_recover.ipynb #83a2c7e3
 def restore(
     model: nn.Module,  # the dense network; never changed
-    example_inputs,  # a tensor, a tuple of positional or a dict of keyword arguments that its forward accepts
+    example_inputs,  # a tensor, a tuple of positional or a dict of keyword arguments of its forward
     *,
-    ratio: float
-    | dict
-    | None = None,  # fraction of the channels to remove from each group, in [0, 1), or {layer: fraction}; or
-    keep: dict | None = None,  # a plan {layer: kept channels}; layers not named keep all
+    ratio: float | dict | None = None,  # fraction to remove of each group, or {layer: fraction}
+    keep: dict | None = None,  # instead, a plan {layer: kept channels}; layers not named keep all
     criterion=l2_norm,  # with `ratio`: a function from `Channels` to one score a channel
-    restorer=lbyl(),  # a function from `Channels` and kept channels to a `Delivery`, or an object with `rewrite`
+    restorer=lbyl(),  # from `Channels` and kept channels to a `Delivery`, or with `rewrite`
     streams: bool = False,  # with `ratio`: prune residual streams too
     dtype=torch.float64,  # precision of the solver, whatever the model's
-) -> Restoration:
-    "Prune a network and let the kept channels carry the removed ones. ValueError or TypeError for bad input, naming layer or argument."
+) -> Restoration:  # the smaller network, its plan, report and cost
+    """Prune a network and let the kept channels carry the removed ones.
+
+    ValueError or TypeError for bad input, naming layer or argument.
+    """
     if (ratio is None) == (keep is None):
         raise ValueError('give exactly one of ratio and keep')
-    choose = (
-        by_ratio(ratio, criterion, dtype)
-        if keep is None
-        else lambda model, net, groups: check_plan(keep, groups)
-    )
-    return verified(
-        model, example_inputs, restorer, choose, streams=streams or keep is not None, dtype=dtype
-    )
+    if keep is None:
+        choose = by_ratio(ratio, criterion, dtype)
+    else:
+        choose = lambda model, net, groups: check_plan(keep, groups)
+        streams = True
+    return verified(model, example_inputs, restorer, choose, streams=streams, dtype=dtype)
 
 # %% ../nbs/13_recover.ipynb #9fa1ae63
 def lbyl_restore(
@@ -436,24 +477,24 @@ def lbyl_restore(
     example_inputs,  # a tensor, tuple or dict that its forward accepts
     **kwargs,  # `ratio` or `keep`, `criterion`, `restorer`, `streams`, `dtype`: as in `restore`
 ) -> nn.Module:  # a smaller network of the same class
-    "Prune a network and let the kept channels carry the removed ones (LBYL, arXiv 2502.08474): the model that `restore` gives."
+    """The model that `restore` gives.
+
+    It prunes a network and lets the kept channels carry the removed ones (LBYL, arXiv 2502.08474).
+    """
     return restore(model, example_inputs, **kwargs).model
 
 # %% ../nbs/13_recover.ipynb #9a59dc07
 def plan(
     model: nn.Module,  # the network to prune; not changed
     example_inputs,  # a tensor, tuple or dict that its forward accepts
-    ratio: float
-    | dict,  # fraction of the channels to remove from each group, in [0, 1), or {layer: fraction}
-    criterion=l2_norm,  # scores the channels of a group
+    ratio: float | dict,  # fraction to remove of each group, in [0, 1), or {layer: fraction}
+    criterion=l2_norm,  # a function from `Channels` to one score a channel
     streams: bool = False,  # residual streams too
     **limits,  # `ignore`, `round_to`, `at_least`: as in `Limits`
 ) -> dict[str, list[int]]:  # {layer: kept channels}, for every group that can be pruned
-    "Which channels to keep. Raises ValueError for bad inputs, ratios, weights, and networks with nothing to prune."
-    return verified(
-        model,
-        example_inputs,
-        prune_only(),
-        by_ratio(ratio, criterion, limits=Limits(**limits)),
-        streams=streams,
-    ).plan
+    """Which channels to keep.
+
+    ValueError for bad inputs, ratios, weights, and networks with nothing to prune.
+    """
+    choose = by_ratio(ratio, criterion, limits=Limits(**limits))
+    return verified(model, example_inputs, prune_only(), choose, streams=streams).plan
