@@ -322,7 +322,9 @@ def bench(
     device: str = 'cpu',  # where to compute
     jobs: int = 1,  # trials at a time, each in a process of its own; -1: as many as there are cores
 ):
-    "Prune and restore a published network in many ways, count what it gets right, a row a trial"
+    """Prune and restore a published network in many ways, count what it gets right, a row a trial
+
+    A `ValueError` ends the program with one line."""
     names = lambda text: [n.strip() for n in text.split(',')]
     with _plain_errors('lbyl-bench'):
         path = _can_write(results, '.csv', 'results')

@@ -16,7 +16,9 @@ from .delivery import split
 
 # %% ../nbs/03_closed_form.ipynb #a9a4a64e
 def _spectrum(G):
-    "`G = Q diag(L) Q^T`; eigenvalues up to `floor` are rounding, their directions are known up to `blur` (sine of an angle)."
+    """`G = Q diag(L) Q^T`; what of it is rounding.
+
+    Eigenvalues up to `floor` are, and directions are known up to `blur` (sine of an angle)."""
     L, Q = torch.linalg.eigh(G)
     floor = 4 * sqrt(len(L)) * torch.finfo(L.dtype).eps * L[-1].clamp(min=0)
     return L, Q, floor, floor / torch.where(L > floor, L, inf).min()
@@ -24,9 +26,8 @@ def _spectrum(G):
 # %% ../nbs/03_closed_form.ipynb #4c5e4031
 def _direction(q, D, null, blur, a2, lam1, lam2):
     "`theta_j v_j`, (t, r), and `theta_j`, (r,): the direction in which `lam1` moves the solution."
-    real = ((q[:, None] * null).norm(dim=0) > blur * q.norm()) & bool(
-        lam1 > 0
-    )  # b_K has a part that no kept filter has
+    # b_K has a part that no kept filter has
+    real = ((q[:, None] * null).norm(dim=0) > blur * q.norm()) & bool(lam1 > 0)
     theta = torch.ones_like(a2).masked_fill(real, lam2)
     return lam1 * q[:, None] * torch.where(null, real.to(D), theta * a2 / D), theta
 
@@ -44,7 +45,9 @@ def _products(
 
 
 def _folded(P, a, K, R):
-    "Products of the kept folded filters with each other, (t, t), and with the removed ones, (t, r). ValueError if they are not finite."
+    """Products of kept folded filters with each other (t, t) and with removed ones (t, r).
+
+    ValueError if they are not finite."""
     G, C = (a[K, None] * P[K][:, k] * a[k] for k in (K, R))
     if not (G.isfinite().all() and C.isfinite().all()):
         raise ValueError('W holds NaN or infinity, or numbers too large to be squared')
@@ -52,7 +55,8 @@ def _folded(P, a, K, R):
 
 # %% ../nbs/03_closed_form.ipynb #524a8b90
 def _one_scale(G, C, a2, b_K, b_R, lam1, lam2):
-    "Theorem 2 for removed channels of one squared scale `a2`, or None where the ridge is no larger than rounding."
+    """Theorem 2 for removed channels of one squared scale `a2`, or None where the ridge is no
+    larger than rounding."""
     if lam2 * a2 <= 4 * sqrt(len(G)) * torch.finfo(G.dtype).eps * G.norm():
         return None
     L, failed = torch.linalg.cholesky_ex(G.diagonal_scatter(G.diagonal() + lam2 * a2))
@@ -64,14 +68,15 @@ def _one_scale(G, C, a2, b_K, b_R, lam1, lam2):
 
 # %% ../nbs/03_closed_form.ipynb #c6fbf7a9
 def _solve(P, a, b, K, R, lam1, lam2):
-    "Theorem 2 for all removed channels: ridge in the eigenbasis of the kept filters, then the rank-one term of `lam1`."
-    (G, C), a2 = _folded(P, a, K, R), a[R].square()
-    if (
-        len(R)
-        and (a2 == a2[0]).all()
-        and (S := _one_scale(G, C, a2[0], b[K], b[R], lam1, lam2)) is not None
-    ):
-        return S
+    """Theorem 2 for all removed channels.
+
+    Ridge in the eigenbasis of the kept filters, then the rank-one term of `lam1`."""
+    G, C = _folded(P, a, K, R)
+    a2 = a[R].square()
+    if len(R) and (a2 == a2[0]).all():
+        S = _one_scale(G, C, a2[0], b[K], b[R], lam1, lam2)
+        if S is not None:
+            return S
     L, Q, floor, blur = _spectrum(G)
     q = Q.T @ b[K]  # (t,)
     null = (L <= floor)[:, None] & (lam2 * a2 <= floor)  # (t, r)
@@ -83,7 +88,8 @@ def _solve(P, a, b, K, R, lam1, lam2):
 
 # %% ../nbs/03_closed_form.ipynb #85e8489b
 def _check(W, a, b, lam1, lam2):
-    "Rows of `W` (filters or products), `a` and `b` in one dtype that can be solved in, or ValueError naming the argument."
+    """Rows of `W` (filters or products), `a` and `b` in one dtype that can be solved in, or
+    ValueError naming the argument."""
     for name, lam in dict(lam1=lam1, lam2=lam2).items():
         if not 0 <= lam < inf:
             raise ValueError(f'{name} must be a finite number >= 0, got {lam}')
@@ -122,7 +128,9 @@ def lbyl_delivery(
     lam1: float,  # weight of the batch-norm error, >= 0
     lam2: float,  # weight of the ridge, >= 0; with 0 the smallest of the minimisers
 ) -> Tensor:  # S, (m - t, t), in the widest dtype of `W`, `a`, `b`, at least float32
-    "The minimiser of `loss` for every removed channel (Theorem 2 of LBYL, arXiv 2502.08474). ValueError names a bad argument."
+    """The minimiser of `loss` for every removed channel (Theorem 2 of LBYL, arXiv 2502.08474).
+
+    ValueError names a bad argument."""
     W, a, b = _check(W, a, b, lam1, lam2)
     return gram_delivery(_products(W), a, b, keep, lam1, lam2)
 
@@ -132,13 +140,17 @@ def centred_ridge(
     keep: Sequence[int] | Tensor,  # indices of the t kept channels
     lam2: float,  # weight of the ridge, >= 0; with 0 the smallest of the minimisers
 ) -> Tensor:  # S, (m - t, t), in the dtype of `rows`, at least float32
-    "Ridge regression with an intercept of removed rows on kept ones, the intercept dropped. ValueError names a bad argument."
+    """Ridge regression with an intercept of removed rows on kept ones, the intercept dropped.
+
+    ValueError names a bad argument."""
     one = torch.ones(len(rows), dtype=rows.dtype, device=rows.device)
     rows, *_ = _check(rows, one, one, 0.0, lam2)
     return lbyl_delivery(rows - rows.mean(1, keepdim=True), one, 0 * one, keep, 0.0, lam2)
 
 # %% ../nbs/03_closed_form.ipynb #1ecbf7c5
-def check_ridge(ridge: float):
+def check_ridge(
+    ridge: float,  # fraction of a mean variance
+):
     "ValueError unless a ridge is a positive number."
     if not 0 < ridge < inf:
         raise ValueError(f'ridge must be a positive number, got {ridge}')
@@ -150,32 +162,31 @@ def ridge_solution(
     prior: Tensor,  # (..., o, d) coefficients that the ridge pulls to
     ridge: float,  # fraction of the mean diagonal of `G`, > 0
 ) -> Tensor:  # (..., o, d)
-    "`(C + rho prior) (G + rho I)^-1`: least squares with a ridge, one factorisation for all targets. ValueError if not finite."
+    """Least squares with a ridge: `(C + rho prior) (G + rho I)^-1`.
+
+    One factorisation for all targets. ValueError if not finite."""
     if not (G.isfinite().all() and C.isfinite().all()):
         raise ValueError('G, C: hold NaN or infinity')
     diagonal = G.diagonal(dim1=-2, dim2=-1)
     rho = ridge * diagonal.mean(-1, keepdim=True).clamp(min=torch.finfo(G.dtype).tiny)
 
     def factor():
-        A = G.diagonal_scatter(
-            diagonal + rho, dim1=-2, dim2=-1
-        ).mT  # symmetric; columns first, so that it can be factorised in place
-        return torch.linalg.cholesky_ex(
-            A, out=(A, torch.empty(A.shape[:-2], dtype=torch.int32, device=A.device))
-        )
+        # symmetric; columns first, so that it can be factorised in place
+        A = G.diagonal_scatter(diagonal + rho, dim1=-2, dim2=-1).mT
+        info = torch.empty(A.shape[:-2], dtype=torch.int32, device=A.device)
+        return torch.linalg.cholesky_ex(A, out=(A, info))
 
     L, failed = factor()
     while failed.any():
         rho = torch.where(failed[..., None] > 0, 10 * rho, rho)
         L, failed = factor()
-    solve = lambda B: (
-        torch.linalg.solve_triangular(
-            L.mT, torch.linalg.solve_triangular(L, B.mT, upper=False), upper=True
-        ).mT
-    )  # `cholesky_solve` copies L
+
+    def solve(B):  # `cholesky_solve` copies L
+        half = torch.linalg.solve_triangular(L, B.mT, upper=False)
+        return torch.linalg.solve_triangular(L.mT, half, upper=True).mT
+
     V = torch.empty_like(C)
-    for some in (
-        slice(i, i + 512) for i in range(0, C.shape[-2], 512)
-    ):  # targets at a time: nothing else is as large as C
+    for i in range(0, C.shape[-2], 512):  # targets at a time: nothing else is as large as C
+        some = slice(i, i + 512)
         V[..., some, :] = solve(C[..., some, :] + rho[..., None] * prior[..., some, :])
     return V

@@ -31,18 +31,21 @@ def l2_norm(
 def geometric_median(
     ch: Channels,  # channels of a group
 ) -> Tensor:  # (m,) sum of Euclidean distances of each filter to all filters of the layer
-    "L2-GM: how far a filter is from the others; He et al., 2019 (filter pruning via geometric median)."
+    """L2-GM: how far a filter is from the others.
+
+    He et al., 2019 (filter pruning via geometric median)."""
     return torch.cdist(ch.rows, ch.rows, compute_mode='donot_use_mm_for_euclid_dist').sum(1)
 
 # %% ../nbs/11_criteria.ipynb #74da0ab0
 def bn_scale(
     ch: Channels,  # channels of a group
 ) -> Tensor:  # (m,) absolute scale of the batch norm
-    "|gamma| of the batch norm behind the layer; Liu et al., 2017. Raises ValueError where there is no batch norm."
+    """|gamma| of the batch norm behind the layer.
+
+    Liu et al., 2017. Raises ValueError where there is no batch norm."""
     if ch.gamma is None:
-        raise ValueError(
-            f'{ch.name}: criterion bn_scale needs a batch norm behind the layer, and there is none'
-        )
+        why = 'criterion bn_scale needs a batch norm behind the layer, and there is none'
+        raise ValueError(f'{ch.name}: {why}')
     return ch.gamma.abs()
 
 # %% ../nbs/11_criteria.ipynb #65ebea4d

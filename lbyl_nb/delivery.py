@@ -8,6 +8,7 @@ __all__ = ['split', 'removed', 'pruning_matrix', 'delivery_matrix', 'deliver', '
 # %% ../nbs/01_delivery.ipynb #d50ae4c3
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,13 +18,16 @@ def split(
     keep: Sequence[int] | Tensor,  # indices of the kept channels, each once, in any order
     m: int,  # number of channels
 ) -> tuple[Tensor, Tensor]:  # `K` as given, (t,), and `R` ascending, (m - t,)
-    "Kept and removed channels as index tensors. TypeError if `keep` holds no integers, ValueError if empty, repeated or outside `range(m)`."
+    """Kept and removed channels as index tensors.
+
+    TypeError if `keep` holds no integers, ValueError if empty, repeated or outside `range(m)`."""
     K = torch.as_tensor(keep, device='cpu')
     if K.ndim != 1 or not K.numel():
         raise ValueError(f'keep must list at least one channel, got shape {tuple(K.shape)}')
     if K.is_floating_point() or K.dtype == torch.bool:
         raise TypeError(f'keep must hold channel indices, got {K.dtype}')
-    K, gone = K.long(), torch.ones(m, dtype=torch.bool)
+    K = K.long()
+    gone = torch.ones(m, dtype=torch.bool)
     if K.min() < 0 or K.max() >= m:
         raise ValueError(f'keep has indices outside 0..{m - 1}: {K[(K < 0) | (K >= m)].tolist()}')
     gone[K] = False
@@ -45,7 +49,9 @@ def pruning_matrix(
     m: int,  # number of channels
     dtype: torch.dtype | None = None,  # of the matrix; None: torch's default
 ) -> Tensor:  # (m, t)
-    "Columns of the identity: row `keep[i]` is the i-th unit vector, rows of removed channels are zero. Raises as `split` does."
+    """Columns of the identity: row `keep[i]` is the i-th unit vector, removed rows are zero.
+
+    Raises as `split` does."""
     K, _ = split(keep, m)
     return torch.eye(m, dtype=dtype)[:, K]
 
@@ -61,7 +67,9 @@ def delivery_matrix(
     S: Tensor,  # row j: how much each kept channel carries of removed channel j, (m - t, t)
     keep: Sequence[int] | Tensor,  # indices of the t kept channels
 ) -> Tensor:  # (m, t)
-    "The pruning matrix with rows of `S` for removed channels (LBYL, arXiv 2502.08474). ValueError if `S` and `keep` do not fit."
+    """The pruning matrix with rows of `S` for removed channels (LBYL, arXiv 2502.08474).
+
+    ValueError if `S` and `keep` do not fit."""
     K, R = split(keep, sum(S.shape))
     D = pruning_matrix(keep, sum(S.shape), S.dtype).to(S.device)
     D[R] = _coefficients(S, K, R)
@@ -73,7 +81,9 @@ def deliver(
     S: Tensor,  # coefficients, (m - t, t)
     keep: Sequence[int] | Tensor,  # indices of the t kept channels
 ) -> Tensor:  # weight of the consumer that reads kept channels only, (o, t, ...), dtype of `V`
-    "The consumer absorbs the delivery matrix along its input channels: `V[:, K] + V[:, R] S`. ValueError if shapes do not fit."
+    """The consumer absorbs the delivery matrix along its input channels: `V[:, K] + V[:, R] S`.
+
+    ValueError if shapes do not fit."""
     K, R = split(keep, V.shape[1])
     S = _coefficients(S, K, R).to(torch.promote_types(V.dtype, S.dtype))
     if not S.any():
@@ -83,7 +93,9 @@ def deliver(
 # %% ../nbs/01_delivery.ipynb #11a904ca
 @dataclass
 class Delivery:
-    "How removed channels are carried: behind the activation, removed channel j ~ `sum_k S[j, k] * channel k + shift[j]`."
+    """How removed channels are carried: channel j ~ `sum_k S[j, k] * channel k + shift[j]`.
+
+    Channels are meant as they are behind the activation."""
 
     S: Tensor  # coefficients, (m - t, t)
     shift: Tensor  # constants, (m - t,)
@@ -94,20 +106,19 @@ class Delivery:
 
     @classmethod
     def nothing(cls, m: int, t: int, dtype=None, device=None):
-        "Nothing is carried (pruning alone): `t` of `m` channels kept, coefficients and constants zero."
-        return cls(
-            torch.zeros(m - t, t, dtype=dtype, device=device),
-            torch.zeros(m - t, dtype=dtype, device=device),
-        )
+        "Pruning alone, `t` of `m` channels kept: coefficients and constants are zero."
+        zeros = partial(torch.zeros, dtype=dtype, device=device)
+        return cls(zeros(m - t, t), zeros(m - t))
 
     def absorb(
         self,
         V: Tensor,  # weight of the consumer, (o, m, ...)
         keep: Sequence[int] | Tensor,  # indices of the t kept channels
-    ) -> tuple[
-        Tensor, Tensor
-    ]:  # weight (o, t, ...) and what to add to the consumer's bias (o,), dtype of `V`
-        "The consumer's weight by `deliver`, and the constants summed over removed channels and taps. Raises as `deliver` does."
-        weight, dtype = deliver(V, self.S, keep), torch.promote_types(V.dtype, self.shift.dtype)
+    ) -> tuple[Tensor, Tensor]:  # weight (o, t, ...), and for the bias (o,), in the dtype of `V`
+        """The consumer's weight by `deliver`, and what to add to its bias.
+
+        That are the constants, summed over removed channels and taps. Raises as `deliver` does."""
+        weight = deliver(V, self.S, keep)
+        dtype = torch.promote_types(V.dtype, self.shift.dtype)
         taps = V[:, removed(keep, V.shape[1]), ..., None].to(dtype).flatten(2).sum(2)  # (o, m - t)
         return weight, (taps @ self.shift.to(dtype)).to(V.dtype)

@@ -31,16 +31,16 @@ def _divergence(
 # %% ../nbs/08_distilled.ipynb #86b96386
 @contextmanager
 def _divergences(model):
-    "Inside the block, every forward pass puts the divergence of each batch norm into the list that is given. ValueError if there is none."
+    """Inside the block, a list to which every forward pass adds the divergence of each batch norm.
+
+    ValueError if there is no batch norm."""
     out, norms = [], statistics_of(model)
     if not norms:
-        raise ValueError(
-            f'{type(model).__name__} has no batch norm with running statistics, so probes cannot be distilled; use noise() or calibration(images)'
-        )
-    hooks = [
-        m.register_forward_pre_hook(lambda m, inputs: out.append(_divergence(inputs[0], m)))
-        for m in norms
-    ]
+        why = f'{type(model).__name__} has no batch norm with running statistics'
+        instead = 'use noise() or calibration(images)'
+        raise ValueError(f'{why}, so probes cannot be distilled; {instead}')
+    see = lambda m, inputs: out.append(_divergence(inputs[0], m))
+    hooks = [m.register_forward_pre_hook(see) for m in norms]
     try:
         yield out
     finally:
@@ -49,7 +49,9 @@ def _divergences(model):
 
 # %% ../nbs/08_distilled.ipynb #15bdf8aa
 def _total_variation(x: Tensor) -> Tensor:
-    "Mean absolute difference of neighbouring pixels; zero for anything but (n, channels, height, width)."
+    """Mean absolute difference of neighbouring pixels.
+
+    Zero for anything but (n, channels, height, width)."""
     if x.ndim != 4:
         return x.new_zeros(())
     return sum((x.diff(dim=d).abs().mean() for d in (2, 3) if x.shape[d] > 1), x.new_zeros(()))
@@ -60,15 +62,20 @@ def dead_leaves(
     generator: torch.Generator,  # on the CPU
     discs: int = 60,  # that fall on each image
 ) -> Tensor:  # colours of mean zero, deviation one
-    "Images of discs that cover each other; large ones are rare, with density falling as the square of the radius."
+    """Images of discs that cover each other.
+
+    Large ones are rare, with density falling as the square of the radius."""
     n, channels, h, w = shape
-    rand, x = lambda: torch.rand(n, 1, 1, 1, generator=generator), torch.zeros(shape)
+    rand = lambda: torch.rand(n, 1, 1, 1, generator=generator)
+    rows, columns = torch.arange(float(h))[:, None], torch.arange(float(w))
+    x = torch.zeros(shape)
     for _ in range(discs):
-        r, y0, x0 = max(h, w) / 16 / rand().clamp(min=0.06), h * rand(), w * rand()
-        inside = (torch.arange(float(h))[:, None] - y0) ** 2 + (
-            torch.arange(float(w)) - x0
-        ) ** 2 < r**2
-        x = torch.where(inside, torch.randn(n, channels, 1, 1, generator=generator), x)
+        r = max(h, w) / 16 / rand().clamp(min=0.06)
+        y0 = h * rand()
+        x0 = w * rand()
+        inside = (rows - y0) ** 2 + (columns - x0) ** 2 < r**2
+        colour = torch.randn(n, channels, 1, 1, generator=generator)
+        x = torch.where(inside, colour, x)
     return x
 
 # %% ../nbs/08_distilled.ipynb #7adc8d23

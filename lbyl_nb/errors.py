@@ -22,7 +22,9 @@ def bn_affine(
     eps: float = 0.0,  # added to the variance
     bias: Tensor | None = None,  # bias of the layer before the batch norm, (m,)
 ) -> tuple[Tensor, Tensor]:  # `a` and `b`, (m,) each
-    "Batch norm in eval mode as scale and offset, `z = a * (W x) + b`. ValueError where `var + eps` is not positive."
+    """Batch norm in eval mode as scale and offset, `z = a * (W x) + b`.
+
+    ValueError where `var + eps` is not positive."""
     if not (var + eps > 0).all():
         raise ValueError('var + eps must be positive in every channel')
     sigma = (var + eps).sqrt()
@@ -34,9 +36,8 @@ def bn_affine(
 def _weights(a, S, K, R):
     "How much each kept filter counts in the residual of each removed one, (m - t, t)."
     ratio = a[K] / a[R, None]
-    return torch.where(
-        (S == 0) & ~ratio.isfinite(), 0.0, S * ratio
-    )  # where a_j = 0, zero coefficients stay zero
+    # where a_j = 0, zero coefficients stay zero
+    return torch.where((S == 0) & ~ratio.isfinite(), 0.0, S * ratio)
 
 
 def residual(
@@ -45,8 +46,11 @@ def residual(
     S: Tensor,  # coefficients, (m - t, t)
     keep: Sequence[int] | Tensor,  # indices of the t kept channels
 ) -> Tensor:  # r_j for every removed channel, (m - t, d)
-    "What kept filters leave of each removed one: `r_j = W_j - sum_k s_k (a_k / a_j) W_k` (Lemma 1 of LBYL, arXiv 2502.08474)."
-    (K, R), W = split(keep, len(W)), W.flatten(1)
+    """What kept filters leave of each removed one: `r_j = W_j - sum_k s_k (a_k / a_j) W_k`.
+
+    Lemma 1 of LBYL, arXiv 2502.08474."""
+    K, R = split(keep, len(W))
+    W = W.flatten(1)
     return W[R] - _weights(a, S, K, R) @ W[K]
 
 # %% ../nbs/02_errors.ipynb #5bd339d9
@@ -67,7 +71,9 @@ def bn_error(
     S: Tensor,  # coefficients, (m - t, t)
     keep: Sequence[int] | Tensor,  # indices of the t kept channels
 ) -> Tensor:  # B_j for every removed channel, (m - t,)
-    "What kept offsets leave of each removed one: `B_j = b_j - sum_k s_k b_k` (Lemma 1 of LBYL, arXiv 2502.08474)."
+    """What kept offsets leave of each removed one: `B_j = b_j - sum_k s_k b_k`.
+
+    Lemma 1 of LBYL, arXiv 2502.08474."""
     K, R = split(keep, len(b))
     return b[R] - S @ b[K]
 
@@ -77,7 +83,9 @@ def activation_error(
     S: Tensor,  # coefficients, (m - t, t)
     keep: Sequence[int] | Tensor,  # indices of the t kept channels
 ) -> Tensor:  # C_j for every removed channel and each of n inputs, (m - t, n)
-    "What kept magnitudes leave of each removed one: `C_j = |z_j| - sum_k s_k |z_k|` (Theorem 1 of LBYL, arXiv 2502.08474)."
+    """What kept magnitudes leave of each removed one: `C_j = |z_j| - sum_k s_k |z_k|`.
+
+    Theorem 1 of LBYL, arXiv 2502.08474."""
     K, R = split(keep, len(z))
     return z[R].abs() - S @ z[K].abs()
 
@@ -91,6 +99,9 @@ def loss(
     lam1: float,  # weight of the batch-norm error, >= 0
     lam2: float,  # weight of the ridge, >= 0
 ) -> Tensor:  # L_j for every removed channel, (m - t,)
-    "`||r_j||^2 + lam1 B_j^2 + lam2 ||s_j||^2`: residual error, batch-norm error, ridge (the loss of LBYL, arXiv 2502.08474)."
-    RE, BE = residual(W, a, S, keep).square().sum(1), bn_error(b, S, keep).square()
+    """Residual error, batch-norm error, ridge: `||r_j||^2 + lam1 B_j^2 + lam2 ||s_j||^2`.
+
+    The loss of LBYL, arXiv 2502.08474."""
+    RE = residual(W, a, S, keep).square().sum(1)
+    BE = bn_error(b, S, keep).square()
     return RE + lam1 * BE + lam2 * S.square().sum(1)

@@ -40,9 +40,8 @@ def leaky_relu(
     slope: float = 0.01,  # for negative inputs
 ) -> Activation:
     "z where it is positive, slope * z elsewhere."
-    return Activation(
-        f'leaky_relu({slope:g})', partial(F.leaky_relu, negative_slope=slope), ((0.0, 1.0 - slope),)
-    )
+    f = partial(F.leaky_relu, negative_slope=slope)
+    return Activation(f'leaky_relu({slope:g})', f, ((0.0, 1.0 - slope),))
 
 # %% ../nbs/04_gaussian.ipynb #ed8bb7ab
 def hardtanh(
@@ -51,9 +50,8 @@ def hardtanh(
 ) -> Activation:
     "The input clipped to [low, high]; hardtanh(0, 6) is ReLU6."
     hinges = tuple((float(t), d) for t, d in ((low, 1.0), (high, -1.0)) if math.isfinite(t))
-    return Activation(
-        f'hardtanh({low:g}, {high:g})', partial(torch.clamp, min=low, max=high), hinges
-    )
+    f = partial(torch.clamp, min=low, max=high)
+    return Activation(f'hardtanh({low:g}, {high:g})', f, hinges)
 
 # %% ../nbs/04_gaussian.ipynb #79e32f3d
 def _elu(z, alpha, scale, input_scale):
@@ -65,23 +63,20 @@ def elu(
     scale: float = 1.0,  # of everything
     input_scale: float = 1.0,  # of what is negative, before the exponential
 ) -> Activation:
-    "scale * z where z is positive, scale * alpha * (exp(input_scale * z) - 1) elsewhere: covers ELU, SELU and CELU."
+    """scale * z where z is positive, scale * alpha * (exp(input_scale * z) - 1) elsewhere.
+
+    Covers ELU, SELU and CELU."""
     name = f'elu({", ".join(f"{v:g}" for v in (alpha, scale, input_scale))})'
-    return Activation(
-        name,
-        partial(_elu, alpha=alpha, scale=scale, input_scale=input_scale),
-        ((0.0, scale * (1 - alpha * input_scale)),),
-    )
+    f = partial(_elu, alpha=alpha, scale=scale, input_scale=input_scale)
+    return Activation(name, f, ((0.0, scale * (1 - alpha * input_scale)),))
 
 # %% ../nbs/04_gaussian.ipynb #d76df913
 def gelu(
     approximate: str = 'none',  # 'none' or 'tanh'
 ) -> Activation:
     "Gaussian error linear unit, z times the Gaussian distribution function of z."
-    return Activation(
-        'gelu' if approximate == 'none' else f'gelu({approximate})',
-        partial(F.gelu, approximate=approximate),
-    )
+    name = 'gelu' if approximate == 'none' else f'gelu({approximate})'
+    return Activation(name, partial(F.gelu, approximate=approximate))
 
 # %% ../nbs/04_gaussian.ipynb #f3dad87e
 def softplus(
@@ -92,11 +87,9 @@ def softplus(
     return Activation(f'softplus({beta:g})', partial(F.softplus, beta=beta, threshold=threshold))
 
 # %% ../nbs/04_gaussian.ipynb #c96cd3e3
-relu, silu, tanh = (
-    Activation('relu', torch.relu, ((0.0, 1.0),)),
-    Activation('silu', F.silu),
-    Activation('tanh', torch.tanh),
-)
+relu = Activation('relu', torch.relu, ((0.0, 1.0),))
+silu = Activation('silu', F.silu)
+tanh = Activation('tanh', torch.tanh)
 sigmoid, mish = Activation('sigmoid', torch.sigmoid), Activation('mish', F.mish)
 hardsigmoid = Activation('hardsigmoid', F.hardsigmoid, ((-3.0, 1 / 6), (3.0, -1 / 6)))
 hardswish = Activation('hardswish', F.hardswish, ((-3.0, -0.5), (3.0, -0.5)))
@@ -116,7 +109,9 @@ def _hermite(
 def _standard_normal(
     x: Tensor,  # any shape
 ) -> tuple[Tensor, Tensor]:  # density and distribution function at x
-    "Density and distribution function of the standard Gaussian; the latter by erfc, which keeps its digits far on the left."
+    """Density and distribution function of the standard Gaussian.
+
+    The latter by erfc, which keeps its digits far on the left."""
     return torch.exp(-(x**2) / 2) / math.sqrt(2 * math.pi), torch.erfc(-x / math.sqrt(2)) / 2
 
 # %% ../nbs/04_gaussian.ipynb #f4231766
@@ -125,13 +120,14 @@ def _relu_coefficients(
     sd: Tensor,  # (m,) its deviation, > 0
     n: int = 30,  # highest degree
 ) -> Tensor:  # (n + 1, m)
-    "Hermite coefficients c_0 ... c_n of relu(mean + sd x) for a standard Gaussian x; c_0 is the mean behind the ReLU."
+    """Hermite coefficients of relu(mean + sd x) for a standard Gaussian x, up to degree n.
+
+    The first is the mean behind the ReLU."""
     alpha = mean / sd
     density, below = _standard_normal(alpha)
     k = torch.arange(2, n + 1, dtype=mean.dtype, device=mean.device)[:, None]
-    rest = (
-        sd * density * _hermite(-alpha.clamp(-18, 18), n)[: n - 1] / (k * (k - 1)).sqrt()
-    )  # |h_n(x)| < 1.1 exp(x^2/4): nothing is left beyond 18
+    # |h_n(x)| < 1.1 exp(x^2/4): nothing is left beyond 18
+    rest = sd * density * _hermite(-alpha.clamp(-18, 18), n)[: n - 1] / (k * (k - 1)).sqrt()
     return torch.cat([torch.stack([mean * below + sd * density, sd * below]), rest])
 
 # %% ../nbs/04_gaussian.ipynb #de003642
@@ -151,10 +147,10 @@ _NODES = 200  # of the quadrature
 
 def _gauss_hermite(
     nodes: int = _NODES,  # how many
-) -> tuple[
-    Tensor, Tensor
-]:  # (nodes,) places x_i, and (nodes, nodes) sqrt(w_i) h_n(x_i), a row for each n
-    "Gauss-Hermite quadrature for the standard Gaussian, in float64; columns have either sign, which cancels in products of two rows."
+) -> tuple[Tensor, Tensor]:  # (nodes,) x_i; (nodes, nodes) sqrt(w_i) h_n(x_i), a row for each n
+    """Gauss-Hermite quadrature for the standard Gaussian, in float64.
+
+    Columns have either sign, which cancels in products of two rows."""
     off = torch.arange(1, nodes, dtype=torch.float64).sqrt()
     return torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
 
@@ -164,9 +160,8 @@ def _smooth_part(
     z: Tensor,  # any shape
 ) -> Tensor:  # like z
     "An activation without its hinges: a function whose slope does not jump."
-    return activation(z) - sum(
-        (d * (z - t).relu() for t, d in activation.hinges), torch.zeros_like(z)
-    )
+    hinges = (d * (z - t).relu() for t, d in activation.hinges)
+    return activation(z) - sum(hinges, torch.zeros_like(z))
 
 # %% ../nbs/04_gaussian.ipynb #9c93d1c0
 def _smooth_coefficients(
@@ -187,13 +182,13 @@ def coefficients(
     n: int = 30,  # highest degree, < nodes
     nodes: int = _NODES,  # of the quadrature for what is smooth
 ) -> Tensor:  # (n + 1, m)
-    "Hermite coefficients c_0 ... c_n of activation(mean + sd x), x standard Gaussian; c_0 is the mean behind it. ValueError for n >= nodes."
+    """Hermite coefficients of activation(mean + sd x) for a standard Gaussian x, up to degree n.
+
+    The first is the mean behind the activation. ValueError for n >= nodes."""
     if n >= nodes:
         raise ValueError(f'n must be less than the number of nodes, {nodes}, got {n}')
-    return (
-        _hinge_coefficients(activation, mean, sd, n)
-        + _smooth_coefficients(activation, mean, sd, nodes)[: n + 1]
-    )
+    smooth = _smooth_coefficients(activation, mean, sd, nodes)[: n + 1]
+    return _hinge_coefficients(activation, mean, sd, n) + smooth
 
 # %% ../nbs/04_gaussian.ipynb #83fbde72
 def hinge_covariance(
@@ -214,19 +209,15 @@ def variance(
     sd: Tensor,  # (m,) its deviation, > 0
     nodes: int = _NODES,  # of the quadrature for what is smooth
 ) -> Tensor:  # (m,)
-    "Variance of activation(z) for Gaussian z: closed form for straight pieces, quadrature for the rest."
-    h, g = (
-        _hinge_coefficients(activation, mean, sd, nodes - 1),
-        _smooth_coefficients(activation, mean, sd, nodes),
-    )
-    kinks = sum(
-        (
-            d * e * hinge_covariance(mean - t, mean - u, sd)
-            for t, d in activation.hinges
-            for u, e in activation.hinges
-        ),
-        torch.zeros_like(mean),
-    )
+    """Variance of activation(z) for Gaussian z.
+
+    Closed form for straight pieces, quadrature for the rest."""
+    h = _hinge_coefficients(activation, mean, sd, nodes - 1)
+    g = _smooth_coefficients(activation, mean, sd, nodes)
+    kinks = torch.zeros_like(mean)
+    for t, d in activation.hinges:
+        for u, e in activation.hinges:
+            kinks = kinks + d * e * hinge_covariance(mean - t, mean - u, sd)
     return (kinks + (g * (2 * h + g))[1:].sum(0)).clamp(min=0)
 
 # %% ../nbs/04_gaussian.ipynb #afd95212
@@ -237,12 +228,12 @@ def activation_moments(
     activation: Activation = relu,  # the same for all
     n: int = 30,  # terms of Mehler's series
 ) -> tuple[Tensor, Tensor]:  # (m,) means and (m, m) covariances behind the activation
-    "Mean and covariance of activation(z) for jointly Gaussian z (Mehler's series; the diagonal without it)."
-    c, power, cov = (
-        coefficients(activation, mean, sd, n),
-        torch.ones_like(rho),
-        torch.zeros_like(rho),
-    )
+    """Mean and covariance of activation(z) for jointly Gaussian z.
+
+    By Mehler's series; the diagonal without it."""
+    c = coefficients(activation, mean, sd, n)
+    power = torch.ones_like(rho)
+    cov = torch.zeros_like(rho)
     for row in c[1:]:
         power = power * rho
         cov += power * torch.outer(row, row)
@@ -261,7 +252,9 @@ def _deviations(
     beta: Tensor,  # (m,) offset of the batch norm
     gamma: Tensor,  # (m,) its scale, of either sign
 ) -> Tensor:  # (m,)
-    "Deviations of the pre-activations, |gamma|; a dead channel gets the smallest one that arithmetic still sees beside its mean."
+    """Deviations of the pre-activations, |gamma|.
+
+    A dead channel gets the smallest one that arithmetic still sees beside its mean."""
     return gamma.abs().clamp(min=torch.finfo(beta.dtype).eps * (1 + beta.abs()))
 
 # %% ../nbs/04_gaussian.ipynb #52f442e4
@@ -273,7 +266,9 @@ def gaussian_delivery(
     ridge: float = 0.01,  # fraction of the mean variance of the kept channels, > 0
     activation: Activation = relu,  # behind the batch norm
 ) -> Delivery:
-    "Regression of removed channels on kept ones behind the activation, for Gaussian pre-activations and white input. ValueError for ridge <= 0."
+    """Regression of removed channels on kept ones behind the activation.
+
+    For Gaussian pre-activations and white input. ValueError for ridge <= 0."""
     check_ridge(ridge)
     K, R = split(keep, len(U))
     m, C = activation_moments(beta, _deviations(beta, gamma), _correlations(U), activation)
@@ -290,14 +285,14 @@ def predicted_activation_error(
     gamma: Tensor,  # (m,) scale of the batch norm, of either sign
     S: Tensor,  # (m - t, t) coefficients of any method
     keep: Sequence[int] | Tensor,  # indices of the t kept channels
-    rho: Tensor
-    | None = None,  # (m, m) correlations of the pre-activations where they are known; else those for white input
+    rho: Tensor | None = None,  # (m, m) correlations of pre-activations; None: for white input
 ) -> tuple[Tensor, Tensor]:  # (m - t,) mean and (m - t,) mean square of C_j
-    "Mean and mean square of the activation error of Theorem 1 (arXiv 2502.08474) for Gaussian pre-activations."
+    """Mean and mean square of the activation error for Gaussian pre-activations.
+
+    The error is that of Theorem 1 of LBYL, arXiv 2502.08474."""
     K, R = split(keep, len(U))
-    mean, C = activation_moments(
-        beta, _deviations(beta, gamma), _correlations(U) if rho is None else rho, _absolute
-    )
+    rho = _correlations(U) if rho is None else rho
+    mean, C = activation_moments(beta, _deviations(beta, gamma), rho, _absolute)
     first = mean[R] - S @ mean[K]
     spread = C.diagonal()[R] - 2 * (S * C[R][:, K]).sum(1) + (S @ C[K][:, K] * S).sum(1)
     return first, first**2 + spread.clamp(min=0)

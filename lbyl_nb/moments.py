@@ -23,7 +23,8 @@ def _shifted_products(
     x: Tensor,  # (n, m, h, w)
     k: int,  # size of the kernel
 ) -> dict:  # {(dy, dx): (m, m)}, sum over samples and positions v of x[c, v] x[c', v + (dy, dx)]
-    "Products of all channels at all offsets that two taps of a kernel can have, one of each pair of opposite ones."
+    """Products of all channels at all offsets that two taps of a kernel can have, one of each pair
+    of opposite ones."""
     n, m, h, w = x.shape
     row = w + k - 1
     flat = F.pad(x, (0, k - 1, 0, k - 1)).transpose(0, 1).reshape(m, -1)
@@ -48,14 +49,16 @@ def _frame_gram(
     k: int,  # size of the kernel
     pad: int,  # zero padding of the convolution
 ) -> Tensor:  # (m k k, m k k)
-    "Gram matrix of the patches that touch the image at positions where the convolution does not look."
+    """Gram matrix of the patches that touch the image at positions where the convolution does not
+    look."""
     f, g = k - 1 - pad, k - 1  # width of the frame, zeros around it
+    # left and right
     strips = [
         (x[:, :, :f], (g, g, g, 0)),
         (x[:, :, -f:], (g, g, 0, g)),  # top and bottom, corners included
         (x[..., :f], (g, 0, pad, pad)),
         (x[..., -f:], (0, g, pad, pad)),
-    ]  # left and right
+    ]
     return sum(unfolded_gram(s, k, p) for s, p in strips)
 
 # %% ../nbs/07_moments.ipynb #28196721
@@ -136,7 +139,8 @@ def _minus_products(v, a, b):
 
 @dataclass
 class Moments:
-    "Sums over samples and positions of what a layer reads (patches p) and of what it shall give (y), in float64."
+    """Sums over samples and positions of what a layer reads (patches p) and of what it shall give
+    (y), in float64."""
 
     n: float  # number of positions
     G: Tensor  # (d, d) sum of p p^T; for a grouped convolution (groups, d, d), and so on
@@ -150,9 +154,8 @@ class Moments:
 
     @property
     def var(self):
-        return (self.yy / self.n - (self.y / self.n) ** 2).clamp(
-            min=0
-        )  # (o,) variance of the output
+        # (o,) variance of the output
+        return (self.yy / self.n - (self.y / self.n) ** 2).clamp(min=0)
 
     def centred(self):
         p, y = self.p / self.n, self.y / self.n
@@ -261,7 +264,8 @@ def _held_out_error(
     prior: Tensor,  # (o, d)
     ridge: float,  # without unit
 ) -> float:
-    "What each half misses when it is predicted from the other, relative to the variance of each output, at most 10 of one."
+    """What each half misses when it is predicted from the other, relative to the variance of each
+    output, at most 10 of one."""
     missed = [
         prediction_error(*_solution(M.centred(), prior, ridge), test) / test.var.clamp(min=1e-12)
         for M, test in (halves, halves[::-1])
@@ -307,7 +311,9 @@ def regress(
     prior: Tensor,  # (o, d) taps that the ridge pulls to
     ridge: float | None = None,  # None: chosen by `held_out_ridge`
 ) -> Fit:
-    "The taps and constants that give a wanted output best. ValueError for a ridge that is not positive."
+    """The taps and constants that give a wanted output best.
+
+    ValueError for a ridge that is not positive."""
     if ridge is None:
         ridge = held_out_ridge(halves, prior)
     check_ridge(ridge)
@@ -332,7 +338,9 @@ def look(
     measure=layer_moments,  # (layer, x, y, name) -> Moments
     batch: int = 64,  # samples at a time
 ) -> dict:  # {name: [Moments of even samples, Moments of odd samples]}
-    "Moments of what the named layers read and give. ValueError naming the layer where NaN or infinity is met, or that is not called."
+    """Moments of what the named layers read and give.
+
+    ValueError naming the layer where NaN or infinity is met, or that is not called."""
     sums, hooks = {}, []
 
     def hook(name):

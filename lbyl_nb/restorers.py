@@ -7,6 +7,7 @@ __all__ = ['merging_delivery', 'prune_only', 'merging', 'lbyl', 'gaussian']
 
 # %% ../nbs/12_restorers.ipynb #f06b83f5
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,9 +19,9 @@ from .gaussian import gaussian_delivery
 # %% ../nbs/12_restorers.ipynb #ecc04000
 def _similarity(W, keep, out):
     "Cosines of removed filters (rows) with kept ones (columns), and the ratio of their norms."
-    n = W.norm(dim=1)
-    unit = W / n.clamp_min(torch.finfo(W.dtype).tiny)[:, None]
-    return unit[out] @ unit[keep].T, n[out][:, None] / n[keep].clamp_min(torch.finfo(W.dtype).tiny)
+    n, tiny = W.norm(dim=1), torch.finfo(W.dtype).tiny
+    unit = W / n.clamp_min(tiny)[:, None]
+    return unit[out] @ unit[keep].T, n[out][:, None] / n[keep].clamp_min(tiny)
 
 
 def _scaled(d):
@@ -34,10 +35,12 @@ def merging_delivery(
     a: Tensor,  # (m,) scale of the batch norm; ones without
     b: Tensor,  # (m,) offset of the batch norm; zeros where `W` holds the bias
     keep: list,  # (t,) kept channels
-    cos_weight: float = 0.85,  # lambda: weight of the cosine distance against the bias distance, in [0, 1]
+    cos_weight: float = 0.85,  # weight of the cosine distance against the bias distance, in [0, 1]
     threshold: float = 0.1,  # no delivery under this cosine similarity
 ) -> Tensor:  # S (m - t, t), at most one entry in a row
-    "Delivery matrix of neuron merging (Kim et al., NeurIPS 2020). Channels with scale zero give and receive nothing."
+    """Delivery matrix of neuron merging (Kim et al., NeurIPS 2020).
+
+    Channels with scale zero give and receive nothing."""
     keep, out = torch.as_tensor(keep, device=W.device), removed(keep, len(W)).to(W.device)
     cos, ratio = _similarity(W, keep, out)
     s = ratio * a[out][:, None] / torch.where(a[keep] == 0, 1, a[keep])
@@ -49,7 +52,7 @@ def merging_delivery(
     return torch.zeros_like(s).scatter(1, k, torch.where(take, s.gather(1, k), 0))
 
 # %% ../nbs/12_restorers.ipynb #2cad5a77
-def prune_only():
+def prune_only() -> Callable:  # (channels of a group, kept ones) -> `Delivery`
     "The restorer that restores nothing: removed channels are lost."
 
     def restorer(ch, keep):
@@ -71,18 +74,18 @@ def _constants(
 def merging(
     cos_weight: float = 0.85,  # weight of the cosine distance against the bias distance, in [0, 1]
     threshold: float = 0.1,  # no delivery under this cosine similarity
-):
-    "Neuron merging (Kim et al., NeurIPS 2020): each removed channel goes to one kept one. ValueError for weights outside [0, 1]."
+) -> Callable:  # (channels of a group, kept ones) -> `Delivery`
+    """Neuron merging (Kim et al., NeurIPS 2020): each removed channel goes to one kept one.
+
+    ValueError for weights outside [0, 1]."""
     if not 0 <= cos_weight <= 1:
         raise ValueError(f'cos_weight must be in [0, 1], got {cos_weight}')
 
     def restorer(ch, keep):
-        b = (
-            ch.b if ch.gamma is not None else torch.zeros_like(ch.b)
-        )  # without batch norm the rows hold the bias
-        return Delivery(
-            merging_delivery(ch.rows, ch.a, b, keep, cos_weight, threshold), _constants(ch, keep)
-        )
+        # without batch norm the rows hold the bias
+        b = ch.b if ch.gamma is not None else torch.zeros_like(ch.b)
+        S = merging_delivery(ch.rows, ch.a, b, keep, cos_weight, threshold)
+        return Delivery(S, _constants(ch, keep))
 
     return restorer
 
@@ -90,18 +93,19 @@ def merging(
 def lbyl(
     lam1: float = 1e-2,  # weight of the batch-norm error
     lam2: float = 1e-2,  # weight of the ridge
-    centred: bool = True,  # layers without batch norm: ridge with an intercept over rows [w, bias], by `lam2` alone
-):
-    "LBYL (arXiv 2502.08474, Theorem 2): each removed channel goes to all kept ones. ValueError for negative weights."
+    centred: bool = True,  # without batch norm: a ridge with an intercept over rows [w, bias]
+) -> Callable:  # (channels of a group, kept ones) -> `Delivery`
+    """LBYL (arXiv 2502.08474, Theorem 2): each removed channel goes to all kept ones.
+
+    ValueError for negative weights."""
     for name, lam in dict(lam1=lam1, lam2=lam2).items():
         if not 0 <= lam < math.inf:
             raise ValueError(f'{name} must be a finite number >= 0, got {lam}')
 
     def restorer(ch, keep):
         if ch.gamma is None and centred:
-            S = gram_delivery(
-                _centred(ch), torch.ones_like(ch.a), torch.zeros_like(ch.b), keep, 0.0, lam2
-            )
+            one, zero = torch.ones_like(ch.a), torch.zeros_like(ch.b)
+            S = gram_delivery(_centred(ch), one, zero, keep, 0.0, lam2)
         else:
             S = gram_delivery(ch.gram, ch.a, ch.b, keep, lam1, lam2)
         return Delivery(S, _constants(ch, keep))
@@ -117,16 +121,17 @@ def _centred(ch):
 # %% ../nbs/12_restorers.ipynb #054f6927
 def gaussian(
     ridge: float = 0.01,  # fraction of the mean variance of the kept channels
-    fallback=lbyl(),  # restorer for groups without batch norm or without activation
-):
-    "Regression behind the activation under Gaussian pre-activations, with the mean as a constant. ValueError for ridge <= 0."
+    fallback: Callable = lbyl(),  # restorer for groups without batch norm or without activation
+) -> Callable:  # (channels of a group, kept ones) -> `Delivery`
+    """Regression behind the activation under Gaussian pre-activations, means as constants.
+
+    ValueError for ridge <= 0."""
     check_ridge(ridge)
 
     def restorer(ch, keep):
         if ch.gamma is None or ch.activation is None:
             return fallback(ch, keep)
-        return gaussian_delivery(
-            ch.a[:, None] * ch.W, ch.beta, ch.gamma, keep, ridge, ch.activation
-        )
+        U = ch.a[:, None] * ch.W
+        return gaussian_delivery(U, ch.beta, ch.gamma, keep, ridge, ch.activation)
 
     return restorer

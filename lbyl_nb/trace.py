@@ -45,7 +45,8 @@ class _Classes:
         return first
 
     def roots(self, labels: Tensor) -> Tensor:
-        "The representatives of labels, the smallest of their classes, in a tensor of the same shape."
+        """The representatives of labels, the smallest of their classes, in a tensor of the same
+        shape."""
         at = labels
         while not torch.equal(up := self.parent[at], at):
             at = up
@@ -200,7 +201,9 @@ def _calling_line() -> tuple:
 
 # %% ../nbs/09_trace.ipynb #ca0edc6b
 _HALF = (torch.float16, torch.bfloat16)
-_MOST_LABELLED = 200_000  # entries of a parameter that get labels; none that larger ones belong to is a scale or an offset of channels
+# entries of a parameter that get labels; none that larger ones belong to is a scale or an offset
+# of channels
+_MOST_LABELLED = 200_000
 
 _RULES = {}  # name of an operation -> rule(recorder, call, marks)
 
@@ -220,30 +223,34 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, model: nn.Module, given: dict | None = None):
         super().__init__()
+        # given: labels of a network that was recorded before and cut since
         self.model, self.given = (
             model,
             given or {},
-        )  # given: labels of a network that was recorded before and cut since
+        )
         self.same, self.together = _Classes(), _Classes()
         self.pins, self.trouble = {}, {}  # {label: reason}, {layer: reason}
+        # labels of channels added to others; ranges of labels that layers made
         self.added, self.made = (
             set(),
             [],
-        )  # labels of channels added to others; ranges of labels that layers made
+        )
         self.balances, self.pieces = [], {}  # lists of pieces that must lose equally many channels
+        # by layer: labels of outputs and inputs, calls, node
         self.out, self.read, self.calls, self.of = (
             {},
             {},
             {},
             {},
-        )  # by layer: labels of outputs and inputs, calls, node
+        )
         self.param, self.nodes, self.stack, self.paused = {}, [], [], False
         self.names = {m: k for k, m in model.named_modules()}
+        # by id of a tensor: (module, attribute), layer, mark
         self.owner, self.weights, self.marks = (
             {},
             {},
             {},
-        )  # by id of a tensor: (module, attribute), layer, mark
+        )
         for k, m in model.named_modules():
             for a, t in [*m._parameters.items(), *m._buffers.items()]:
                 if t is None:
@@ -350,7 +357,9 @@ def _finish(r: _Recorder, c: _Call, node: _Node, labels: list, const: bool = Fal
 
 
 def _spread(r: _Recorder, c: _Call, node: _Node, vector: Tensor, dim: int):
-    "Mark what a call returned first: labels along one dimension. Nobody's channels are in the rest."
+    """Mark what a call returned first.
+
+    Labels along one dimension. Nobody's channels are in the rest."""
     first, *rest = c.outs
     _finish(
         r,
@@ -410,6 +419,7 @@ _COPIES = {
     'lift',
     'resolve_conj',
 }
+# new tensors as large as another
 _LIKE = {
     'empty_like',
     'zeros_like',
@@ -424,7 +434,8 @@ _LIKE = {
     'new_full',
     'new_empty_strided',
     'bernoulli',
-}  # new tensors as large as another
+}
+# new values in place
 _REFILL = {
     'fill',
     'zero',
@@ -433,7 +444,8 @@ _REFILL = {
     'bernoulli',
     'random',
     'exponential',
-}  # new values in place
+}
+# what a layer may do
 _LAYER_CALLS = {
     'convolution',
     '_convolution',
@@ -441,7 +453,7 @@ _LAYER_CALLS = {
     'mm',
     'linear',
     'matmul',
-}  # what a layer may do
+}
 
 
 def _see(r: _Recorder, c: _Call):
@@ -727,7 +739,9 @@ def _note_pieces(r: _Recorder, c: _Call, marks: list, labels: list):
 
 
 def _note_division(r: _Recorder, c: _Call, marks: list, labels: Tensor):
-    "A dimension of channels that becomes several: places along the last one are tied across the others."
+    """A dimension of channels that becomes several.
+
+    Places along the last one are tied across the others."""
     if c.name not in (
         'view',
         '_unsafe_view',
@@ -818,9 +832,8 @@ def _spatial(r: _Recorder, c: _Call, marks: list):
         and any(c['padding'] or [0])
         and c['count_include_pad'] is not False
     )
-    node = _add_node(
-        r, c.name, marks[:1], same=not around
-    )  # zeros that are averaged in make another function
+    # zeros that are averaged in make another function
+    node = _add_node(r, c.name, marks[:1], same=not around)
     _finish(r, c, node, [_compact(labels).expand(t.shape) for t in c.outs])
 
 # %% ../nbs/09_trace.ipynb #276d779d
@@ -1199,7 +1212,10 @@ def _equal_layer(m: nn.Module) -> nn.Module | None:
 
 # %% ../nbs/09_trace.ipynb #f9173249
 def _private_copy(model: nn.Module) -> nn.Module:
-    "A copy in evaluation mode. Activations that are kept on modules, which cannot be copied, lose their history. ValueError where it cannot be made."
+    """A copy in evaluation mode.
+
+    Activations that are kept on modules, which cannot be copied, lose their history. ValueError
+    where it cannot be made."""
     kept = {
         id(t): t.detach()
         for m in model.modules()
@@ -1224,7 +1240,8 @@ def _private_copy(model: nn.Module) -> nn.Module:
 
 
 def _widened(net: nn.Module, args) -> tuple:
-    "A network of half precision in single, in which every processor computes, with the dtypes that its modules hold; and its arguments."
+    """A network of half precision in single, in which every processor computes, with the dtypes
+    that its modules hold; and its arguments."""
     if not any(p.dtype in _HALF for p in net.parameters()):
         return net, args
     for m in net.modules():
@@ -1252,7 +1269,10 @@ def trace(
     model: nn.Module,  # any network; it is copied, not changed
     example_inputs,  # a tensor, a tuple of positional or a dict of keyword arguments of its forward
 ) -> Traced:
-    "Copy a model and record one forward pass. ValueError if it cannot be copied or run on `example_inputs`; warns of layers that are not called."
+    """Copy a model and record one forward pass.
+
+    ValueError if it cannot be copied or run on `example_inputs`; warns of layers that are not
+    called."""
     if torch.is_inference_mode_enabled():
         raise ValueError(
             'under torch.inference_mode a network would come back that can never be trained: call this outside of it'
@@ -1282,13 +1302,13 @@ def trace(
 
 # %% ../nbs/09_trace.ipynb #451429fd
 def _first_calls(model, args) -> dict:
-    "Positional and keyword arguments of the first call of every module in one forward pass, {module: (args, kwargs)}."
+    """Positional and keyword arguments of the first call of every module in one forward pass,
+    {module: (args, kwargs)}."""
     seen, hooks = {}, []
 
     def see(m, a, k):
-        seen.setdefault(
-            m, (a, k)
-        )  # returns nothing: what a hook returns would replace the arguments
+        # returns nothing: what a hook returns would replace the arguments
+        seen.setdefault(m, (a, k))
 
     for m in model.modules():
         hooks.append(m.register_forward_pre_hook(see, with_kwargs=True))

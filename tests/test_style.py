@@ -48,11 +48,7 @@ def public_functions(name):
 
 def unexplained(f) -> list:
     "Parameters of a function without words beside them."
-    said, source = docments(f, returns=False), inspect.getsource(f)
-    kinds = {p.name: p.kind for p in inspect.signature(f).parameters.values()}
-    many = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    starred = [p for p, kind in kinds.items() if kind in many]  # docments does not see these
-    said |= {p: re.search(rf'\*{p}\b[^\n]*#', source) for p in starred}
+    said = docments(f, returns=False, args_kwargs=True)
     return [p for p, words in said.items() if not words]
 
 
