@@ -716,6 +716,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'lbyl_nb.trace._new_labels': ('trace.html#_new_labels', 'lbyl_nb/trace.py'),
                                'lbyl_nb.trace._note_division': ('trace.html#_note_division', 'lbyl_nb/trace.py'),
                                'lbyl_nb.trace._note_pieces': ('trace.html#_note_pieces', 'lbyl_nb/trace.py'),
+                               'lbyl_nb.trace._of_all': ('trace.html#_of_all', 'lbyl_nb/trace.py'),
                                'lbyl_nb.trace._over': ('trace.html#_over', 'lbyl_nb/trace.py'),
                                'lbyl_nb.trace._padding': ('trace.html#_padding', 'lbyl_nb/trace.py'),
                                'lbyl_nb.trace._pointwise': ('trace.html#_pointwise', 'lbyl_nb/trace.py'),

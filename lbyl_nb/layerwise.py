@@ -477,6 +477,7 @@ class _SideBySide(_Restoring):
         self.solve(s, layer, read, dense, y, out)
 
     def table(self, s, layer, x, out):
+        "Fit a layer that reads the same for all samples."
         read = selected(layer, x, s.read)
         self.tables.add(s.reader.name)
         self.prints[s.reader.name] = _fingerprint(out, 1), _fingerprint(read, 1)

@@ -7,6 +7,7 @@ __all__ = ['RIDGES', 'unfolded_gram', 'stationary_gram', 'patch_gram', 'patch_cr
            'layer_moments', 'row_moments', 'prediction_error', 'held_out_ridge', 'Fit', 'regress', 'look']
 
 # %% ../nbs/07_moments.ipynb #f5d729e0
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import cache
 
@@ -23,8 +24,9 @@ def _shifted_products(
     x: Tensor,  # (n, m, h, w)
     k: int,  # size of the kernel
 ) -> dict:  # {(dy, dx): (m, m)}, sum over samples and positions v of x[c, v] x[c', v + (dy, dx)]
-    """Products of all channels at all offsets that two taps of a kernel can have, one of each pair
-    of opposite ones."""
+    """Products of all channels at all offsets that two taps of a kernel can have.
+
+    Of each pair of opposite offsets there is one."""
     n, m, h, w = x.shape
     row = w + k - 1
     flat = F.pad(x, (0, k - 1, 0, k - 1)).transpose(0, 1).reshape(m, -1)
@@ -49,17 +51,12 @@ def _frame_gram(
     k: int,  # size of the kernel
     pad: int,  # zero padding of the convolution
 ) -> Tensor:  # (m k k, m k k)
-    """Gram matrix of the patches that touch the image at positions where the convolution does not
-    look."""
+    "Gram matrix of the patches of positions where the convolution does not look."
     f, g = k - 1 - pad, k - 1  # width of the frame, zeros around it
-    # left and right
-    strips = [
-        (x[:, :, :f], (g, g, g, 0)),
-        (x[:, :, -f:], (g, g, 0, g)),  # top and bottom, corners included
-        (x[..., :f], (g, 0, pad, pad)),
-        (x[..., -f:], (0, g, pad, pad)),
-    ]
-    return sum(unfolded_gram(s, k, p) for s, p in strips)
+    # top and bottom, corners included
+    rows = [(x[:, :, :f], (g, g, g, 0)), (x[:, :, -f:], (g, g, 0, g))]
+    columns = [(x[..., :f], (g, 0, pad, pad)), (x[..., -f:], (0, g, pad, pad))]
+    return sum(unfolded_gram(s, k, p) for s, p in rows + columns)
 
 # %% ../nbs/07_moments.ipynb #28196721
 def stationary_gram(
@@ -82,19 +79,13 @@ def stationary_gram(
 def _is_stationary(layer, x):
     "Can the patch Gram be taken from offsets, and is that worth it?"
     k, pad = layer.kernel_size[0], layer.padding
-    same = (
-        layer.kernel_size == (k, k)
-        and layer.stride == (1, 1)
-        and layer.dilation == (1, 1)
-        and layer.padding_mode == 'zeros'
-    )
-    return (
-        same
-        and isinstance(pad, tuple)
-        and pad[0] == pad[1] < k
-        and k > 1
-        and min(x.shape[-2:]) >= 4 * (k - 1)
-    )
+    if layer.kernel_size != (k, k) or layer.padding_mode != 'zeros':
+        return False
+    if layer.stride != (1, 1) or layer.dilation != (1, 1):
+        return False
+    if not isinstance(pad, tuple) or not pad[0] == pad[1] < k:
+        return False
+    return k > 1 and min(x.shape[-2:]) >= 4 * (k - 1)
 
 # %% ../nbs/07_moments.ipynb #98180e32
 def patch_gram(
@@ -107,12 +98,9 @@ def patch_gram(
         return p.T @ p
     if _is_stationary(layer, x):
         return stationary_gram(x, layer.kernel_size[0], layer.padding[0])
-    return sum(
-        unfolded_gram(
-            padded(layer, v), layer.kernel_size, stride=layer.stride, dilation=layer.dilation
-        )
-        for v in x.split(16)
-    )
+    how = dict(stride=layer.stride, dilation=layer.dilation)
+    parts = (padded(layer, v) for v in x.split(16))
+    return sum(unfolded_gram(v, layer.kernel_size, **how) for v in parts)
 
 # %% ../nbs/07_moments.ipynb #ce56d04d
 def patch_cross(
@@ -124,23 +112,22 @@ def patch_cross(
     if isinstance(layer, nn.Linear):
         return y.reshape(-1, y.shape[-1]).T @ x.reshape(-1, x.shape[-1])
     shape = (y.shape[1], x.shape[1], *layer.kernel_size)
-    return nn.grad.conv2d_weight(
-        padded(layer, x), shape, y, layer.stride, 0, layer.dilation
-    ).flatten(1)
+    how = layer.stride, 0, layer.dilation
+    return nn.grad.conv2d_weight(padded(layer, x), shape, y, *how).flatten(1)
 
 # %% ../nbs/07_moments.ipynb #241d1325
 def _minus_products(v, a, b):
     "v - a b^T in place, for matrices (o, d) or stacks of them; vectors a (o,) and b (d,) likewise."
-    v.view(-1, *v.shape[-2:]).baddbmm_(
-        a.reshape(-1, v.shape[-2], 1), b.reshape(-1, 1, v.shape[-1]), alpha=-1
-    )
+    o, d = v.shape[-2:]
+    v.view(-1, o, d).baddbmm_(a.reshape(-1, o, 1), b.reshape(-1, 1, d), alpha=-1)
     return v
 
 
 @dataclass
 class Moments:
-    """Sums over samples and positions of what a layer reads (patches p) and of what it shall give
-    (y), in float64."""
+    """Sums over samples and positions of what a layer reads and of what it shall give, in float64.
+
+    It reads patches p, and shall give y."""
 
     n: float  # number of positions
     G: Tensor  # (d, d) sum of p p^T; for a grouped convolution (groups, d, d), and so on
@@ -153,20 +140,20 @@ class Moments:
         return Moments(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     @property
-    def var(self):
-        # (o,) variance of the output
+    def var(self) -> Tensor:
+        "(o,) variance of the output."
         return (self.yy / self.n - (self.y / self.n) ** 2).clamp(min=0)
 
-    def centred(self):
+    def centred(self) -> 'Centred':
+        "The same as covariances and means."
         p, y = self.p / self.n, self.y / self.n
-        return Centred(
-            _minus_products(self.G / self.n, p, p), _minus_products(self.C / self.n, y, p), p, y
-        )
+        G = _minus_products(self.G / self.n, p, p)
+        return Centred(G, _minus_products(self.C / self.n, y, p), p, y)
 
 
 @dataclass
 class Centred:
-    "The same as covariances and means."
+    "Covariances and means of what a layer reads and shall give."
 
     G: Tensor  # (d, d) of the patches
     C: Tensor  # (o, d) of output and patches
@@ -174,40 +161,40 @@ class Centred:
     y: Tensor  # (o,) mean of the output
 
 # %% ../nbs/07_moments.ipynb #88d19646
-def in_turn(f, *tensors):
-    "A function of even samples and of odd samples, as a list of two."
+def in_turn(
+    f: Callable,  # of some samples of each tensor
+    *tensors: Tensor,  # samples first, as many in each
+) -> list:  # of two
+    "A function of even samples, and the same function of odd samples."
     return [f(*(v[i::2] for v in tensors)) for i in (0, 1)]
 
 
-def total(halves):
-    "The sum of a list of `Moments`."
+def total(
+    halves: list,  # of `Moments`
+) -> Moments:
+    "The sum of a list of moments."
     return sum(halves[1:], halves[0])
 
 
 def _stacked(parts):
     "`Moments` of the same positions, stacked along a new first axis."
-    return Moments(
-        parts[0].n,
-        *(torch.stack([getattr(M, f) for M in parts]) for f in ('G', 'C', 'p', 'y', 'yy')),
-    )
+    along = lambda field: torch.stack([getattr(M, field) for M in parts])
+    return Moments(parts[0].n, *map(along, ('G', 'C', 'p', 'y', 'yy')))
 
 # %% ../nbs/07_moments.ipynb #6fdad01d
 @torch.no_grad()
 def _target_moments(layer, x, y) -> dict:
     "The fields of `Moments` that depend on the output."
-    rows, n = y if isinstance(layer, nn.Linear) else y.movedim(1, -1), conv_groups(layer)
+    n = conv_groups(layer)
+    rows = y if isinstance(layer, nn.Linear) else y.movedim(1, -1)
     parts = rows.chunk(8)  # at a time: in float64 all samples take twice the memory
-    sums = lambda f: sum(f(v.double()).flatten(0, -2).sum(0) for v in parts)
-    C = (
-        patch_cross(layer, x, y).double()
-        if n == 1
-        else torch.stack(
-            [patch_cross(layer, *v).double() for v in zip(x.chunk(n, 1), y.chunk(n, 1))]
-        )
-    )
-    return dict(
-        C=C, y=sums(lambda v: v).view(C.shape[:-1]), yy=sums(torch.square).view(C.shape[:-1])
-    )
+    if n == 1:
+        C = patch_cross(layer, x, y).double()
+    else:
+        each = zip(x.chunk(n, 1), y.chunk(n, 1))
+        C = torch.stack([patch_cross(layer, *v).double() for v in each])
+    sums = lambda f: sum(f(v.double()).flatten(0, -2).sum(0) for v in parts).view(C.shape[:-1])
+    return dict(C=C, y=sums(lambda v: v), yy=sums(torch.square))
 
 # %% ../nbs/07_moments.ipynb #84c0483c
 @torch.no_grad()
@@ -233,8 +220,12 @@ def layer_moments(
 _ROWS = nn.Linear(1, 1, device='meta')  # any linear layer; it has no values, so none are drawn
 
 
-def row_moments(x, y=None, name=''):
-    "`moments` of rows (positions, m), as a linear layer reads them; without `y` of the rows alone."
+def row_moments(
+    x: Tensor,  # (positions, m) what is read
+    y: Tensor | None = None,  # (positions, o) what shall be given; None: moments of `x` alone
+    name: str = '',  # of a layer, for messages
+) -> Moments:
+    "`layer_moments` of rows, as a linear layer reads them."
     return layer_moments(_ROWS, x, x[:, :1] if y is None else y, name)
 
 # %% ../nbs/07_moments.ipynb #2f30fa9d
@@ -264,13 +255,15 @@ def _held_out_error(
     prior: Tensor,  # (o, d)
     ridge: float,  # without unit
 ) -> float:
-    """What each half misses when it is predicted from the other, relative to the variance of each
-    output, at most 10 of one."""
-    missed = [
-        prediction_error(*_solution(M.centred(), prior, ridge), test) / test.var.clamp(min=1e-12)
-        for M, test in (halves, halves[::-1])
-    ]
-    return sum(m.clamp(max=10).mean().item() for m in missed)
+    """What each half misses when it is predicted from the other.
+
+    It is relative to the variance of each output, at most 10 of one."""
+
+    def missed(M, test):
+        error = prediction_error(*_solution(M.centred(), prior, ridge), test)
+        return (error / test.var.clamp(min=1e-12)).clamp(max=10).mean().item()
+
+    return missed(*halves) + missed(*halves[::-1])
 
 # %% ../nbs/07_moments.ipynb #f70ccf65
 def held_out_ridge(
@@ -291,9 +284,8 @@ def held_out_ridge(
 def _check_halves(probes: Probes, ridge: float | None):
     "ValueError where a ridge would have to be chosen on a single probe."
     if ridge is None and len(probes) < 2:
-        raise ValueError(
-            'ridge: it is chosen by predicting one half of the probes from the other, which needs two at least; give more probes, or a ridge'
-        )
+        why = 'it is chosen by predicting one half of the probes from the other'
+        raise ValueError(f'ridge: {why}, which needs two at least; give more probes, or a ridge')
 
 # %% ../nbs/07_moments.ipynb #ce75a6ae
 @dataclass(frozen=True)
@@ -317,25 +309,25 @@ def regress(
     if ridge is None:
         ridge = held_out_ridge(halves, prior)
     check_ridge(ridge)
-    V, c = _solution(total(halves).centred(), prior, ridge)
     M = total(halves)
-    return Fit(V, c, ridge, (prediction_error(V, c, M).sum() / M.var.sum().clamp(min=1e-30)).item())
+    V, c = _solution(M.centred(), prior, ridge)
+    missed = prediction_error(V, c, M).sum() / M.var.sum().clamp(min=1e-30)
+    return Fit(V, c, ridge, missed.item())
 
 # %% ../nbs/07_moments.ipynb #899b1bf4
 def _check_called(names, seen):
     "ValueError naming a layer that the probes did not reach."
     for k in names:
         if k not in seen:
-            raise ValueError(
-                f'{k}: not called when the probes pass the network, though it was on the example inputs'
-            )
+            when = 'not called when the probes pass the network'
+            raise ValueError(f'{k}: {when}, though it was on the example inputs')
 
 # %% ../nbs/07_moments.ipynb #2d5333d4
 @torch.no_grad()
 def look(
     probes: Probes,  # what to look with
-    names,  # layers of interest
-    measure=layer_moments,  # (layer, x, y, name) -> Moments
+    names: Iterable,  # of the layers of interest
+    measure: Callable = layer_moments,  # (layer, x, y, name) -> Moments
     batch: int = 64,  # samples at a time
 ) -> dict:  # {name: [Moments of even samples, Moments of odd samples]}
     """Moments of what the named layers read and give.
@@ -353,9 +345,8 @@ def look(
 
     try:
         for name in names:
-            hooks.append(
-                probes.model.get_submodule(name).register_forward_hook(hook(name), prepend=True)
-            )
+            layer = probes.model.get_submodule(name)
+            hooks.append(layer.register_forward_hook(hook(name), prepend=True))
         for args in probes.batches(batch):
             call(probes.model, args)
     finally:

@@ -22,7 +22,21 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import gaussian as act
+from lbyl_nb.gaussian import (
+    Activation,
+    elu,
+    gelu,
+    hardsigmoid,
+    hardswish,
+    hardtanh,
+    leaky_relu,
+    mish,
+    relu,
+    sigmoid,
+    silu,
+    softplus,
+    tanh,
+)
 from .layers import _PLAIN, LAYERS, as_args, call, map_tensors
 
 # %% ../nbs/09_trace.ipynb #3cacbacf
@@ -89,7 +103,7 @@ class _Node:
     kind: str  # its name, e.g. 'relu'; 'layer' and 'depthwise' for layers
     inputs: list  # nodes whose channels it reads
     layer: str | None = None  # the module whose weights it uses
-    activation: act.Activation | None = None  # the function that it is, where it has a name
+    activation: Activation | None = None  # the function that it is, where it has a name
     scale: object = None  # what it multiplies by: a number, or (labels, values)
     same: bool = False  # are values passed on as they are?
     second: tuple = (None, 1.0)  # of a sum: node of its second term, and its factor
@@ -170,8 +184,9 @@ def _attributes(value) -> list:
 
 
 def _tensors_within(value, seen=None, depth: int = 8) -> list:
-    """Tensors in what a network puts out: in collections, mappings and data classes at any depth, in
-    attributes of other objects down to a depth."""
+    """Tensors in what a network puts out.
+
+    In collections, mappings and data classes at any depth, in other objects down to a depth."""
     seen = set() if seen is None else seen
     if isinstance(value, Tensor):
         return [value]
@@ -223,34 +238,16 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, model: nn.Module, given: dict | None = None):
         super().__init__()
-        # given: labels of a network that was recorded before and cut since
-        self.model, self.given = (
-            model,
-            given or {},
-        )
+        self.model = model
+        self.given = given or {}  # labels of a network that was recorded before and cut since
         self.same, self.together = _Classes(), _Classes()
         self.pins, self.trouble = {}, {}  # {label: reason}, {layer: reason}
-        # labels of channels added to others; ranges of labels that layers made
-        self.added, self.made = (
-            set(),
-            [],
-        )
+        self.added, self.made = set(), []  # labels of summands; ranges of labels that layers made
         self.balances, self.pieces = [], {}  # lists of pieces that must lose equally many channels
-        # by layer: labels of outputs and inputs, calls, node
-        self.out, self.read, self.calls, self.of = (
-            {},
-            {},
-            {},
-            {},
-        )
+        self.out, self.read, self.calls, self.of = {}, {}, {}, {}  # by layer: labels, calls, node
         self.param, self.nodes, self.stack, self.paused = {}, [], [], False
         self.names = {m: k for k, m in model.named_modules()}
-        # by id of a tensor: (module, attribute), layer, mark
-        self.owner, self.weights, self.marks = (
-            {},
-            {},
-            {},
-        )
+        self.owner, self.weights, self.marks = {}, {}, {}  # by tensor: (module, name), layer, mark
         for k, m in model.named_modules():
             for a, t in [*m._parameters.items(), *m._buffers.items()]:
                 if t is None:
@@ -343,9 +340,8 @@ def _put(r: _Recorder, t: Tensor, m: _Mark):
 def _add_node(r: _Recorder, kind: str, marks: list, **kwargs) -> _Node:
     "A node behind those of what it reads."
     inputs = list(dict.fromkeys(m.node for m in marks if m.node is not None and not m.const))
-    r.nodes.append(
-        _Node(kind, inputs, where=_calling_line(), module=r.stack[-1] if r.stack else '', **kwargs)
-    )
+    module = r.stack[-1] if r.stack else ''
+    r.nodes.append(_Node(kind, inputs, where=_calling_line(), module=module, **kwargs))
     return r.nodes[-1]
 
 
@@ -357,103 +353,50 @@ def _finish(r: _Recorder, c: _Call, node: _Node, labels: list, const: bool = Fal
 
 
 def _spread(r: _Recorder, c: _Call, node: _Node, vector: Tensor, dim: int):
-    """Mark what a call returned first.
-
-    Labels along one dimension. Nobody's channels are in the rest."""
+    "Mark what a call returned first, by labels along one dimension; nobody's are in the rest."
     first, *rest = c.outs
-    _finish(
-        r,
-        c,
-        node,
-        [
-            vector.view([-1 if d == dim else 1 for d in range(first.ndim)]).expand(first.shape),
-            *[None] * len(rest),
-        ],
-    )
+    shape = [-1 if d == dim else 1 for d in range(first.ndim)]
+    _finish(r, c, node, [vector.view(shape).expand(first.shape), *[None] * len(rest)])
+
+# %% ../nbs/09_trace.ipynb #6bfaf776
+def _inside(r: _Recorder) -> str:
+    "Where something happens, for messages."
+    name = r.stack[-1] if r.stack else ''
+    return f' in {name}, a {type(r.model.get_submodule(name)).__name__}' if name else ''
 
 
 def _unknown(r: _Recorder, c: _Call, marks: list, reason: str | None = None):
     "Pin all channels that a call reads."
     node = _add_node(r, c.name, marks)
+    kind = c.name.strip('_').removeprefix('native_')
+    why = reason or f'its channels go through {kind}{_inside(r)}'
     for m in marks:
         if m.labels is not None:
-            _hold(
-                r,
-                m.labels,
-                reason
-                or f'its channels go through {c.name.strip("_").removeprefix("native_")}{_inside(r)}',
-            )
+            _hold(r, m.labels, why)
     _finish(r, c, node, [None] * len(c.outs))
-
-
-def _inside(r: _Recorder) -> str:
-    "Where something happens, for messages."
-    return (
-        f' in {r.stack[-1]}, a {type(r.model.get_submodule(r.stack[-1])).__name__}'
-        if r.stack and r.stack[-1]
-        else ''
-    )
 
 
 def _unlabelled(r: _Recorder, c: _Call, marks: list):
     "Nothing that a call reads is anybody's channel."
     fresh = c.name in _LIKE or c.name in _REFILL and c.in_place
+    fixed = not fresh and any(m.fixed for m in marks)
+    const = fresh or all(m.const for m in marks)
     for t in c.outs:
-        _put(
-            r,
-            t,
-            _Mark(
-                fixed=not fresh and any(m.fixed for m in marks),
-                const=fresh or all(m.const for m in marks),
-            ),
-        )
+        _put(r, t, _Mark(fixed=fixed, const=const))
 
 # %% ../nbs/09_trace.ipynb #2fd0a2a2
-_COPIES = {
-    'clone',
-    'detach',
-    'alias',
-    '_to_copy',
-    'contiguous',
-    'lift_fresh',
-    'lift',
-    'resolve_conj',
-}
+_COPIES = set('clone detach alias _to_copy contiguous lift_fresh lift resolve_conj'.split())
 # new tensors as large as another
-_LIKE = {
-    'empty_like',
-    'zeros_like',
-    'ones_like',
-    'full_like',
-    'rand_like',
-    'randn_like',
-    'randint_like',
-    'new_empty',
-    'new_zeros',
-    'new_ones',
-    'new_full',
-    'new_empty_strided',
-    'bernoulli',
-}
+_LIKE = set(
+    (
+        'empty_like zeros_like ones_like full_like rand_like randn_like randint_like new_empty '
+        'new_zeros new_ones new_full new_empty_strided bernoulli'
+    ).split()
+)
 # new values in place
-_REFILL = {
-    'fill',
-    'zero',
-    'normal',
-    'uniform',
-    'bernoulli',
-    'random',
-    'exponential',
-}
+_REFILL = set('fill zero normal uniform bernoulli random exponential'.split())
 # what a layer may do
-_LAYER_CALLS = {
-    'convolution',
-    '_convolution',
-    'addmm',
-    'mm',
-    'linear',
-    'matmul',
-}
+_LAYER_CALLS = set('convolution _convolution addmm mm linear matmul'.split())
 
 
 def _see(r: _Recorder, c: _Call):
@@ -470,11 +413,9 @@ def _see(r: _Recorder, c: _Call):
         return _unlabelled(r, c, marks)
     if c.name in _LIKE or c.name in _REFILL and c.in_place:
         return [_put(r, t, _Mark()) for t in c.outs]
-    own = _RULES.get(
-        c.name,
-        _RULES.get('pointwise') if torch.Tag.pointwise in getattr(c.func, 'tags', ()) else _unknown,
-    )
-    own(r, c, marks)
+    pointwise = torch.Tag.pointwise in getattr(c.func, 'tags', ())
+    otherwise = _RULES.get('pointwise') if pointwise else _unknown
+    _RULES.get(c.name, otherwise)(r, c, marks)
 
 # %% ../nbs/09_trace.ipynb #fb14f4d9
 @contextmanager
@@ -635,43 +576,14 @@ def _computed(r: _Recorder, c: _Call, marks: list) -> bool:
     return True
 
 # %% ../nbs/09_trace.ipynb #ed395645
-_SHAPES = {
-    'view',
-    '_unsafe_view',
-    'reshape',
-    '_reshape_alias',
-    'permute',
-    'transpose',
-    't',
-    'slice',
-    'select',
-    'unsqueeze',
-    'squeeze',
-    'expand',
-    'split',
-    'split_with_sizes',
-    'chunk',
-    'unbind',
-    'cat',
-    'stack',
-    'roll',
-    'flip',
-    'repeat',
-    'unfold',
-    'index',
-    'index_select',
-    'pixel_shuffle',
-    'pixel_unshuffle',
-    'channel_shuffle',
-    'native_channel_shuffle',
-    'diagonal',
-    'movedim',
-    'narrow',
-    'flatten',
-    'unflatten',
-    'rot90',
-    'as_strided',
-}
+_SHAPES = set(
+    (
+        'view _unsafe_view reshape _reshape_alias permute transpose t slice select unsqueeze '
+        'squeeze expand split split_with_sizes chunk unbind cat stack roll flip repeat unfold '
+        'index index_select pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle '
+        'diagonal movedim narrow flatten unflatten rot90 as_strided'
+    ).split()
+)
 
 
 def _shape_of_labels(r: _Recorder, c: _Call) -> list:
@@ -693,9 +605,8 @@ def _shape_of_labels(r: _Recorder, c: _Call) -> list:
     if c.name == 'as_strided':
         x, at = c.args[0], c['storage_offset']
         full = torch.empty_strided(x.shape, x.stride(), dtype=torch.long).copy_(labels(x))
-        return [
-            full.as_strided(c['size'], c['stride'], 0 if at is None else at - x.storage_offset())
-        ]
+        start = 0 if at is None else at - x.storage_offset()
+        return [full.as_strided(c['size'], c['stride'], start)]
     return _tensors_in(c.func(*map(labels, c.args), **{k: labels(v) for k, v in c.kwargs.items()}))
 
 
@@ -709,9 +620,8 @@ def _shapes(r: _Recorder, c: _Call, marks: list):
     if any(v.dtype != torch.long or v.shape != t.shape for v, t in zip(labels, c.outs)):
         return _unknown(r, c, marks)
     if not all(v.numel() for v in labels):
-        return _unknown(
-            r, c, marks, 'nothing of its channels is left on example_inputs, behind ' + c.name
-        )
+        why = 'nothing of its channels is left on example_inputs, behind '
+        return _unknown(r, c, marks, why + c.name)
     labels = [_compact(v).expand(v.shape) for v in labels]
     readers = {id(m.node) for m in marks if m.labels is not None}
     node = _add_node(r, c.name, marks, same=len(readers) == 1)
@@ -775,47 +685,19 @@ def _padding(r: _Recorder, c: _Call, marks: list):
     _finish(r, c, _add_node(r, c.name, marks, same=not among), [v.expand(c.out.shape)])
 
 # %% ../nbs/09_trace.ipynb #16be5458
-_SPATIAL = {
-    'max_pool1d',
-    'max_pool2d',
-    'max_pool2d_with_indices',
-    'max_pool3d',
-    'max_pool3d_with_indices',
-    'mkldnn_max_pool2d',
-    'mkldnn_max_pool3d',
-    'avg_pool1d',
-    'avg_pool2d',
-    'avg_pool3d',
-    'adaptive_avg_pool1d',
-    'adaptive_avg_pool2d',
-    '_adaptive_avg_pool2d',
-    '_adaptive_avg_pool3d',
-    'adaptive_max_pool1d',
-    'adaptive_max_pool2d',
-    'adaptive_max_pool3d',
-    'upsample_nearest1d',
-    'upsample_nearest2d',
-    'upsample_nearest3d',
-    '_upsample_nearest_exact1d',
-    '_upsample_nearest_exact2d',
-    '_upsample_nearest_exact3d',
-    'upsample_linear1d',
-    'upsample_bilinear2d',
-    'upsample_trilinear3d',
-    'upsample_bicubic2d',
-    '_upsample_bilinear2d_aa',
-    '_upsample_bicubic2d_aa',
-    'reflection_pad1d',
-    'reflection_pad2d',
-    'reflection_pad3d',
-    'replication_pad1d',
-    'replication_pad2d',
-    'replication_pad3d',
-    'grid_sampler_2d',
-    'grid_sampler_3d',
-    'roi_align',
-    'roi_pool',
-}
+_SPATIAL = set(
+    (
+        'max_pool1d max_pool2d max_pool2d_with_indices max_pool3d max_pool3d_with_indices '
+        'mkldnn_max_pool2d mkldnn_max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d '
+        'adaptive_avg_pool2d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool1d '
+        'adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d upsample_nearest2d '
+        'upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d '
+        '_upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d upsample_trilinear3d '
+        'upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad1d '
+        'reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d '
+        'grid_sampler_2d grid_sampler_3d roi_align roi_pool'
+    ).split()
+)
 
 
 @_rule(*_SPATIAL)
@@ -827,38 +709,19 @@ def _spatial(r: _Recorder, c: _Call, marks: list):
     vary = _varying(labels)
     if any(t.ndim != x.ndim or t.shape[d] != x.shape[d] for t in c.outs for d in vary):
         return _unknown(r, c, marks)
-    around = (
-        c.name.startswith('avg_pool')
-        and any(c['padding'] or [0])
-        and c['count_include_pad'] is not False
-    )
     # zeros that are averaged in make another function
+    around = c.name.startswith('avg_pool') and any(c['padding'] or [0])
+    around = around and c['count_include_pad'] is not False
     node = _add_node(r, c.name, marks[:1], same=not around)
     _finish(r, c, node, [_compact(labels).expand(t.shape) for t in c.outs])
 
 # %% ../nbs/09_trace.ipynb #276d779d
-_OVER = {
-    'mean',
-    'sum',
-    'amax',
-    'amin',
-    'max',
-    'min',
-    'aminmax',
-    'std',
-    'var',
-    'var_mean',
-    'std_mean',
-    'prod',
-    'logsumexp',
-    'norm',
-    'linalg_vector_norm',
-    'median',
-    'any',
-    'all',
-    'nansum',
-    'nanmean',
-}
+_OVER = set(
+    (
+        'mean sum amax amin max min aminmax std var var_mean std_mean prod logsumexp norm '
+        'linalg_vector_norm median any all nansum nanmean'
+    ).split()
+)
 _ALONG = {'_softmax', '_log_softmax', 'softmax', 'log_softmax', 'cumsum', 'cumprod', 'logcumsumexp'}
 
 
@@ -870,6 +733,10 @@ def _dims_of(c: _Call) -> list:
     return [k % x.ndim for k in (d if isinstance(d, (list, tuple)) else [d])]
 
 
+def _of_all(c: _Call) -> str:
+    return f'its channels go through {c.name.strip("_")}, which is taken over all of them'
+
+
 @_rule(*_OVER)
 def _over(r: _Recorder, c: _Call, marks: list):
     "A sum, a mean, a maximum over dimensions."
@@ -877,9 +744,7 @@ def _over(r: _Recorder, c: _Call, marks: list):
         return _unknown(r, c, marks)
     dims, labels = _dims_of(c), marks[0].labels
     if set(dims) & set(_varying(labels)):
-        return _unknown(
-            r, c, marks, f'its channels go through {c.name}, which is taken over all of them'
-        )
+        return _unknown(r, c, marks, _of_all(c))
 
     def reduced(t):
         v = _compact(labels)
@@ -896,12 +761,7 @@ def _along(r: _Recorder, c: _Call, marks: list):
     "A softmax or a running sum along dimensions."
     labels = marks[0].labels
     if set(_dims_of(c)) & set(_varying(labels)):
-        return _unknown(
-            r,
-            c,
-            marks,
-            f'its channels go through {c.name.strip("_")}, which is taken over all of them',
-        )
+        return _unknown(r, c, marks, _of_all(c))
     _finish(r, c, _add_node(r, c.name, marks), [labels for _ in c.outs])
 
 # %% ../nbs/09_trace.ipynb #0efc7663
@@ -994,33 +854,31 @@ def _copied(r: _Recorder, c: _Call, marks: list):
 _or = lambda v, default: default if v is None else v
 
 _ACTIVATIONS = {  # name of the operation -> from the call to the function
-    'relu': lambda c: act.relu,
-    'silu': lambda c: act.silu,
-    'tanh': lambda c: act.tanh,
-    'sigmoid': lambda c: act.sigmoid,
-    'mish': lambda c: act.mish,
-    'hardswish': lambda c: act.hardswish,
-    'hardsigmoid': lambda c: act.hardsigmoid,
-    'leaky_relu': lambda c: act.leaky_relu(_or(c['negative_slope'], 0.01)),
-    'gelu': lambda c: act.gelu(_or(c['approximate'], 'none')),
-    'hardtanh': lambda c: act.hardtanh(_or(c['min_val'], -1.0), _or(c['max_val'], 1.0)),
-    'clamp': lambda c: act.hardtanh(_or(c['min'], -math.inf), _or(c['max'], math.inf)),
-    'clamp_min': lambda c: act.hardtanh(c['min'], math.inf),
-    'clamp_max': lambda c: act.hardtanh(-math.inf, c['max']),
-    'softplus': lambda c: act.softplus(_or(c['beta'], 1.0), _or(c['threshold'], 20.0)),
-    'elu': lambda c: act.elu(
-        _or(c['alpha'], 1.0), _or(c['scale'], 1.0), _or(c['input_scale'], 1.0)
-    ),
-    'celu': lambda c: act.elu(_or(c['alpha'], 1.0), 1.0, 1 / _or(c['alpha'], 1.0)),
+    'relu': lambda c: relu,
+    'silu': lambda c: silu,
+    'tanh': lambda c: tanh,
+    'sigmoid': lambda c: sigmoid,
+    'mish': lambda c: mish,
+    'hardswish': lambda c: hardswish,
+    'hardsigmoid': lambda c: hardsigmoid,
+    'leaky_relu': lambda c: leaky_relu(_or(c['negative_slope'], 0.01)),
+    'gelu': lambda c: gelu(_or(c['approximate'], 'none')),
+    'hardtanh': lambda c: hardtanh(_or(c['min_val'], -1.0), _or(c['max_val'], 1.0)),
+    'clamp': lambda c: hardtanh(_or(c['min'], -math.inf), _or(c['max'], math.inf)),
+    'clamp_min': lambda c: hardtanh(c['min'], math.inf),
+    'clamp_max': lambda c: hardtanh(-math.inf, c['max']),
+    'softplus': lambda c: softplus(_or(c['beta'], 1.0), _or(c['threshold'], 20.0)),
+    'elu': lambda c: elu(_or(c['alpha'], 1.0), _or(c['scale'], 1.0), _or(c['input_scale'], 1.0)),
+    'celu': lambda c: elu(_or(c['alpha'], 1.0), 1.0, 1 / _or(c['alpha'], 1.0)),
 }
 
 
-def _activation_of(c: _Call) -> act.Activation | None:
+def _activation_of(c: _Call) -> Activation | None:
     "The activation that a call is, or None."
     if c.name not in _ACTIVATIONS or len(c.tensors) > 1:
         return None
     f = _ACTIVATIONS[c.name](c)
-    return act.relu if f == act.hardtanh(0.0, math.inf) else f
+    return relu if f == hardtanh(0.0, math.inf) else f
 
 # %% ../nbs/09_trace.ipynb #f1b98ad0
 def _scale_of(r: _Recorder, c: _Call, labels: Tensor):
@@ -1114,12 +972,8 @@ def _group_norm(r: _Recorder, c: _Call, marks: list):
 def _glu(r: _Recorder, c: _Call, marks: list):
     "The first half times a sigmoid of the second."
     a, b = marks[0].labels.chunk(2, -1 if c['dim'] is None else c['dim'])
-    _finish(
-        r,
-        c,
-        _add_node(r, c.name, marks),
-        [_join(r, _compact(a), _compact(b), 'mul').expand(c.out.shape)],
-    )
+    node = _add_node(r, c.name, marks)
+    _finish(r, c, node, [_join(r, _compact(a), _compact(b), 'mul').expand(c.out.shape)])
 
 
 _PRODUCTS = dict(_OPERANDS, bmm=('self', 'mat2'), baddbmm=('batch1', 'batch2'))
@@ -1130,15 +984,13 @@ def _product(r: _Recorder, c: _Call, marks: list):
     "A product of matrices."
     a, b = (c[k] for k in _PRODUCTS[c.name])
     others = any(_mark(r, t).labels is not None for t in c.tensors if t is not a and t is not b)
-    va, vb = (set(_varying(v)) if (v := _mark(r, t).labels) is not None else set() for t in (a, b))
-    if others or a.ndim != b.ndim or bool(va) == bool(vb) or a.ndim - 1 in va or b.ndim - 2 in vb:
+    labels = [_mark(r, t).labels for t in (a, b)]
+    va, vb = (set() if v is None else set(_varying(v)) for v in labels)
+    mixed = a.ndim - 1 in va or b.ndim - 2 in vb  # over what is summed up
+    if others or a.ndim != b.ndim or bool(va) == bool(vb) or mixed:
         return _unknown(r, c, marks, f'its channels go through a product of matrices{_inside(r)}')
-    _finish(
-        r,
-        c,
-        _add_node(r, c.name, marks),
-        [_compact(_mark(r, a if va else b).labels).expand(c.out.shape)],
-    )
+    passed = labels[0] if va else labels[1]
+    _finish(r, c, _add_node(r, c.name, marks), [_compact(passed).expand(c.out.shape)])
 
 # %% ../nbs/09_trace.ipynb #72a61a13
 def _whole(r: _Recorder, c: _Call):
@@ -1212,22 +1064,18 @@ def _equal_layer(m: nn.Module) -> nn.Module | None:
 
 # %% ../nbs/09_trace.ipynb #f9173249
 def _private_copy(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode.
+    """A copy in evaluation mode. ValueError where it cannot be made.
 
-    Activations that are kept on modules, which cannot be copied, lose their history. ValueError
-    where it cannot be made."""
-    kept = {
-        id(t): t.detach()
-        for m in model.modules()
-        for t in _tensors_within({k: v for k, v in vars(m).items() if not k.startswith('_')})
-        if t.grad_fn is not None
-    }
+    Activations that are kept on modules, which cannot be copied, lose their history."""
+    kept = {}
+    for m in model.modules():
+        held = {k: v for k, v in vars(m).items() if not k.startswith('_')}
+        kept |= {id(t): t.detach() for t in _tensors_within(held) if t.grad_fn is not None}
     try:
         net = copy.deepcopy(model, kept).eval()
     except Exception as e:
-        raise ValueError(
-            f'{type(model).__name__}: cannot be copied: {type(e).__name__}: {e}'
-        ) from e
+        why = f'{type(e).__name__}: {e}'
+        raise ValueError(f'{type(model).__name__}: cannot be copied: {why}') from e
     for name, m in list(net.named_modules()):
         new = _equal_layer(m)
         if new is None:
@@ -1238,7 +1086,7 @@ def _private_copy(model: nn.Module) -> nn.Module:
         setattr(net.get_submodule(parent), child, new)
     return net
 
-
+# %% ../nbs/09_trace.ipynb #14931fdb
 def _widened(net: nn.Module, args) -> tuple:
     """A network of half precision in single, in which every processor computes, with the dtypes
     that its modules hold; and its arguments."""
@@ -1257,12 +1105,11 @@ def _shared(model) -> dict:
     for k, m in model.named_modules():
         for p in m.parameters(recurse=False):
             who.setdefault(id(p), []).append(k)
-    return {
-        k: other
-        for ks in who.values()
-        if len(ks) > 1
-        for k, other in zip(ks, [ks[1], *[ks[0]] * (len(ks) - 1)])
-    }
+    tied = {}
+    for first, *others in who.values():
+        if others:
+            tied |= {first: others[0]} | dict.fromkeys(others, first)
+    return tied
 
 # %% ../nbs/09_trace.ipynb #d9198925
 def trace(
@@ -1271,26 +1118,21 @@ def trace(
 ) -> Traced:
     """Copy a model and record one forward pass.
 
-    ValueError if it cannot be copied or run on `example_inputs`; warns of layers that are not
+    ValueError if it cannot be copied or run on `example_inputs`; it warns of layers that are not
     called."""
     if torch.is_inference_mode_enabled():
-        raise ValueError(
-            'under torch.inference_mode a network would come back that can never be trained: call this outside of it'
-        )
+        what = 'under torch.inference_mode a network would come back that can never be trained'
+        raise ValueError(f'{what}: call this outside of it')
     args = as_args(example_inputs)
     net, args = _widened(_private_copy(model), args)
     r = _Recorder(net)
     try:
         _record(r, args)
     except Exception as e:
-        raise ValueError(
-            f'example_inputs: the model cannot be run on them: {type(e).__name__}: {e}'
-        ) from e
-    idle = [
-        k
-        for k, m in net.named_modules()
-        if type(m) in _PLAIN and k not in r.calls and k not in r.out
-    ]
+        why = f'{type(e).__name__}: {e}'
+        raise ValueError(f'example_inputs: the model cannot be run on them: {why}') from e
+    layers = [k for k, m in net.named_modules() if type(m) in _PLAIN]
+    idle = [k for k in layers if k not in r.calls and k not in r.out]
     if idle:
         warnings.warn(
             'not called on example_inputs, and left as they are, even if what they read on other '
