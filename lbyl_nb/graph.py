@@ -43,28 +43,31 @@ class Consumer:
     name: str  # name of the layer in the model
     columns: Tensor  # (m, span): its input columns that belong to each of the m channels
     norm: str | None = None  # batch norm directly behind the layer, if any
-    known: bool = (
-        True  # does it read the group's activation of them, times `scale`, and nothing else?
-    )
-    scale: Tensor | None = None  # (m,) what the channels are multiplied by on the way; None: by one
+    known: bool = True  # does it read the group's activation, times `scale`, and nothing else?
+    scale: Tensor | None = None  # (m,) what channels are multiplied by on the way; None: by one
 
 # %% ../nbs/10_graph.ipynb #a25b6622
 @dataclass(frozen=True)
 class Family:
-    "Groups whose channels are chosen together."
+    """Groups whose channels are chosen together.
+
+    A balance is a tuple of pieces that must all lose equally many channels; a piece is the number
+    of channels that go from it with each unit, (units,).
+    """
 
     name: str  # of its first group
     members: tuple  # pairs (name of a group, number of the unit of each of its channels (m,))
     units: int  # how many choices there are
-    balances: tuple = ()  # tuples of pieces, each the number of channels (units,) that go from it with a unit: all must lose equally many
+    balances: tuple = ()  # of balances
 
     @cached_property
     def cells(self) -> Tensor:
         "(units,) number of the kind of each unit: units of a kind weigh the same everywhere."
         weights = [torch.bincount(u, minlength=self.units) for _, u in self.members]
-        kinds = torch.stack([*weights, *(w for pieces in self.balances for w in pieces)], 1)
+        weights += [w for pieces in self.balances for w in pieces]
+        kinds = [tuple(k) for k in torch.stack(weights, 1).tolist()]
         number = {}
-        return torch.tensor([number.setdefault(tuple(k), len(number)) for k in kinds.tolist()])
+        return torch.tensor([number.setdefault(k, len(number)) for k in kinds])
 
     def rows(self, kept) -> dict:
         "{group: channels of the kept units, sorted}."
@@ -78,27 +81,25 @@ class Family:
 # %% ../nbs/10_graph.ipynb #22a914fb
 @dataclass(frozen=True)
 class Group:
-    "Channels that some layers write and others read; `reason` says why they may not be removed, where they may not."
+    """Channels that some layers write and others read.
+
+    `reason` says why they may not be removed, where they may not. A branch is a tuple of pairs
+    (layer, batch norm or None): the producer, then depthwise convolutions.
+    """
 
     name: str  # the first producer; with places behind it if they are some of its channels only
     channels: int  # number m of channels
     norm: str | None = None  # last batch norm of the first branch
-    activation: Activation | None = (
-        None  # the function that consumers see, None for none or one that has no name
-    )
+    activation: Activation | None = None  # what consumers see; None: none, or one without a name
     consumers: tuple[Consumer, ...] = ()  # who reads the channels
     producers: tuple[str, ...] = ()  # all layers that write to the same channels
-    branches: tuple = ()  # for each summand, pairs (layer, batch norm or None): the producer, then depthwise convolutions
+    branches: tuple = ()  # one for each summand
     scales: tuple = ()  # for each summand, what it is multiplied by (m,), or None
-    cut: tuple = ()  # pairs (module, its channels (m, span)): producers, and modules that treat channels one by one
-    parameters: tuple = ()  # triples (module, attribute, places (m, span)): other parameters that are cut with them
+    cut: tuple = ()  # pairs (producer, or module behind it that keeps channels apart, (m, span))
+    parameters: tuple = ()  # other parameters cut with them: (module, attribute, places (m, span))
     reason: str = ''  # why the group is left alone; empty where it can be pruned
-    roots: Tensor | None = field(
-        default=None, repr=False, compare=False
-    )  # (m,) classes of their labels
-    family: Family | None = field(
-        default=None, repr=False, compare=False
-    )  # with whom they are chosen
+    roots: Tensor | None = field(default=None, repr=False, compare=False)  # (m,) label classes
+    family: Family | None = field(default=None, repr=False, compare=False)  # with whom it is chosen
 
     @property
     def unit(self) -> Tensor:
@@ -107,7 +108,8 @@ class Group:
 
     @property
     def units(self) -> int:
-        return len(self.unit.unique())  # how many choices there are
+        "How many choices there are."
+        return len(self.unit.unique())
 
 # %% ../nbs/10_graph.ipynb #64122a80
 def _refusal(net: Traced, name: str) -> str:
@@ -128,20 +130,22 @@ def _refusal(net: Traced, name: str) -> str:
     if isinstance(layer, nn.modules.conv._ConvTransposeNd):
         return f'{name} is a transposed convolution in groups'
     if not is_depthwise(layer) and layer.groups in (layer.in_channels, layer.out_channels):
-        return f'{name} is a grouped convolution that leaves no choice: its groups have a single channel'
+        why = 'a grouped convolution that leaves no choice: its groups have a single channel'
+        return f'{name} is {why}'
     return ''
 
 # %% ../nbs/10_graph.ipynb #37e930da
 _NO_READER = "its output does not reach the network's"
 _STREAM = 'its channels go through an addition (residual stream)'
-_NO_CHOICE = 'its channels must all stay or go together, which leaves no choice'
 
 
 class _Table:
-    "For every class of labels: who writes, reads and holds it (`members`), its unit, and why it is refused, if it is."
+    """For every class of labels: who writes, reads and holds it (`members`), its unit,
+    and why it is refused, if it is (`reasons`)."""
 
     def __init__(self, net: Traced, streams: bool):
-        self.net, self.reasons, self.members, seen = net, {}, defaultdict(dict), net.seen
+        self.net, self.reasons, self.members = net, {}, defaultdict(dict)
+        seen = net.seen
         self.depthwise = {k for k in seen.out if is_depthwise(net.model.get_submodule(k))}
         for name in seen.out:
             if why := _refusal(net, name):
@@ -150,14 +154,7 @@ class _Table:
             self.reasons.setdefault(c, why)
         if not streams:
             self.refuse(torch.tensor(sorted(seen.added), dtype=torch.long), _STREAM)
-        for name, labels in seen.out.items():
-            self.enter(('out', name), labels)
-        for name, labels in seen.read.items():
-            if name not in self.depthwise:
-                self.enter(('in', name), labels, new=False)
-        for (name, a), labels in seen.param.items():
-            if not isinstance(net.model.get_submodule(name), LAYERS):
-                self.enter(('held', name, a), labels, new=False)
+        _enter_all(self)
         for c, m in self.members.items():
             if not any(k[0] == 'in' for k in m):
                 self.reasons.setdefault(c, _NO_READER)
@@ -178,32 +175,49 @@ class _Table:
             if c > _FIXED and (new or c in self.members):
                 self.members[c].setdefault(key, []).append(place)
 
-    def units(self) -> dict:
-        "{class: unit}. Classes that are tied to a refused one are refused."
-        together, labels = self.net.seen.together, torch.arange(2, self.net.seen.same.size)
-        together.join(labels, self.net.seen.same.roots(labels))
-        unit = lambda classes: together.roots(
-            torch.tensor(list(classes), dtype=torch.long)
-        ).tolist()
-        bad = {}
-        for u, why in zip(unit(self.reasons), self.reasons.values()):
-            bad.setdefault(u, why)
-        units = dict(zip(self.members, unit(self.members)))
-        for c, u in units.items():
-            if u in bad:
-                self.reasons.setdefault(c, bad[u])
-        return units
+# %% ../nbs/10_graph.ipynb #0c9be4d7
+def _enter_all(table: _Table):
+    "Who writes, reads and holds every class. Only those that somebody writes are in the table."
+    net, seen = table.net, table.net.seen
+    for name, labels in seen.out.items():
+        table.enter(('out', name), labels)
+    for name, labels in seen.read.items():
+        if name not in table.depthwise:
+            table.enter(('in', name), labels, new=False)
+    for (name, a), labels in seen.param.items():
+        if not isinstance(net.model.get_submodule(name), LAYERS):
+            table.enter(('held', name, a), labels, new=False)
 
 # %% ../nbs/10_graph.ipynb #7c1e52d9
 _STUCK = 'it must lose as many channels as another piece of the same split, which can lose none'
 
 
+def _units(table: _Table) -> dict:
+    "{class: unit}. Classes that are tied to a refused one are refused."
+    seen = table.net.seen
+    labels = torch.arange(2, seen.same.size)
+    seen.together.join(labels, seen.same.roots(labels))
+
+    def unit(classes):
+        return seen.together.roots(torch.tensor(list(classes), dtype=torch.long)).tolist()
+
+    bad = {}
+    for u, why in zip(unit(table.reasons), table.reasons.values()):
+        bad.setdefault(u, why)
+    units = dict(zip(table.members, unit(table.members)))
+    for c, u in units.items():
+        if u in bad:
+            table.reasons.setdefault(c, bad[u])
+    return units
+
+
 def _stuck(table: _Table) -> bool:
     "Refuse pieces that must lose as many channels as one that can lose none. Were there any?"
-    table.unit, before = table.units(), len(table.reasons)
+    table.unit = _units(table)
+    before = len(table.reasons)
+    able = lambda c: c in table.members and c not in table.reasons
     for pieces in table.net.seen.balances:
         classes = [table.net.seen.same.roots(p).tolist() for p in pieces]
-        able = lambda c: c in table.members and c not in table.reasons
         free = [set(filter(able, cs)) for cs in classes]
         if all(free):
             continue
@@ -219,31 +233,33 @@ def _norm_behind(node: _Node) -> _Node | None:
 
 
 def _behind(f, known: bool, scales: tuple, n: _Node) -> tuple:
-    "Activation, whether that is all, and scales behind it: what is known behind one more operation."
+    "Activation, whether that is all, and scales: what is known behind one more operation."
     if n.activation:
-        known = (
-            known
-            and (f is None or f == n.activation == relu)
-            and (not scales or n.activation == relu and all(map(_positive, scales)))
-        )
-        return n.activation, known, scales
+        of_one = f is None or (f == n.activation and f == relu)
+        of_scaled = not scales or (n.activation == relu and all(map(_positive, scales)))
+        return n.activation, known and of_one and of_scaled, scales
     if n.scale is not None:
         return f, known, (*scales, n.scale)
     return f, known and (n.same or n.kind in ('cat', 'stack')), scales
 
 
 def _positive(scale) -> bool:
+    "Is a factor, or are all of a tensor, above zero?"
     return (scale if isinstance(scale, float) else scale[1].min().item()) > 0
 
 # %% ../nbs/10_graph.ipynb #9ffb961a
 def _straight(
     node: _Node,  # of a producer, or where channels have met
-) -> tuple:  # its branch, pairs of nodes [layer, batch norm or None]; the activation or None; scales; the last node of the path
-    "Along the single path behind a node, up to where paths meet or part, or a layer reads."
-    branch, f, known, scales, at = [[node, None]], None, True, (), node
+) -> tuple:  # branch, activation or None, scales, last node of the path
+    """Along the single path behind a node, up to where paths meet or part, or a layer reads.
+
+    The branch consists of pairs of nodes [layer, batch norm or None].
+    """
+    branch, f, known, scales = [[node, None]], None, True, ()
+    at = node
     while len(at.outputs) == 1 and len(at.outputs[0].inputs) == 1 and at.outputs[0].kind != 'layer':
-        at, before = at.outputs[0], branch[-1][0]
-        if at is _norm_behind(before):
+        at = at.outputs[0]
+        if at is _norm_behind(branch[-1][0]):
             branch[-1][1] = at
         elif at.kind == 'depthwise':
             branch.append([at, None])
@@ -258,10 +274,8 @@ def _branches(net, writers, at, roots):
     out, factors, met, f = [], [], set(), None
     for k in writers:
         branch, g, scales, last = _straight(net.node(k))
-        junction = next(
-            (n for n in last.outputs if len(n.inputs) > 1),
-            last.outputs[0] if last.outputs else None,
-        )
+        behind = [n for n in last.outputs if len(n.inputs) > 1] or last.outputs
+        junction = behind[0] if behind else None
         if junction and junction.kind == 'mul' and junction in met:
             continue
         met.add(junction)
@@ -271,8 +285,9 @@ def _branches(net, writers, at, roots):
         if added and junction.second[0] is last:
             scales = (*scales, float(junction.second[1]))
         pairs = tuple((n.layer, norm and norm.layer) for n, norm in branch)
-        out += [pairs] * at[k].shape[1]
-        factors += [_factor(net, scales, roots) if added else None] * at[k].shape[1]
+        times = at[k].shape[1]
+        out += [pairs] * times
+        factors += [_factor(net, scales, roots) if added else None] * times
     return tuple(out), tuple(factors), f
 
 
@@ -284,14 +299,16 @@ def _factor(net, scales, roots):
             total = total * s
             continue
         value = dict(zip(net.seen.same.roots(s[0]).tolist(), s[1].tolist()))
-        total = total * torch.tensor(
-            [value.get(c, math.nan) for c in roots.tolist()], dtype=torch.float64
-        )
+        values = [value.get(c, math.nan) for c in roots.tolist()]
+        total = total * torch.tensor(values, dtype=torch.float64)
     return None if (total == 1).all() else total
 
 # %% ../nbs/10_graph.ipynb #8af6cf74
 def _seen_by(start: _Node, reader: _Node) -> list:
-    "What a layer reads of what a node puts out, for each way there: triples (activation, is that all, scales)."
+    """What a layer reads of what a node puts out.
+
+    For each way there, a triple: activation, whether that is all, scales.
+    """
     todo, done, out = [(start, None, True, ())], set(), []
     while todo:
         at, *state = todo.pop()
@@ -315,16 +332,16 @@ def _consumer(net, name, columns, branches, f, roots):
     found = Consumer(name, columns, norm and norm.layer)
     if len({b[0] for b in branches}) > 1:
         return found
-    end = next(
-        n
-        for n in net.seen.nodes
-        if n.layer == (branches[0][-1][1] or branches[0][-1][0])
-        and n.kind in ('layer', 'depthwise', 'batch_norm')
-    )
+    layer, its_norm = branches[0][-1]
+    kinds = ('layer', 'depthwise', 'batch_norm')
+    end = next(n for n in net.seen.nodes if n.layer == (its_norm or layer) and n.kind in kinds)
     ways = _seen_by(end, net.node(name))
-    if len(ways) != 1 or not ways[0][1] or ways[0][0] != f:
+    if len(ways) != 1:
         return replace(found, known=False)
-    return replace(found, scale=_factor(net, ways[0][2], roots))
+    activation, is_all, scales = ways[0]
+    if not is_all or activation != f:
+        return replace(found, known=False)
+    return replace(found, scale=_factor(net, scales, roots))
 
 # %% ../nbs/10_graph.ipynb #9fe4bc90
 def _name(layer: str, places: list, m: int) -> str:
@@ -333,50 +350,91 @@ def _name(layer: str, places: list, m: int) -> str:
         return layer
     step = places[1] - places[0] if len(places) > 1 else 1
     if places == list(range(places[0], places[-1] + 1, step)):
-        return f'{layer}[{places[0]}:{places[-1] + 1}{f":{step}" if step > 1 else ""}]'
+        by = f':{step}' if step > 1 else ''
+        return f'{layer}[{places[0]}:{places[-1] + 1}{by}]'
     return f'{layer}[{", ".join(map(str, places))}]'
 
-
+# %% ../nbs/10_graph.ipynb #6d1fa0b3
 def _group(net, members, roots, why, order):
     "The group of some classes that have the same members."
-    model, sort = (
-        net.model,
-        lambda kind: sorted(
-            {k for m in members for k in m if k[0] == kind}, key=lambda k: order[k[1]]
-        ),
-    )
-    writers = [k[1] for k in sort('out') if not is_depthwise(model.get_submodule(k[1]))]
+    layer = net.model.get_submodule
+
+    def sort(kind):
+        keys = {k for m in members for k in m if k[0] == kind}
+        return sorted(keys, key=lambda k: order[k[1]])
+
+    writers = tuple(k[1] for k in sort('out') if not is_depthwise(layer(k[1])))
     places = sorted(p for m in members for p in m['out', writers[0]])
-    name, roots = (
-        _name(writers[0], places, width(model.get_submodule(writers[0]))),
-        torch.tensor(roots),
-    )
+    name = _name(writers[0], places, width(layer(writers[0])))
+    roots = torch.tensor(roots)
     if why:
-        return Group(name, len(members), producers=tuple(writers), reason=why, roots=roots)
+        return Group(name, len(members), producers=writers, reason=why, roots=roots)
     columns = lambda k: torch.tensor([m[k] for m in members])
     cut, parameters = {k[1]: columns(k) for k in sort('out')}, []
     for k in sort('held'):
-        one_by_one = isinstance(model.get_submodule(k[1]), (*_NORMS, nn.PReLU))
+        one_by_one = isinstance(layer(k[1]), (*_NORMS, nn.PReLU))
         if one_by_one:
             cut.setdefault(k[1], columns(k))
         else:
             parameters.append((*k[1:], columns(k)))
     branches, scales, f = _branches(net, writers, cut, roots)
-    consumers = tuple(_consumer(net, k[1], columns(k), branches, f, roots) for k in sort('in'))
     return Group(
         name,
         len(members),
-        branches[0][-1][1],
-        f,
-        consumers,
-        tuple(writers),
-        branches,
-        scales,
-        tuple(cut.items()),
-        tuple(parameters),
-        '',
-        roots,
+        norm=branches[0][-1][1],
+        activation=f,
+        consumers=tuple(_consumer(net, k[1], columns(k), branches, f, roots) for k in sort('in')),
+        producers=writers,
+        branches=branches,
+        scales=scales,
+        cut=tuple(cut.items()),
+        parameters=tuple(parameters),
+        roots=roots,
     )
+
+# %% ../nbs/10_graph.ipynb #e8a37c51
+def _kind(table, c):
+    "What the classes of one group have in common: reason and writers, or all that they belong to."
+    why, members = table.reasons.get(c, ''), table.members[c]
+    if why:
+        return why, tuple(k for k in members if k[0] == 'out' and k[1] not in table.depthwise)
+    return ('', *sorted((k, len(places)) for k, places in members.items()))
+
+
+def _alike(net, table, order):
+    "Classes with the same members, as groups."
+    kinds = {}
+    for name in net.seen.out:
+        if name in table.depthwise:
+            continue
+        for c in dict.fromkeys(net.seen.same.roots(net.seen.out[name]).tolist()):
+            if c in table.members:
+                kinds.setdefault(_kind(table, c), {})[c] = table.members[c]
+    return [_group(net, list(g.values()), list(g), kind[0], order) for kind, g in kinds.items()]
+
+
+def _other_order(net, g, consumer):
+    "Does a grouped convolution read something else than these channels, all of them, in order?"
+    layer = net.model.get_submodule(consumer.name)
+    if conv_groups(layer) == 1:
+        return False
+    in_order = torch.equal(consumer.columns, torch.arange(g.channels)[:, None])
+    return layer.in_channels != g.channels or not in_order
+
+
+def _groups(net, table, order):
+    "All groups of a table; those that a grouped convolution has in another order are refused."
+    groups = _alike(net, table, order)
+    while True:
+        odd = [(g, c.name) for g in groups for c in g.consumers if _other_order(net, g, c)]
+        if not odd:
+            return groups
+        for g, name in odd:
+            why = f'{name} is a grouped convolution that has its channels in another order'
+            table.refuse(g.roots, why)
+        while _stuck(table):
+            pass
+        groups = _alike(net, table, order)
 
 # %% ../nbs/10_graph.ipynb #1dde9593
 def find_groups(
@@ -389,115 +447,79 @@ def find_groups(
         order.setdefault(n.layer, len(order))
     for k, _ in net.seen.param:
         order.setdefault(k, len(order))
-    groups = _groups(net, table, order)
-    while odd := [(g, c.name) for g in groups for c in g.consumers if _other_order(net, g, c)]:
-        for g, name in odd:
-            table.refuse(
-                g.roots, f'{name} is a grouped convolution that has its channels in another order'
-            )
-        while _stuck(table):
-            pass
-        groups = _groups(net, table, order)
-    groups = _with_families(net, table, groups) + _not_recorded(net)
+    groups = _with_families(net, table, _groups(net, table, order)) + _not_recorded(net)
     calls = {k: i for i, k in enumerate(net.calls)}
     return sorted(groups, key=lambda g: calls.get(g.producers[0], len(calls)))
 
 
-def _groups(net, table, order):
-    "Classes with the same members, as groups."
-    kinds = {}
-    for name in net.seen.out:
-        if name in table.depthwise:
-            continue
-        for c in dict.fromkeys(net.seen.same.roots(net.seen.out[name]).tolist()):
-            if c not in table.members:
-                continue
-            why, m = table.reasons.get(c, ''), table.members[c]
-            writers = tuple(k for k in m if k[0] == 'out' and k[1] not in table.depthwise)
-            kind = (why, writers) if why else ('', *sorted((k, len(v)) for k, v in m.items()))
-            kinds.setdefault(kind, {})[c] = m
-    return [_group(net, list(g.values()), list(g), kind[0], order) for kind, g in kinds.items()]
-
-
-def _other_order(net, g, consumer):
-    "Does a grouped convolution read something else than these channels, all of them, in their order?"
-    layer = net.model.get_submodule(consumer.name)
-    return conv_groups(layer) > 1 and not (
-        layer.in_channels == g.channels
-        and torch.equal(consumer.columns, torch.arange(g.channels)[:, None])
-    )
-
-
 def _not_recorded(net):
     "Layers that were called, but what they did is not what such layers do."
-
-    def group(name):
+    groups, none = [], torch.zeros(0, dtype=torch.long)
+    for name in net.calls:
+        if name in net.seen.out:
+            continue
         layer = net.model.get_submodule(name)
         why = _refusal(net, name) or f'{name} is a {type(layer).__name__}, which is not handled'
-        return Group(
-            name,
-            width(layer),
-            producers=(name,),
-            reason=why,
-            roots=torch.zeros(0, dtype=torch.long),
-        )
-
-    return [group(name) for name in net.calls if name not in net.seen.out]
+        groups.append(Group(name, width(layer), producers=(name,), reason=why, roots=none))
+    return groups
 
 # %% ../nbs/10_graph.ipynb #5425b65f
+_NO_CHOICE = 'its channels must all stay or go together, which leaves no choice'
+
+
 def _with_families(net, table, groups):
     "The groups, each with its family."
     free, roots = [g for g in groups if not g.reason], net.seen.same.roots
     owner = {c: i for i, g in enumerate(free) for c in g.roots.tolist()}
-    balances = [
-        [[c for c in roots(p).tolist() if c in owner] for p in pieces]
-        for pieces in net.seen.balances
-    ]
-    ties = defaultdict(set)
-    for c, i in owner.items():
-        ties[table.unit[c]].add(i)
-    for n, pieces in enumerate(balances):
-        ties['balance', n] = {owner[c] for p in pieces for c in p}
-    part = list(range(len(free)))
-    for ids in {frozenset(ids) for ids in ties.values() if len(ids) > 1}:
-        joined = {part[i] for i in ids}
-        part = [min(joined) if p in joined else p for p in part]
+    balances = []
+    for pieces in net.seen.balances:
+        balances.append([[c for c in roots(p).tolist() if c in owner] for p in pieces])
+    part = _parts(table, owner, balances, len(free))
     family = {}
     for p in set(part):
         members = [g for g, q in zip(free, part) if q == p]
-        made = _family(
-            table,
-            members,
-            [b for b in balances if any(part[owner[c]] == p for piece in b for c in piece)],
-        )
+        within = lambda pieces: any(part[owner[c]] == p for piece in pieces for c in piece)
+        made = _family(table, members, [b for b in balances if within(b)])
         family |= {g.name: made for g in members}
-    alone = {g.name for g in free if family[g.name].units == 1 < g.channels}
-    return [
-        g
-        if g.reason
-        else replace(g, reason=_NO_CHOICE)
-        if g.name in alone
-        else replace(g, family=family[g.name])
-        for g in groups
-    ]
+    found = []
+    for g in groups:
+        if g.reason:
+            found.append(g)
+        elif family[g.name].units == 1 and g.channels > 1:
+            found.append(replace(g, reason=_NO_CHOICE))
+        else:
+            found.append(replace(g, family=family[g.name]))
+    return found
 
 
+def _parts(table, owner, balances, n):
+    "For each of n groups, the first one that ties connect it with."
+    ties = defaultdict(set)
+    for c, i in owner.items():
+        ties[table.unit[c]].add(i)
+    for k, pieces in enumerate(balances):
+        ties['balance', k] = {owner[c] for p in pieces for c in p}
+    part = list(range(n))
+    for ids in {frozenset(ids) for ids in ties.values() if len(ids) > 1}:
+        joined = {part[i] for i in ids}
+        part = [min(joined) if p in joined else p for p in part]
+    return part
+
+# %% ../nbs/10_graph.ipynb #b72f0e94
 def _family(table, members, balances):
     "Groups that are tied to each other, and the balances among them."
-    number = {}
-    units = [
-        torch.tensor([number.setdefault(table.unit[c], len(number)) for c in g.roots.tolist()])
-        for g in members
-    ]
-    weigh = lambda piece: torch.bincount(
-        torch.tensor([number[table.unit[c]] for c in piece], dtype=torch.long),
-        minlength=len(number),
-    )
-    weights = {tuple(tuple(w.tolist()) for w in map(weigh, pieces)) for pieces in balances}
+    number, units = {}, []
+    for g in members:
+        its = [number.setdefault(table.unit[c], len(number)) for c in g.roots.tolist()]
+        units.append((g.name, torch.tensor(its)))
+
+    def weigh(piece):
+        its = torch.tensor([number[table.unit[c]] for c in piece], dtype=torch.long)
+        return tuple(torch.bincount(its, minlength=len(number)).tolist())
+
+    weights = {tuple(map(weigh, pieces)) for pieces in balances}
     own = tuple(tuple(map(torch.tensor, w)) for w in sorted(weights) if len(set(w)) > 1)
-    return Family(
-        members[0].name, tuple((g.name, u) for g, u in zip(members, units)), len(number), own
-    )
+    return Family(members[0].name, tuple(units), len(number), own)
 
 # %% ../nbs/10_graph.ipynb #303ad670
 @dataclass(frozen=True)
@@ -517,9 +539,8 @@ def find_readers(
     for name in net.seen.out:
         if _refusal(net, name):
             continue
-        last = norm = _norm_behind(net.node(name))
-        if norm is None:
-            last = net.node(name)
+        norm = _norm_behind(net.node(name))
+        last = net.node(name) if norm is None else norm
         while len(last.outputs) == 1 and last.outputs[0].kind in ('view', '_unsafe_view'):
             last = last.outputs[0]  # of a linear layer on several dimensions
         added = len(last.outputs) == 1 and last.outputs[0].terms > 1
@@ -527,7 +548,10 @@ def find_readers(
     return found
 
 # %% ../nbs/10_graph.ipynb #2d8a685c
-def lost(groups: list, removed: dict) -> Tensor:
+def lost(
+    groups: list,  # of one network, see `find_groups`
+    removed: dict[str, list],  # {group: indices of the channels to remove}
+) -> Tensor:  # (k,) numbers of classes
     "Classes of removed channels."
     parts = [g.roots[list(removed[g.name])] for g in groups if len(removed.get(g.name, ()))]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
@@ -545,15 +569,15 @@ def _along(keep: Tensor) -> list:
 
 @torch.no_grad()
 def _shrink(t: Tensor, keeps: list):
-    "Leave the places of a tensor that are marked along each dimension (None: all), in place and in its memory format."
+    "Leave the places of a tensor that are marked along each dimension (None: all), in place."
     new = t.data
     for d, keep in enumerate(keeps):
         if keep is not None and not keep.all():
             new = new.index_select(d, keep.nonzero().flatten().to(new.device))
-    last = (
-        t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
-    )
-    t.data = new.contiguous(memory_format=torch.channels_last) if last else new
+    channels_last = t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last)
+    if channels_last and not t.is_contiguous():
+        new = new.contiguous(memory_format=torch.channels_last)
+    t.data = new
 
 # %% ../nbs/10_graph.ipynb #fcb326d0
 def _cut_layer(name, layer, out, inn):
@@ -563,21 +587,15 @@ def _cut_layer(name, layer, out, inn):
         layer.groups, columns, inn = int(out.sum()), None, out
     else:
         columns = inn.view(n, -1)[0]
-    if columns is not None and not (inn.view(n, -1) == columns).all():
-        raise ValueError(f'{name}: its groups would read different numbers of channels')
-    _shrink(
-        layer.weight,
-        [columns, out] if isinstance(layer, nn.modules.conv._ConvTransposeNd) else [out, columns],
-    )
+        if not (inn.view(n, -1) == columns).all():
+            raise ValueError(f'{name}: its groups would read different numbers of channels')
+    transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
+    _shrink(layer.weight, [columns, out] if transposed else [out, columns])
     if layer.bias is not None:
         _shrink(layer.bias, [out])
-    names = (
-        ('in_features', 'out_features')
-        if isinstance(layer, nn.Linear)
-        else ('in_channels', 'out_channels')
-    )
-    for k, keep in zip(names, (inn, out)):
-        setattr(layer, k, int(keep.sum()))
+    unit = 'features' if isinstance(layer, nn.Linear) else 'channels'
+    setattr(layer, f'in_{unit}', int(inn.sum()))
+    setattr(layer, f'out_{unit}', int(out.sum()))
 
 
 def _cut_held(name, module, attribute, keep):
@@ -595,11 +613,12 @@ def remove_channels(
     net: Traced,  # from `trace`; its model is cut in place
     groups: list,  # of it
     removed: dict[str, list],  # {group: indices of the channels to remove}
-) -> nn.Module:
-    "Remove channels with everything tied to them; returns the smaller model."
+) -> nn.Module:  # the smaller model
+    "Remove channels with everything tied to them."
     gone = lost(groups, removed)
     for name in net.seen.out:
-        out, inn = _stays(net, net.seen.out[name], gone), _stays(net, net.seen.read[name], gone)
+        out = _stays(net, net.seen.out[name], gone)
+        inn = _stays(net, net.seen.read[name], gone)
         if not (out.all() and inn.all()):
             _cut_layer(name, net.model.get_submodule(name), out, inn)
     for (name, attribute), labels in net.seen.param.items():
@@ -609,11 +628,10 @@ def remove_channels(
     for n in net.seen.nodes:
         if not n.kind.endswith('_norm') or n.labels[0] is None:
             continue
+        module = net.model.get_submodule(n.module)
         for k in ('num_features', 'num_channels'):  # of norms without parameters, too
-            if hasattr(net.model.get_submodule(n.module), k):
-                setattr(
-                    net.model.get_submodule(n.module), k, int(_stays(net, n.labels[0], gone).sum())
-                )
+            if hasattr(module, k):
+                setattr(module, k, int(_stays(net, n.labels[0], gone).sum()))
     return net.model
 
 # %% ../nbs/10_graph.ipynb #d1a96552
@@ -638,23 +656,24 @@ def _deaf_norms(
     groups: list,  # of it
     removed: dict[str, list],  # {group: indices of the channels to remove}
 ):
-    "Inside the block, group norms take their statistics of the channels that stay, and put out zero for the others."
-    gone, hooks = defaultdict(list), []
+    "Group norms take statistics of the channels that stay only, and put out zero for the others."
+    gone = defaultdict(list)
     for g in groups:
         for name, places in g.cut:
             if isinstance(model.get_submodule(name), nn.GroupNorm):
                 gone[name] += places[removed.get(g.name, [])].flatten().tolist()
+    names = {model.get_submodule(k): k for k, places in gone.items() if places}
 
     def hook(m, inputs, out):
         keep = torch.ones(m.num_channels, dtype=torch.bool, device=out.device)
         keep[gone[names[m]]] = False
-        new, some = torch.zeros_like(out), lambda p: p if p is None else p[keep]
-        new[:, keep] = F.group_norm(
-            inputs[0][:, keep], m.num_groups, some(m.weight), some(m.bias), m.eps
-        )
+        weight = None if m.weight is None else m.weight[keep]
+        bias = None if m.bias is None else m.bias[keep]
+        new = torch.zeros_like(out)
+        new[:, keep] = F.group_norm(inputs[0][:, keep], m.num_groups, weight, bias, m.eps)
         return new
 
-    names = {model.get_submodule(k): k for k, places in gone.items() if places}
+    hooks = []
     try:
         for m in names:
             hooks.append(m.register_forward_hook(hook, prepend=True))
@@ -682,7 +701,7 @@ class _Still(TorchDispatchMode):
 def _layer_outputs(
     model: nn.Module,  # in evaluation mode
     args,  # arguments of its forward
-) -> dict:  # {layer name: output}, in the order of the calls; under '' all tensors that the network puts out
+) -> dict:  # {layer name: output}, in the order of calls; under '' all that the network puts out
     "What every convolution and linear layer puts out, channels last, and what the network does."
     out, hooks = {}, []
 
@@ -691,11 +710,8 @@ def _layer_outputs(
 
     for name, m in model.named_modules():
         if isinstance(m, LAYERS):
-            hooks.append(
-                m.register_forward_hook(
-                    keep(name, -1 if isinstance(m, nn.Linear) else 1 - m.weight.ndim)
-                )
-            )
+            dim = -1 if isinstance(m, nn.Linear) else 1 - m.weight.ndim
+            hooks.append(m.register_forward_hook(keep(name, dim)))
     try:
         with _Still():
             y = call(model, args)
@@ -704,7 +720,7 @@ def _layer_outputs(
             h.remove()
     return out | {'': _tensors_within(y)}
 
-
+# %% ../nbs/10_graph.ipynb #3bd96a08
 def _agree(a: Tensor, b: Tensor) -> bool:
     "Are two tensors the same up to rounding?"
     if a.shape != b.shape:
@@ -713,20 +729,18 @@ def _agree(a: Tensor, b: Tensor) -> bool:
         return True
     if not a.is_floating_point() or not torch.equal(a.isfinite(), b.isfinite()):
         return False
-    a, b = (
-        a[a.isfinite()],
-        b[b.isfinite()],
-    )  # noise may be too much for a network, with or without a cut
+    # noise may be too much for a network, with or without a cut
+    a, b = a[a.isfinite()], b[b.isfinite()]
     return a.numel() > 0 and bool((a - b).abs().max() <= 1e-3 * a.abs().max() + 1e-6)
 
-# %% ../nbs/10_graph.ipynb #c8a1e248
+
 def _differing(
     net: Traced,  # of the network before it was cut
     silent: dict,  # `_layer_outputs` of the silenced network
     cut: dict,  # and of the cut one, on the same inputs
     gone: Tensor,  # classes of the channels that were removed
-) -> str | None:
-    "The first layer that puts out something else in the cut network; '' for the network itself, None if all agree."
+) -> str | None:  # '' for the network itself, None if all agree
+    "The first layer that puts out something else in the cut network."
     for name, y in cut.items():
         if not name:
             continue
@@ -748,11 +762,10 @@ def _expected(net, gone):
 
 
 def _first_fault(net, again, gone):
-    "The first operation whose labels are not those of the dense network without the removed ones; the one where the other pass ended."
+    "The first operation with other labels than the dense network's that stay, or where it ended."
     seen, size = net.seen, net.seen.same.size
-    made = torch.cat(
-        [seen.same.roots(v).flatten() for v in (*seen.out.values(), *seen.param.values())]
-    ).unique()
+    labels = (*seen.out.values(), *seen.param.values())
+    made = torch.cat([seen.same.roots(v).flatten() for v in labels]).unique()
 
     def plain(v):  # what neither a layer nor a parameter made has labels of its own in each pass
         v = v.flatten()
@@ -793,36 +806,36 @@ def _culprits(
     at, error = _once_more(net, args, gone)
     if at is None:
         return {}
-    alike = [
-        n
-        for n in net.seen.nodes
-        if n is at
-        or at.where
-        and n.where == at.where
-        and n.kind == at.kind
-        and n.kind not in ('layer', 'depthwise')
-    ]
-    found = [
-        v for n in alike for v in (*n.labels, n.read, *(w for k in n.inputs for w in k.labels))
-    ]
-    labels = [v.flatten() for v in found if v is not None]
+    labels = [v.flatten() for n in _on_line(net, at) for v in _passing(n) if v is not None]
     blamed = net.seen.same.roots(torch.cat(labels)) if labels else gone[:0]
-    what = at.layer or (f'{at.module}, ' if at.module else '') + at.kind.strip('_')
-    why = (
-        f'the network does not run without its channels ({error})'
-        if error
-        else f'without its channels {what} finds others in their places'
-    )
-    return {
-        g.name: why for g in groups if torch.isin(g.roots, blamed[torch.isin(blamed, gone)]).any()
-    }
+    blamed = blamed[torch.isin(blamed, gone)]
+    if error:
+        why = f'the network does not run without its channels ({error})'
+    else:
+        inside = f'{at.module}, ' if at.module else ''
+        what = at.layer or inside + at.kind.strip('_')
+        why = f'without its channels {what} finds others in their places'
+    return {g.name: why for g in groups if torch.isin(g.roots, blamed).any()}
+
+
+def _on_line(net, at):
+    "An operation and those of its kind that the same line of code performs; a layer is alone."
+    if not at.where or at.kind in ('layer', 'depthwise'):
+        return [at]
+    return [n for n in net.seen.nodes if n.where == at.where and n.kind == at.kind]
+
+
+def _passing(n):
+    "Labels that go in and out at an operation."
+    return [*n.labels, n.read, *(w for k in n.inputs for w in k.labels)]
 
 # %% ../nbs/10_graph.ipynb #9291b8a2
 def _sizes(net, name, gone):
     "{number of channels: what is left of it}, of all that a module and its children handle."
     found = defaultdict(set)
     inside = [n for n in net.seen.nodes if name in (n.module, n.module.rpartition('.')[0])]
-    for v in [v for n in inside for k in (n, *n.inputs) for v in k.labels if v is not None]:
+    labels = [v for n in inside for k in (n, *n.inputs) for v in k.labels if v is not None]
+    for v in labels:
         stays = _along(_stays(net, v, gone))
         for d in _varying(v):
             found[v.shape[d]].add(int(stays[d].sum()))
@@ -836,11 +849,14 @@ def _changes(net, name, gone):
         return []
     sizes = _sizes(net, name, gone)
     single = [{old: new} for old, left in sizes.items() for new in sorted(left - {old})]
+    together = {old: new for one in single for old, new in one.items()}
     changes = []
-    for new in [*single, {k: v for one in single for k, v in one.items()}]:
+    for new in [*single, together]:
         others = {k: _put(v, new) for k, v in vars(module).items()}
         others = {k: v for k, v in others.items() if v is not vars(module)[k]}
-        changes += [{k: v} for k, v in others.items()] + [others] * (len(others) > 1)
+        changes += [{k: v} for k, v in others.items()]
+        if len(others) > 1:
+            changes.append(others)
     return changes
 
 # %% ../nbs/10_graph.ipynb #092304ca
@@ -855,14 +871,17 @@ def _put(value, new: dict):
 def _reached(net, args, gone):
     "How many operations of the cut network are as they should be, and one more if it ends well."
     at, error = _once_more(net, args, gone)
-    return len(net.seen.nodes) + (not error) if at is None else net.seen.nodes.index(at)
+    if at is not None:
+        return net.seen.nodes.index(at)
+    return len(net.seen.nodes) + (not error)
 
 # %% ../nbs/10_graph.ipynb #7a9f5070
 def _one_further(net, args, gone, far):
     "Set attributes so that the cut network comes further: how far, or None where nothing helps."
     parts = net.seen.nodes[far].module.split('.')
-    around = dict.fromkeys(['.'.join(parts[:i]) for i in range(len(parts), -1, -1)])
-    for module, change in [(k, c) for k in around for c in _changes(net, k, gone)]:
+    around = dict.fromkeys('.'.join(parts[:i]) for i in range(len(parts), -1, -1))
+    changes = [(k, change) for k in around for change in _changes(net, k, gone)]
+    for module, change in changes:
         held = vars(net.model.get_submodule(module))
         before = {k: held[k] for k in change}
         held.update(change)
@@ -894,16 +913,13 @@ class Filters:
 
     rows: Tensor  # (m, d), in the precision of the model
     scale: Tensor  # (m,) factor of each row, in the precision to compute in
-    block: Tensor | None = (
-        None  # (m,) number of the block that each row reads; None: all read the same
-    )
+    block: Tensor | None = None  # (m,) number of the block that each row reads; None: all the same
     blocks: int = 1
 
     def total(self, f):
-        "The sum of a function of a few columns, (m, few), over all columns; its results are added up in place."
-        return reduce(
-            Tensor.add_, (f(part.to(self.scale.dtype)) for part in self.rows.split(2048, 1))
-        )
+        "The sum over all columns of a function of a few, (m, few); results are added in place."
+        parts = (f(part.to(self.scale.dtype)) for part in self.rows.split(2048, 1))
+        return reduce(Tensor.add_, parts)
 
     @property
     def width(self):
@@ -934,12 +950,8 @@ class Filters:
 
     def of(self, at):
         "Some of the rows."
-        return replace(
-            self,
-            rows=self.rows[at],
-            scale=self.scale[at],
-            block=None if self.block is None else self.block[at],
-        )
+        block = None if self.block is None else self.block[at]
+        return replace(self, rows=self.rows[at], scale=self.scale[at], block=block)
 
 # %% ../nbs/10_graph.ipynb #d29c27af
 @dataclass(frozen=True)
@@ -974,64 +986,68 @@ class Channels:
 
     @cached_property
     def gram(self):
-        "(m, m) products of the filters."
-        return self._over(lambda f: f.gram)
+        return self._over(lambda f: f.gram)  # (m, m) products of the filters
 
     @property
     def W(self):
-        "(m, width) filters as rows, written out."
-        joined = lambda w, v: torch.einsum('mk,md->mkd', v, w).flatten(1)
-        return torch.cat(
-            [reduce(joined, (f.written for f in branch)) for branch in self.branches], 1
-        )
+        return _written_out(self.branches)  # (m, width) filters as rows
 
     @property
     def rows(self):
-        "(m, width) filters; (m, width + 1) with the bias as last entry where there is no batch norm."
+        "`W`; without batch norm (m, width + 1), the bias as last entry."
         return self.W if self.gamma is not None else torch.cat([self.W, self.b[:, None]], 1)
 
     def block(self, i: int, n: int):
         "The channels of block i of n."
-        at = slice(i * len(self) // n, (i + 1) * len(self) // n)
-        parts = {
-            k: None if getattr(self, k) is None else getattr(self, k)[at]
-            for k in ('a', 'b', 'gamma', 'beta')
-        }
-        return replace(
-            self,
-            branches=tuple(tuple(f.of(at) for f in branch) for branch in self.branches),
-            **parts,
-        )
+        return _some(self, slice(i * len(self) // n, (i + 1) * len(self) // n))
+
+# %% ../nbs/10_graph.ipynb #f4a16e8d
+def _written_out(branches):
+    "(m, width) filters of all branches side by side; the stages of one are multiplied."
+    joined = lambda w, v: torch.einsum('mk,md->mkd', v, w).flatten(1)
+    return torch.cat([reduce(joined, (f.written for f in branch)) for branch in branches], 1)
+
+
+def _some(ch, at):
+    "The channels at some places."
+    part = lambda v: None if v is None else v[at]
+    return replace(
+        ch,
+        branches=tuple(tuple(f.of(at) for f in branch) for branch in ch.branches),
+        a=part(ch.a),
+        b=part(ch.b),
+        gamma=part(ch.gamma),
+        beta=part(ch.beta),
+    )
 
 # %% ../nbs/10_graph.ipynb #9bc19d0a
+def _filters(layer, dtype):
+    "The filters of a layer, and its bias, zero where it has none."
+    W = by_output(layer).detach().flatten(1)
+    if layer.bias is None:
+        bias = W.new_zeros(len(W), dtype=dtype)
+    else:
+        bias = layer.bias.detach().to(dtype)
+    n = conv_groups(layer)
+    if n == 1 or is_depthwise(layer):
+        return Filters(W, torch.ones_like(bias)), bias
+    block = torch.arange(len(W), device=W.device) // (len(W) // n)
+    return Filters(W, torch.ones_like(bias), block, n), bias
+
+
 def _stage(model, name, norm, dtype):
     "One layer and the batch norm behind it: filters, a, b, gamma, beta."
-    layer = model.get_submodule(name)
-    W = by_output(layer).detach().flatten(1)
-    n, bias = (
-        conv_groups(layer),
-        W.new_zeros(len(W), dtype=dtype) if layer.bias is None else layer.bias.detach().to(dtype),
-    )
-    W = Filters(
-        W,
-        torch.ones_like(bias),
-        *(
-            ()
-            if n == 1 or is_depthwise(layer)
-            else (torch.arange(len(W), device=W.device) // (len(W) // n), n)
-        ),
-    )
+    W, bias = _filters(model.get_submodule(name), dtype)
     if norm is None:
         return W, torch.ones_like(bias), bias, None, None
     bn = model.get_submodule(norm)
     if bn.running_var is None:
         raise ValueError(f'{norm}: this batch norm keeps no running statistics')
     mean, var = bn.running_mean.to(dtype), bn.running_var.to(dtype)
-    gamma, beta = (
-        (torch.ones_like(mean), torch.zeros_like(mean))
-        if bn.weight is None
-        else (bn.weight.detach().to(dtype), bn.bias.detach().to(dtype))
-    )
+    if bn.weight is None:
+        gamma, beta = torch.ones_like(mean), torch.zeros_like(mean)
+    else:
+        gamma, beta = bn.weight.detach().to(dtype), bn.bias.detach().to(dtype)
     return W, *bn_affine(gamma, beta, mean, var, bn.eps, bias), gamma, beta
 
 # %% ../nbs/10_graph.ipynb #e23444de
@@ -1041,66 +1057,63 @@ def _scaled(stages, a):
 
 # %% ../nbs/10_graph.ipynb #488d86f0
 def _fold(model, branch, dtype, places):
-    "A branch as one layer, the producer and each depthwise convolution multiplied to it: its stages, and what the last batch norm is."
+    """A branch as one layer, the producer and each depthwise convolution multiplied to it.
+
+    Returns its stages, and a, b, gamma, beta of the last batch norm.
+    """
     stages, rest = (), [None]
     for name, norm in branch:
         W, *after = _stage(model, name, norm, dtype)
         at = places[name].to(W.rows.device)
         if not torch.equal(at, torch.arange(len(W.rows), device=at.device)):
-            W, *after = (
-                v if v is None else v.of(at) if isinstance(v, Filters) else v[at]
-                for v in (W, *after)
-            )
-        stages, rest = (*(_scaled(stages, rest[0]) if stages else ()), W), after
+            W = W.of(at)
+            after = [None if v is None else v[at] for v in after]
+        if stages:
+            stages = _scaled(stages, rest[0])
+        stages, rest = (*stages, W), after
     return stages, *rest
 
 
 def _times(folded, scale):
     "A branch that is multiplied by a factor for each channel."
-    stages, a, b, gamma, beta = folded
     if scale is None:
         return folded
+    stages, a, *rest = folded
     s = scale.to(a)
-    return (
-        stages,
-        a * s,
-        b * s,
-        gamma if gamma is None else gamma * s,
-        beta if beta is None else beta * s,
-    )
+    return stages, a * s, *(None if v is None else v * s for v in rest)
 
 # %% ../nbs/10_graph.ipynb #91f1bd31
 def channels(
     model: nn.Module,  # the dense network
     group: Group,  # one of its groups
     dtype=torch.float64,  # precision of all that follows
-) -> Channels:
-    "Filters and batch norm of a group. Raises ValueError where the batch norm keeps no running statistics."
-    branches, count, folded = group.branches or (((group.name, group.norm),),), defaultdict(int), []
-    for branch, scale in zip(branches, group.scales or [None] * len(branches)):
+) -> Channels:  # on the model's device, its weights not copied
+    "Filters and batch norm of a group. ValueError where the batch norm keeps no statistics."
+    branches = group.branches or (((group.name, group.norm),),)
+    scales = group.scales or [None] * len(branches)
+    count, folded = defaultdict(int), []
+    for branch, scale in zip(branches, scales):
         first = branch[0][0]
-        places = {k: v[:, min(count[first], v.shape[1] - 1)] for k, v in group.cut} or {
-            first: torch.arange(group.channels)
-        }
+        places = {k: v[:, min(count[first], v.shape[1] - 1)] for k, v in group.cut}
+        if not places:
+            places = {first: torch.arange(group.channels)}
         count[first] += 1  # a layer that writes a channel several times has a branch for each
         folded.append(_times(_fold(model, branch, dtype, places), scale))
     if len(folded) == 1:
-        return Channels(group.name, (folded[0][0],), *folded[0][1:], group.activation)
-    stages, scales, bs, gammas, betas = zip(*folded)
-    gamma, beta = (
-        (None, None)
-        if any(g is None for g in gammas)
-        else (sum(g.square() for g in gammas).sqrt(), sum(betas))
-    )
-    return Channels(
-        group.name,
-        tuple(map(_scaled, stages, scales)),
-        torch.ones_like(bs[0]),
-        sum(bs),
-        gamma,
-        beta,
-        group.activation,
-    )
+        stages, *rest = folded[0]
+        return Channels(group.name, (stages,), *rest, group.activation)
+    return Channels(group.name, *_stacked(folded), group.activation)
+
+
+def _stacked(folded):
+    "Summands as one layer that reads all their inputs: branches, a, b, gamma, beta."
+    stages, a, b, gammas, betas = zip(*folded)
+    if any(g is None for g in gammas):
+        gamma = beta = None
+    else:
+        gamma = sum(g.square() for g in gammas).sqrt()
+        beta = sum(betas)
+    return tuple(map(_scaled, stages, a)), torch.ones_like(b[0]), sum(b), gamma, beta
 
 # %% ../nbs/10_graph.ipynb #ffad7301
 @torch.no_grad()
@@ -1111,7 +1124,8 @@ def add_constant(
     constant: Tensor,  # (o,) what to add to the layer's output
 ):
     "Add a constant to a layer's output, wherever it has room for one."
-    layer, bn = model.get_submodule(name), model.get_submodule(norm) if norm else None
+    layer = model.get_submodule(name)
+    bn = model.get_submodule(norm) if norm else None
     if not constant.any():
         return
     constant = constant.to(layer.weight)

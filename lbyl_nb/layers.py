@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 # %% ../nbs/05_layers.ipynb #0adadbec
-def tensors(args) -> list:
+def tensors(
+    args,  # anything
+) -> list:  # of tensors, in the order in which they stand
     "The tensors among arguments, at any depth of lists, tuples and dicts."
     if isinstance(args, Tensor):
         return [args]
@@ -29,7 +31,10 @@ def tensors(args) -> list:
     return [t for v in args for t in tensors(v)]
 
 # %% ../nbs/05_layers.ipynb #4b0c1d02
-def map_tensors(args, f):
+def map_tensors(
+    args,  # anything
+    f,  # from a tensor to what takes its place
+):  # like `args`; what holds no tensor is the same object
     "Arguments with a function applied to every tensor, at any depth of lists, tuples and dicts."
     if isinstance(args, Tensor):
         return f(args)
@@ -54,20 +59,29 @@ def _batch_of(args) -> Tensor | None:
     return max(found, key=rank, default=None)
 
 
-def batch_size(args) -> int:
+def batch_size(
+    args,  # a tuple or dict of arguments
+) -> int:  # samples
     "Number of samples among arguments; 0 if none is a tensor of samples."
     main = _batch_of(args)
     return 0 if main is None else len(main)
 
 # %% ../nbs/05_layers.ipynb #4b0c1d03
-def samples(args) -> list:
+def samples(
+    args,  # a tuple or dict of arguments
+) -> list:  # of tensors, in the order in which they stand
     "The tensors of samples among arguments."
     main = _batch_of(args)
+    if main is None:
+        return []
     shares = lambda v: v.ndim and len(v) == len(main) and v.numel() > 1
-    return [v for v in tensors(args) if v is main or main is not None and shares(v)]
+    return [v for v in tensors(args) if v is main or shares(v)]
 
 
-def map_samples(args, f):
+def map_samples(
+    args,  # a tuple or dict of arguments
+    f,  # from a tensor of samples to what takes its place
+):  # like `args`
     "Arguments with a function applied to every tensor of samples."
     among = {id(v) for v in samples(args)}
     return map_tensors(args, lambda v: f(v) if id(v) in among else v)
@@ -76,7 +90,7 @@ def map_samples(args, f):
 def as_args(
     inputs,  # a tensor, a list of positional or a dict of keyword arguments
     name: str = 'example_inputs',  # what the caller calls them, for the error
-) -> tuple | dict:
+) -> tuple | dict:  # positional or keyword arguments
     "Inputs as arguments of a model's forward, in plain tensors. ValueError for none or nested."
     if isinstance(inputs, Mapping):
         args = dict(inputs)
@@ -84,7 +98,8 @@ def as_args(
         args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     if any(v.is_nested for v in tensors(args)):
         raise ValueError(f'{name}: nested tensors are not handled; pad them to equal length')
-    args, main = map_tensors(args, _plain), _batch_of(args)
+    args = map_tensors(args, _plain)
+    main = _batch_of(args)
     if main is not None and not len(main):
         raise ValueError(f'{name}: there are none, as the batch in the first dimension is empty')
     return args
@@ -97,8 +112,11 @@ def _plain(v: Tensor) -> Tensor:
     return v if type(v) is Tensor else v.detach().as_subclass(Tensor)
 
 # %% ../nbs/05_layers.ipynb #440e1c1c
-def call(model, args):
-    "The model's output for arguments as `as_args` gives them, which it cannot change."
+def call(
+    model: nn.Module,  # or any function
+    args: tuple | dict,  # as `as_args` gives them
+):  # whatever the model gives
+    "The model's output for its arguments, which it cannot change."
     args = map_tensors(args, Tensor.clone)
     with torch.random.fork_rng({v.device for v in tensors(args) if v.is_cuda}):
         return model(**args) if isinstance(args, Mapping) else model(*args)
@@ -107,19 +125,25 @@ def call(model, args):
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
-def statistics_of(model):
+def statistics_of(
+    model: nn.Module,  # any network
+) -> list:  # of batch norms, in the order of `model.modules()`
     "Batch norms with running statistics."
     return [m for m in model.modules() if isinstance(m, BATCH_NORM) and m.track_running_stats]
 
 
-def norm_scale(norm):
-    "(m,) what a batch norm in evaluation mode multiplies by, gamma/sigma."
-    return (norm.running_var + norm.eps).rsqrt() * (
-        1 if norm.weight is None else norm.weight.detach()
-    )
+def norm_scale(
+    norm: nn.Module,  # a batch norm with running statistics
+) -> Tensor:  # (m,) gamma / sigma
+    "What a batch norm in evaluation mode multiplies by."
+    gamma = 1 if norm.weight is None else norm.weight.detach()
+    return (norm.running_var + norm.eps).rsqrt() * gamma
 
 # %% ../nbs/05_layers.ipynb #0450a409
-LAYERS = (nn.modules.conv._ConvNd, nn.Linear)  # what may make or read channels
+# What may make or read channels
+LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
+
+# PyTorch's own layers
 _PLAIN = (
     nn.Conv1d,
     nn.Conv2d,
@@ -128,43 +152,59 @@ _PLAIN = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
     nn.Linear,
-)  # PyTorch's own layers
-_NORMS = (
-    BATCH_NORM,
-    nn.modules.instancenorm._InstanceNorm,
-    nn.GroupNorm,
-)  # what treats channels one by one, or in groups
+)
+
+# What treats channels one by one, or in groups
+_NORMS = (BATCH_NORM, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm)
 
 # %% ../nbs/05_layers.ipynb #815b22a1
-def is_depthwise(m: nn.Module) -> bool:
+def is_depthwise(
+    m: nn.Module,  # any module
+) -> bool:
     "Is it a convolution that treats channels one by one?"
-    return (
-        isinstance(m, nn.modules.conv._ConvNd) and m.groups == m.in_channels == m.out_channels > 1
-    )
+    if not isinstance(m, nn.modules.conv._ConvNd):
+        return False
+    return m.groups == m.in_channels == m.out_channels > 1
 
 # %% ../nbs/05_layers.ipynb #52340e7d
-def width(layer):
+def width(
+    layer: nn.Module,  # convolution or linear
+) -> int:  # output channels
     "Number of output channels of a convolution or linear layer."
     return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
 
 # %% ../nbs/05_layers.ipynb #e1c3edc9
-def by_output(layer, weight=None):
-    "A weight of a layer (its own) with output channels first and input channels second, as a view: a transposed convolution stores them the other way."
+def by_output(
+    layer: nn.Module,  # convolution or linear
+    weight: Tensor | None = None,  # of the shape of the layer's own; None: its own
+) -> Tensor:  # (outputs, inputs, ...), a view
+    """A weight of a layer with output channels first and input channels second.
+
+    A transposed convolution stores them the other way."""
     weight = layer.weight if weight is None else weight
     return weight.transpose(0, 1) if isinstance(layer, nn.modules.conv._ConvTransposeNd) else weight
 
 # %% ../nbs/05_layers.ipynb #9c28de51
-def channel_dim(layer) -> int:
-    "Where the input of a layer has its channels: last for a linear layer, second for a convolution."
+def channel_dim(
+    layer: nn.Module,  # convolution or linear
+) -> int:  # dimension of its input
+    "Where a layer's input has its channels: last for a linear layer, second for a convolution."
     return -1 if isinstance(layer, nn.Linear) else 1
 
 
-def selected(layer, x, columns):
+def selected(
+    layer: nn.Module,  # convolution or linear
+    x: Tensor,  # its input
+    columns: Tensor,  # indices of channels
+) -> Tensor:  # like `x`, with fewer channels
     "The input of a layer with these columns (channels) alone."
     return x.index_select(channel_dim(layer), columns.to(x.device))
 
 # %% ../nbs/05_layers.ipynb #42993979
-def padded(layer, x):
+def padded(
+    layer: nn.Module,  # convolution or linear
+    x: Tensor,  # its input
+) -> Tensor:  # like `x`, larger
     "The input of a layer with the layer's padding put on; a linear layer has none."
     if isinstance(layer, nn.Linear):
         return x
@@ -172,18 +212,23 @@ def padded(layer, x):
     return F.pad(x, layer._reversed_padding_repeated_twice, mode)
 
 # %% ../nbs/05_layers.ipynb #8b870e0b
-def conv_groups(layer) -> int:
+def conv_groups(
+    layer: nn.Module,  # convolution or linear
+) -> int:
     "Number of groups of a convolution; 1 for a linear layer."
     return getattr(layer, 'groups', 1)
 
 # %% ../nbs/05_layers.ipynb #65bc943d
-def in_weight(layer, columns):
-    "Where input columns stand in the weight: all of them, or those of the first group, whose places serve the others too."
-    return (
-        columns.flatten()
-        if conv_groups(layer) == 1
-        else columns[columns < by_output(layer).shape[1]]
-    )
+def in_weight(
+    layer: nn.Module,  # convolution or linear
+    columns: Tensor,  # input channels, of a grouped convolution the same places in each group
+) -> Tensor:  # (columns of the weight,)
+    """Where input columns stand in the weight.
+
+    All of them, or those of the first group, whose places serve the others too."""
+    if conv_groups(layer) == 1:
+        return columns.flatten()
+    return columns[columns < by_output(layer).shape[1]]
 
 # %% ../nbs/05_layers.ipynb #6c1f0a02
 _CONVOLUTIONS = {F.conv1d: nn.Conv1d, F.conv2d: nn.Conv2d, F.conv3d: nn.Conv3d}
@@ -198,10 +243,12 @@ class _Caught(TorchFunctionMode):
         self.weight, self.found = weight, []
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
-        given = dict(zip(_GIVEN, args)) | (kwargs or {}) if f in _CONVOLUTIONS else {}
-        if given.get('weight') is self.weight:
-            self.found.append(given)
-        return f(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if f in _CONVOLUTIONS:
+            given = dict(zip(_GIVEN, args)) | kwargs
+            if given.get('weight') is self.weight:
+                self.found.append(given)
+        return f(*args, **kwargs)
 
 
 def _is_changed(layer, kind) -> bool:
@@ -216,8 +263,9 @@ def as_called(
     layer: nn.Module,  # any module
     x: Tensor,  # its input
 ) -> tuple:  # a layer of PyTorch's own with the same weight, and its input
-    """A convolution that pads its input by itself, as the convolution that it computes; other
-    modules, and those that do not use their weight in one convolution, as they are."""
+    """A convolution that pads its input by itself, as the convolution that it computes.
+
+    Other modules, and those that do not use their weight in one convolution, stay as they are."""
     kind = next((k for k in _CONVOLUTIONS.values() if isinstance(layer, k)), None)
     if kind is None or not _is_changed(layer, kind):
         return layer, x
@@ -225,7 +273,8 @@ def as_called(
         layer.forward(x)
     if len(seen.found) != 1:
         return layer, x
-    given, (o, m, *size) = seen.found[0], layer.weight.shape
+    given = seen.found[0]
+    o, m, *size = layer.weight.shape
     how = {k: given[k] for k in _GIVEN[3:] if k in given}
     plain = kind(m * how.get('groups', 1), o, tuple(size), bias=False, device='meta', **how)
     plain.weight, plain.bias = layer.weight, layer.bias
@@ -234,29 +283,34 @@ def as_called(
 # %% ../nbs/05_layers.ipynb #0cf3ae90
 def _small_inputs(layer):
     "Samples just large enough for a layer, of several sizes; no two sides are equal."
-    conv = isinstance(layer, nn.modules.conv._ConvNd)
-    least = [2 * d * k for d, k in zip(layer.dilation, layer.kernel_size)] if conv else []
-    for more in range(3 if conv else 1):
+    least, tries = [], 1
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        least, tries = [2 * d * k for d, k in zip(layer.dilation, layer.kernel_size)], 3
+    for more in range(tries):
         sizes = [n + more + i for i, n in enumerate(least)]
         shape = 1, by_output(layer).shape[1] * conv_groups(layer), *sizes
         yield torch.arange(math.prod(shape)).cos().view(shape).to(layer.weight)
 
 # %% ../nbs/05_layers.ipynb #cb838e4f
 @torch.no_grad()
-def is_plain(layer: nn.Module) -> bool:
-    "Does a layer use its weight as PyTorch's own layer of its kind does, but for padding its input?"
+def is_plain(
+    layer: nn.Module,  # any module
+) -> bool:
+    """Does a layer use its weight as PyTorch's own layer of its kind does?
+
+    Padding its input by itself is allowed."""
     kind = next((k for k in _PLAIN if isinstance(layer, k)), None)
     if kind in (None, type(layer)):
         return kind is not None
-    names = {k for k, _ in (*layer.named_parameters(), *layer.named_buffers())}
-    if names - {'weight', 'bias'}:
+    held = [*layer.named_parameters(), *layer.named_buffers()]
+    if {k for k, _ in held} - {'weight', 'bias'}:
         return False
     try:
         return all(_does_as(_with_bias(layer), kind, x) for x in _small_inputs(layer))
     except Exception:
         return False
 
-
+# %% ../nbs/05_layers.ipynb #51501811
 def _with_bias(layer):
     "A copy that has a bias, which is where constants will go."
     new = copy.copy(layer)
@@ -272,5 +326,6 @@ def _does_as(layer, kind, x) -> bool:
         plain = copy.copy(layer)
         plain.__class__ = kind
     a, b = layer.forward(x), plain.forward(read)
-    same = isinstance(a, Tensor) and a.shape == b.shape
-    return same and torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+    if not isinstance(a, Tensor) or a.shape != b.shape:
+        return False
+    return torch.allclose(a, b, rtol=1e-4, atol=1e-5)

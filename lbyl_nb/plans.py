@@ -291,7 +291,7 @@ def _split(name, kept, groups):
             raise ValueError(f'keep: {name}: {what}, but the plan keeps some of them only')
         yield g, rows.all(1).nonzero().flatten().tolist()
 
-
+# %% ../nbs/16_plans.ipynb #2b9af6b2
 def check_plan(
     keep: dict,  # {layer or group: kept channels}, as people write it
     groups: list,  # of the traced network, from `find_groups`

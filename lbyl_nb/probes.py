@@ -31,16 +31,18 @@ from lbyl_nb.layers import (
 
 # %% ../nbs/06_probes.ipynb #9a649b5c
 def _merged(
-    N,
-    mean,
-    squares,  # values seen so far, their mean, sum of their squared deviations from it
-    n,
-    new,
-    var,  # values of another batch, their mean and (unbiased) variance
+    N,  # number of values seen so far
+    mean,  # their mean
+    squares,  # sum of their squared deviations from it
+    n,  # number of values of another batch
+    new,  # their mean
+    var,  # their variance, unbiased
 ) -> tuple:  # N, mean and squares of both
     "Statistics of two batches as one."
-    d = new - mean
-    return N + n, mean + d * (n / (N + n)), squares + var * (n - 1) + d**2 * (N * n / (N + n))
+    d, total = new - mean, N + n
+    mean = mean + d * (n / total)
+    squares = squares + var * (n - 1) + d**2 * (N * n / total)
+    return total, mean, squares
 
 # %% ../nbs/06_probes.ipynb #4b0c1d04
 def _settle(norm, ref, N, mean, squares):
@@ -120,16 +122,17 @@ def _coloured(
     generator: torch.Generator,  # on the CPU
 ) -> Tensor:  # mean zero, deviation one in every image
     "Noise with a falling spectrum."
+    h, w = shape[-2:]
     white = torch.fft.rfft2(torch.randn(shape, generator=generator))
-    f = torch.hypot(torch.fft.fftfreq(shape[-2])[:, None], torch.fft.rfftfreq(shape[-1])).clamp(
-        min=0.5 / max(shape[-2:])
-    )
-    x = torch.fft.irfft2(white * f**-power, s=shape[-2:])
-    return (x - x.mean((1, 2, 3), keepdim=True)) / x.std(
-        (1, 2, 3), keepdim=True, correction=0
-    ).clamp(min=1e-6)
+    f = torch.hypot(torch.fft.fftfreq(h)[:, None], torch.fft.rfftfreq(w))
+    f = f.clamp(min=0.5 / max(h, w))
+    x = torch.fft.irfft2(white * f**-power, s=(h, w))
+    mean = x.mean((1, 2, 3), keepdim=True)
+    deviation = x.std((1, 2, 3), keepdim=True, correction=0).clamp(min=1e-6)
+    return (x - mean) / deviation
 
 # %% ../nbs/06_probes.ipynb #fd439a5c
+# Functions that hand on integers as they are
 _HANDED_ON = {
     'to',
     'long',
@@ -144,7 +147,7 @@ _HANDED_ON = {
     'cat',
     'clamp',
     '__getitem__',
-}  # functions that hand on integers as they are
+}
 
 
 def _is_index(v) -> bool:
@@ -158,8 +161,8 @@ def _looked_up(f, args, kwargs):
     if f in (F.embedding, F.embedding_bag):
         given = signature(f).bind(*args, **kwargs).arguments
         return given['input'], len(given['weight']), given.get('padding_idx')
-    by_tensor = f is Tensor.__getitem__ and isinstance(args[1], Tensor) and _is_index(args[1])
-    return (args[1], len(args[0]), None) if by_tensor else None
+    if f is Tensor.__getitem__ and isinstance(args[1], Tensor) and _is_index(args[1]):
+        return args[1], len(args[0]), None
 
 # %% ../nbs/06_probes.ipynb #7d0a51be
 class _Lookups(TorchFunctionMode):
@@ -172,15 +175,19 @@ class _Lookups(TorchFunctionMode):
             self.mark(v, {id(v)})
 
     def mark(self, v, origins):
+        "Remember which arguments a tensor is a copy or a view of."
         self.origins[v.untyped_storage().data_ptr()] = origins
         self.alive.append(v)  # or its address could become another's
 
     def behind(self, *args):
+        "The arguments that some tensors are copies or views of."
         found = [v.untyped_storage().data_ptr() for v in tensors(args) if _is_index(v)]
         return set().union(*(self.origins.get(k, ()) for k in found))
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
-        out, table = f(*args, **(kwargs or {})), _looked_up(f, args, kwargs or {})
+        kwargs = kwargs or {}
+        out = f(*args, **kwargs)
+        table = _looked_up(f, args, kwargs)
         if table:
             for k in self.behind(table[0]):
                 self.found.setdefault(k, []).append(table[1:])
@@ -199,8 +206,9 @@ def _lookups(model, args) -> dict:
     with _Lookups(args) as seen:
         call(copy.deepcopy(model).eval(), args)
     counting = {id(v) for v in tensors(args) if _counts_up(v)}
-    only = seen.found.keys() <= counting
-    return {k: v for k, v in seen.found.items() if only or k not in counting}
+    if seen.found.keys() <= counting:
+        return seen.found
+    return {k: v for k, v in seen.found.items() if k not in counting}
 
 # %% ../nbs/06_probes.ipynb #4b0c1d09
 def _is_mask(v) -> bool:
@@ -219,8 +227,10 @@ def _random_rows(tables, shape, generator):
     "Indices of rows that all tables have, none of them padding if there are others."
     free = torch.ones(min(rows for rows, _ in tables), dtype=torch.bool)
     free[[p for _, p in tables if p is not None and p < len(free)]] = False
-    free = free.nonzero().flatten() if free.any() else torch.arange(len(free))
-    return free[torch.randint(len(free), shape, generator=generator)]
+    if not free.any():
+        free[:] = True
+    rows = free.nonzero().flatten()
+    return rows[torch.randint(len(rows), shape, generator=generator)]
 
 # %% ../nbs/06_probes.ipynb #c7107281
 def random_like(
@@ -253,10 +263,10 @@ def _random_integers(v, shape, generator, tables):
 
 # %% ../nbs/06_probes.ipynb #3e60d1c4
 def random_args(
-    model,  # the network, which says where integers are looked up
-    args,  # example inputs as arguments
-    draw,  # (tensor, tables) -> samples in its place
-):
+    model: nn.Module,  # the network, which says where integers are looked up
+    args: tuple | dict,  # example inputs as arguments
+    draw: Callable,  # (tensor, tables) -> samples in its place
+) -> tuple | dict:  # like `args`
     "Arguments with other samples in place of the example's."
     tables = _lookups(model, args)
     return map_samples(args, lambda v: draw(v, tables.get(id(v), ())))
@@ -280,7 +290,10 @@ def noise(
     seed: int = 0,  # another seed, another noise
     power: float = 1.5,  # spectrum of image noise; 0 is white
 ) -> Callable:  # (model, args) -> Probes
-    "A source of pinned noise: needs no data at all. ValueError for n < 2."
+    """A source of pinned noise: needs no data at all.
+
+    ValueError for n < 2; the source raises it where all samples would be the same, and where
+    the model cannot be run on them."""
     if n < 2:
         raise ValueError(f'n: statistics need at least 2 probes, got {n}')
 
@@ -305,7 +318,9 @@ def calibration(
     images,  # n inputs as the model takes them (normalised): tensor, tuple or dict
     reflect: bool = False,  # each image also mirrored left to right: for networks that do not care
 ) -> Callable:  # (model, args) -> Probes
-    "A source of given inputs: unlabelled images, or probes made before. ValueError for none."
+    """A source of given inputs: unlabelled images, or probes made before.
+
+    The source raises ValueError for none."""
 
     def source(model, args):
         device = next((v.device for v in tensors(args)), torch.device('cpu'))

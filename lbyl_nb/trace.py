@@ -609,7 +609,7 @@ def _shape_of_labels(r: _Recorder, c: _Call) -> list:
         return [full.as_strided(c['size'], c['stride'], start)]
     return _tensors_in(c.func(*map(labels, c.args), **{k: labels(v) for k, v in c.kwargs.items()}))
 
-
+# %% ../nbs/09_trace.ipynb #6db3f71d
 @_rule(*_SHAPES)
 def _shapes(r: _Recorder, c: _Call, marks: list):
     "The operation, applied to labels."
