@@ -22,7 +22,6 @@ import joblib
 import pandas as pd
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -75,6 +74,8 @@ def environment(
     device: str | torch.device = 'cpu',  # where the trial computes
 ) -> dict:  # versions and device
     "Versions of what computes, and the device: 'cpu', or the name of the GPU"
+    import torchvision
+
     device = torch.device(device)
     gpu = device.type == 'cuda'
     return dict(

@@ -16,13 +16,10 @@ from functools import partial
 from math import inf, isclose, isfinite
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import broadcast
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -33,7 +30,6 @@ from .expand import contract, expand
 from .files import read_safetensors, write_safetensors
 from .layers import BATCH_NORM
 from .models import _differences
-from .plots import _colours, _need_columns
 from .recover import check_model, restore
 from .saved import save_restored
 from .similarity import similarity
@@ -153,7 +149,7 @@ class Similarity(Penalty):
 class _Run:
     "What a step of training needs."
 
-    accelerator: Accelerator
+    accelerator: object  # Hugging Face's, which is imported when training begins
     net: nn.Module  # the working copy, in training mode
     parallel: nn.Module  # the same, with gradients averaged over processes
     opt: torch.optim.Optimizer  # as Accelerate prepared it
@@ -206,6 +202,8 @@ def _begin(
     seed: int,
 ) -> _Run:
     "A run before its first step."
+    from accelerate import Accelerator
+
     a = Accelerator()
     _check_arguments(recipe, len(train_set), a.num_processes, autocast)
     check_model(model)
@@ -273,6 +271,8 @@ def _advance(
     bar: tqdm,  # to be moved
 ) -> dict:  # a row of the history: means over these steps
     "Train from step `first` to `last`, then update the penalty."
+    from accelerate.utils import broadcast
+
     per_epoch = len(run.data) // run.recipe.batch
     seen = []
     with run.penalty.active() as penalty:
@@ -568,6 +568,10 @@ def plot_history(
     ax=None,  # where to draw; a new figure if None
 ):
     "A column of several histories against steps. ValueError if one has no such column."
+    import matplotlib.pyplot as plt
+
+    from lbyl_nb.plots import _colours, _need_columns
+
     for rows in histories.values():
         _need_columns(rows, 'step', y)
     ax = ax or plt.subplots()[1]

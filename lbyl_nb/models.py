@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.models.resnet import Bottleneck, ResNet
 
 # %% ../nbs/31_models.ipynb #cdb606d3
 from .data import known
@@ -163,10 +162,12 @@ def vgg16_bn(
 # %% ../nbs/31_models.ipynb #1b20df5a
 def resnet50_cifar(
     num_classes: int = 10,  # scores
-) -> ResNet:  # 23.5 million parameters
+) -> nn.Module:  # of torchvision's class, 23.5 million parameters
     """torchvision's ResNet-50 for images (n, 3, 32, 32)
 
     It has a 3×3 stem of stride 1 and no first pooling."""
+    from torchvision.models.resnet import Bottleneck, ResNet
+
     net = ResNet(Bottleneck, [3, 4, 6, 3], num_classes=num_classes)
     net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(net.conv1.weight, mode='fan_out')
