@@ -140,8 +140,11 @@ _STREAM = 'its channels go through an addition (residual stream)'
 
 
 class _Table:
-    """For every class of labels: who writes, reads and holds it (`members`), its unit,
-    and why it is refused, if it is (`reasons`)."""
+    """A row for every class of labels.
+
+    It says who writes, reads and holds the class (`members`), its unit (`unit`), and why it is
+    refused, if it is (`reasons`).
+    """
 
     def __init__(self, net: Traced, streams: bool):
         self.net, self.reasons, self.members = net, {}, defaultdict(dict)
@@ -361,7 +364,7 @@ def _group(net, members, roots, why, order):
 
     def sort(kind):
         keys = {k for m in members for k in m if k[0] == kind}
-        return sorted(keys, key=lambda k: order[k[1]])
+        return sorted(keys, key=lambda k: (order[k[1]], k))
 
     writers = tuple(k[1] for k in sort('out') if not is_depthwise(layer(k[1])))
     places = sorted(p for m in members for p in m['out', writers[0]])
@@ -733,7 +736,7 @@ def _agree(a: Tensor, b: Tensor) -> bool:
     a, b = a[a.isfinite()], b[b.isfinite()]
     return a.numel() > 0 and bool((a - b).abs().max() <= 1e-3 * a.abs().max() + 1e-6)
 
-
+# %% ../nbs/10_graph.ipynb #c8a1e248
 def _differing(
     net: Traced,  # of the network before it was cut
     silent: dict,  # `_layer_outputs` of the silenced network

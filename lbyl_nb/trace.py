@@ -59,11 +59,10 @@ class _Classes:
         return first
 
     def roots(self, labels: Tensor) -> Tensor:
-        """The representatives of labels, the smallest of their classes, in a tensor of the same
-        shape."""
-        at = labels
-        while not torch.equal(up := self.parent[at], at):
-            at = up
+        "The representatives of labels, the smallest of their classes, in a tensor of their shape."
+        at, up = labels, self.parent[labels]
+        while not torch.equal(up, at):
+            at, up = up, self.parent[up]
         self.parent[labels] = at  # the way is shorter next time
         return at
 
@@ -121,13 +120,11 @@ class _Node:
 # %% ../nbs/09_trace.ipynb #7b1df44d
 @dataclass(eq=False)
 class _Mark:
-    "What is known of a tensor."
+    "What is known of a tensor. Its size is fixed if it was there before, or is made of inputs."
 
     labels: Tensor | None = None  # like the tensor; 0 where a number is nobody's channel
     node: _Node | None = None  # where it was made
-    fixed: bool = (
-        False  # was it there before, or is it made of inputs, so that its size cannot change?
-    )
+    fixed: bool = False  # can its size never change?
     const: bool = False  # is it the same for every input?
     weight: tuple | None = None  # the weight of a layer: its name, and whether it is transposed
 
@@ -143,9 +140,8 @@ class _Call:
     out: object  # what it returned
 
     def __post_init__(self):
-        names = (
-            [a.name for a in self.func._schema.arguments] if hasattr(self.func, '_schema') else []
-        )
+        schema = getattr(self.func, '_schema', None)
+        names = [] if schema is None else [a.name for a in schema.arguments]
         self.named = dict(zip(names, self.args)) | self.kwargs
 
     def __getitem__(self, name):
@@ -186,7 +182,9 @@ def _attributes(value) -> list:
 def _tensors_within(value, seen=None, depth: int = 8) -> list:
     """Tensors in what a network puts out.
 
-    In collections, mappings and data classes at any depth, in other objects down to a depth."""
+    They are found in collections, mappings and data classes at any depth, in attributes of other
+    objects down to a depth.
+    """
     seen = set() if seen is None else seen
     if isinstance(value, Tensor):
         return [value]
@@ -204,7 +202,8 @@ def _tensors_within(value, seen=None, depth: int = 8) -> list:
     return [t for v in list(parts) for t in _tensors_within(v, seen, depth)]
 
 # %% ../nbs/09_trace.ipynb #db278363
-_TORCH, _HERE = str(Path(torch.__file__).parent), __file__ if '__file__' in globals() else ''
+_TORCH = str(Path(torch.__file__).parent)
+_HERE = __file__ if '__file__' in globals() else ''
 
 
 def _calling_line() -> tuple:
@@ -216,8 +215,8 @@ def _calling_line() -> tuple:
 
 # %% ../nbs/09_trace.ipynb #ca0edc6b
 _HALF = (torch.float16, torch.bfloat16)
-# entries of a parameter that get labels; none that larger ones belong to is a scale or an offset
-# of channels
+
+# entries of a parameter that get labels; what is larger is no scale and no offset of channels
 _MOST_LABELLED = 200_000
 
 _RULES = {}  # name of an operation -> rule(recorder, call, marks)
@@ -241,20 +240,22 @@ class _Recorder(TorchDispatchMode):
         self.model = model
         self.given = given or {}  # labels of a network that was recorded before and cut since
         self.same, self.together = _Classes(), _Classes()
-        self.pins, self.trouble = {}, {}  # {label: reason}, {layer: reason}
-        self.added, self.made = set(), []  # labels of summands; ranges of labels that layers made
-        self.balances, self.pieces = [], {}  # lists of pieces that must lose equally many channels
-        self.out, self.read, self.calls, self.of = {}, {}, {}, {}  # by layer: labels, calls, node
-        self.param, self.nodes, self.stack, self.paused = {}, [], [], False
+        self.pins = {}  # {label: reason}
+        self.trouble = {}  # {layer: reason}
+        self.added = set()  # labels of channels added to others
+        self.made = []  # ranges of labels that layers made
+        self.balances = []  # lists of pieces that must lose equally many channels
+        self.pieces = {}  # {(id of a node, dimension): its pieces}
+        self.out, self.read = {}, {}  # {layer: labels of its outputs, of what it reads}
+        self.calls = {}  # {layer: number of calls}
+        self.of = {}  # {layer: node}
+        self.param = {}  # {(module, attribute): labels}
+        self.nodes = []
+        self.stack = []  # names of the modules that are running
+        self.paused = False
         self.names = {m: k for k, m in model.named_modules()}
-        self.owner, self.weights, self.marks = {}, {}, {}  # by tensor: (module, name), layer, mark
-        for k, m in model.named_modules():
-            for a, t in [*m._parameters.items(), *m._buffers.items()]:
-                if t is None:
-                    continue
-                self.owner.setdefault(id(t), (k, a))
-                if isinstance(m, LAYERS) and a == 'weight':
-                    self.weights.setdefault(id(t), k)
+        self.owner, self.weights = _owners(model)
+        self.marks = {}  # {id of a parameter or buffer: mark}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -265,6 +266,19 @@ class _Recorder(TorchDispatchMode):
             name = name[:-1]
         _see(self, _Call(name, func, args, kwargs or {}, out))
         return out
+
+# %% ../nbs/09_trace.ipynb #91ab3e6f
+def _owners(model: nn.Module) -> tuple:
+    "{id of a parameter or buffer: (module, attribute)}, and {id of the weight of a layer: layer}."
+    owner, weights = {}, {}
+    for k, m in model.named_modules():
+        for a, t in [*m._parameters.items(), *m._buffers.items()]:
+            if t is None:
+                continue
+            owner.setdefault(id(t), (k, a))
+            if isinstance(m, LAYERS) and a == 'weight':
+                weights.setdefault(id(t), k)
+    return owner, weights
 
 # %% ../nbs/09_trace.ipynb #aff20642
 def _new_labels(r: _Recorder, n: int, key=None) -> Tensor:  # (n,)
@@ -341,8 +355,9 @@ def _add_node(r: _Recorder, kind: str, marks: list, **kwargs) -> _Node:
     "A node behind those of what it reads."
     inputs = list(dict.fromkeys(m.node for m in marks if m.node is not None and not m.const))
     module = r.stack[-1] if r.stack else ''
-    r.nodes.append(_Node(kind, inputs, where=_calling_line(), module=module, **kwargs))
-    return r.nodes[-1]
+    node = _Node(kind, inputs, where=_calling_line(), module=module, **kwargs)
+    r.nodes.append(node)
+    return node
 
 
 def _finish(r: _Recorder, c: _Call, node: _Node, labels: list, const: bool = False):
@@ -353,32 +368,37 @@ def _finish(r: _Recorder, c: _Call, node: _Node, labels: list, const: bool = Fal
 
 
 def _spread(r: _Recorder, c: _Call, node: _Node, vector: Tensor, dim: int):
-    "Mark what a call returned first, by labels along one dimension; nobody's are in the rest."
+    "Mark what a call returned first: labels along one dimension. Nobody's channels are the rest."
     first, *rest = c.outs
     shape = [-1 if d == dim else 1 for d in range(first.ndim)]
     _finish(r, c, node, [vector.view(shape).expand(first.shape), *[None] * len(rest)])
 
-# %% ../nbs/09_trace.ipynb #6bfaf776
-def _inside(r: _Recorder) -> str:
-    "Where something happens, for messages."
-    name = r.stack[-1] if r.stack else ''
-    return f' in {name}, a {type(r.model.get_submodule(name)).__name__}' if name else ''
-
-
+# %% ../nbs/09_trace.ipynb #a2d75f18
 def _unknown(r: _Recorder, c: _Call, marks: list, reason: str | None = None):
     "Pin all channels that a call reads."
     node = _add_node(r, c.name, marks)
-    kind = c.name.strip('_').removeprefix('native_')
-    why = reason or f'its channels go through {kind}{_inside(r)}'
+    what = c.name.strip('_').removeprefix('native_')
+    why = reason or f'its channels go through {what}{_inside(r)}'
     for m in marks:
         if m.labels is not None:
             _hold(r, m.labels, why)
     _finish(r, c, node, [None] * len(c.outs))
 
 
+def _inside(r: _Recorder) -> str:
+    "Where something happens, for messages."
+    name = r.stack[-1] if r.stack else ''
+    return f' in {name}, a {type(r.model.get_submodule(name)).__name__}' if name else ''
+
+
+def _renewed(c: _Call) -> bool:
+    "Are the values new, whatever was given?"
+    return c.name in _LIKE or (c.name in _REFILL and c.in_place)
+
+
 def _unlabelled(r: _Recorder, c: _Call, marks: list):
     "Nothing that a call reads is anybody's channel."
-    fresh = c.name in _LIKE or c.name in _REFILL and c.in_place
+    fresh = _renewed(c)
     fixed = not fresh and any(m.fixed for m in marks)
     const = fresh or all(m.const for m in marks)
     for t in c.outs:
@@ -386,15 +406,16 @@ def _unlabelled(r: _Recorder, c: _Call, marks: list):
 
 # %% ../nbs/09_trace.ipynb #2fd0a2a2
 _COPIES = set('clone detach alias _to_copy contiguous lift_fresh lift resolve_conj'.split())
+
 # new tensors as large as another
 _LIKE = set(
-    (
-        'empty_like zeros_like ones_like full_like rand_like randn_like randint_like new_empty '
-        'new_zeros new_ones new_full new_empty_strided bernoulli'
-    ).split()
+    """empty_like zeros_like ones_like full_like rand_like randn_like randint_like new_empty
+    new_zeros new_ones new_full new_empty_strided bernoulli""".split()
 )
+
 # new values in place
 _REFILL = set('fill zero normal uniform bernoulli random exponential'.split())
+
 # what a layer may do
 _LAYER_CALLS = set('convolution _convolution addmm mm linear matmul'.split())
 
@@ -405,17 +426,20 @@ def _see(r: _Recorder, c: _Call):
     if c.name in _LAYER_CALLS and _layer_called(r, c, marks):
         return
     if c.name in _COPIES and len(marks) == 1:
-        return [_put(r, t, replace(marks[0])) for t in c.outs]
-    if c.name in ('t', 'transpose', 'permute') and marks[0].weight and c.tensors[0].ndim == 2:
+        for t in c.outs:
+            _put(r, t, replace(marks[0]))
+    elif c.name in ('t', 'transpose', 'permute') and marks[0].weight and c.tensors[0].ndim == 2:
         name, turned = marks[0].weight
-        return _put(r, c.out, replace(marks[0], weight=(name, not turned)))
-    if all(m.labels is None for m in marks):
-        return _unlabelled(r, c, marks)
-    if c.name in _LIKE or c.name in _REFILL and c.in_place:
-        return [_put(r, t, _Mark()) for t in c.outs]
-    pointwise = torch.Tag.pointwise in getattr(c.func, 'tags', ())
-    otherwise = _RULES.get('pointwise') if pointwise else _unknown
-    _RULES.get(c.name, otherwise)(r, c, marks)
+        _put(r, c.out, replace(marks[0], weight=(name, not turned)))
+    elif all(m.labels is None for m in marks):
+        _unlabelled(r, c, marks)
+    elif _renewed(c):
+        for t in c.outs:
+            _put(r, t, _Mark())
+    else:
+        pointwise = torch.Tag.pointwise in getattr(c.func, 'tags', ())
+        usual = _RULES.get('pointwise') if pointwise else _unknown
+        _RULES.get(c.name, usual)(r, c, marks)
 
 # %% ../nbs/09_trace.ipynb #fb14f4d9
 @contextmanager
@@ -487,47 +511,39 @@ def _columns(r: _Recorder, t: Tensor, dim: int) -> Tensor:
     if not set(_varying(m.labels)) <= {dim}:
         _hold(r, m.labels, 'its channels lie along several dimensions of what a layer reads')
         return torch.zeros(t.shape[dim], dtype=torch.long)
-    return (
-        _compact(m.labels)
-        .expand([t.shape[d] if d == dim else 1 for d in range(t.ndim)])
-        .flatten()
-        .clone()
-    )
+    shape = [t.shape[d] if d == dim else 1 for d in range(t.ndim)]
+    return _compact(m.labels).expand(shape).flatten().clone()
 
 # %% ../nbs/09_trace.ipynb #33ada335
 def _used(r: _Recorder, c: _Call, marks: list, name: str, x: Tensor, dim: int, groups: int = 1):
     "A layer reads x and makes new channels, along one dimension of both."
     read, width = _columns(r, x, dim), c.out.shape[dim]
-    if name in r.out or r.stack[-1:] != [name]:
-        r.trouble.setdefault(
-            name,
-            f'{name} is called several times in one forward pass'
-            if name in r.out
-            else f'{name} is used without being called',
-        )
+    again = name in r.out
+    if again:
+        r.trouble.setdefault(name, f'{name} is called several times in one forward pass')
+    elif r.stack[-1:] != [name]:
+        r.trouble.setdefault(name, f'{name} is used without being called')
     if not c.out.numel():
         r.trouble.setdefault(name, f'{name} is given nothing on example_inputs')
-    depthwise = groups == len(read) == width > 1
+    depthwise = width > 1 and groups == width and len(read) == width
     labels = read if depthwise else _new_labels(r, width, name)
     if not depthwise:
         r.made.append((int(labels.min()), int(labels.max()) + 1) if len(labels) else (0, 0))
     node = _add_node(r, 'depthwise' if depthwise else 'layer', marks, layer=name, read=read)
     bias = c['bias'] if c.name != 'addmm' else c['self']
-    if (
-        isinstance(bias, Tensor)
-        and _mark(r, bias).labels is not None
-        and _mark(r, bias).labels.shape == labels.shape
-    ):
-        _join(r, labels, _mark(r, bias).labels)
+    own = _mark(r, bias).labels if isinstance(bias, Tensor) else None
+    if own is not None and own.shape == labels.shape:
+        _join(r, labels, own)
     if groups > 1 and not depthwise:
         for v in (read.view(groups, -1), labels.view(groups, -1)):
             for block in v[1:]:
                 _tie(r, v[0], block)
-    if name in r.out:
-        for v in (labels, read):
-            _hold(r, v, r.trouble[name])
-    for store, v in ((r.out, labels), (r.read, read), (r.of, node)):
-        store.setdefault(name, v)
+    if again:
+        _hold(r, labels, r.trouble[name])
+        _hold(r, read, r.trouble[name])
+    r.out.setdefault(name, labels)
+    r.read.setdefault(name, read)
+    r.of.setdefault(name, node)
     _spread(r, c, node, labels, dim % c.out.ndim)
 
 # %% ../nbs/09_trace.ipynb #84fe5b73
@@ -557,18 +573,19 @@ def _layer_called(r: _Recorder, c: _Call, marks: list) -> bool:
     _used(r, c, marks, weight[0], x, -1)
     return True
 
-
+# %% ../nbs/09_trace.ipynb #5be2a907
 def _computed(r: _Recorder, c: _Call, marks: list) -> bool:
     "A layer with a weight that is no weight of a layer as it stands."
     weight = next(c[k] for k in ('weight', 'mat2', 'other') if isinstance(c[k], Tensor))
-    own = r.owner.get(id(weight), (r.stack[-1] if r.stack else '', None))
-    kind, name = type(r.model.get_submodule(own[0])), own[0] or 'the network'
-    why = f'{name} is a {kind.__name__}' + (
-        ', which is not handled'
-        if own[1]
-        else f' ({kind.__module__}), which computes the weight that it uses'
-    )
-    r.trouble.setdefault(own[0], why)
+    running = r.stack[-1] if r.stack else ''
+    owner, attribute = r.owner.get(id(weight), (running, None))
+    kind = type(r.model.get_submodule(owner))
+    why = f'{owner or "the network"} is a {kind.__name__}'
+    if attribute:
+        why += ', which is not handled'
+    else:
+        why += f' ({kind.__module__}), which computes the weight that it uses'
+    r.trouble.setdefault(owner, why)
     if any(m.labels is not None for m in marks):
         _unknown(r, c, marks, why)
     else:
@@ -577,12 +594,10 @@ def _computed(r: _Recorder, c: _Call, marks: list) -> bool:
 
 # %% ../nbs/09_trace.ipynb #ed395645
 _SHAPES = set(
-    (
-        'view _unsafe_view reshape _reshape_alias permute transpose t slice select unsqueeze '
-        'squeeze expand split split_with_sizes chunk unbind cat stack roll flip repeat unfold '
-        'index index_select pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle '
-        'diagonal movedim narrow flatten unflatten rot90 as_strided'
-    ).split()
+    """view _unsafe_view reshape _reshape_alias permute transpose t slice select unsqueeze squeeze
+    expand split split_with_sizes chunk unbind cat stack roll flip repeat unfold index index_select
+    pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle diagonal movedim narrow
+    flatten unflatten rot90 as_strided""".split()
 )
 
 
@@ -607,9 +622,10 @@ def _shape_of_labels(r: _Recorder, c: _Call) -> list:
         full = torch.empty_strided(x.shape, x.stride(), dtype=torch.long).copy_(labels(x))
         start = 0 if at is None else at - x.storage_offset()
         return [full.as_strided(c['size'], c['stride'], start)]
-    return _tensors_in(c.func(*map(labels, c.args), **{k: labels(v) for k, v in c.kwargs.items()}))
+    args, kwargs = map(labels, c.args), {k: labels(v) for k, v in c.kwargs.items()}
+    return _tensors_in(c.func(*args, **kwargs))
 
-# %% ../nbs/09_trace.ipynb #6db3f71d
+# %% ../nbs/09_trace.ipynb #c08d4f72
 @_rule(*_SHAPES)
 def _shapes(r: _Recorder, c: _Call, marks: list):
     "The operation, applied to labels."
@@ -620,8 +636,8 @@ def _shapes(r: _Recorder, c: _Call, marks: list):
     if any(v.dtype != torch.long or v.shape != t.shape for v, t in zip(labels, c.outs)):
         return _unknown(r, c, marks)
     if not all(v.numel() for v in labels):
-        why = 'nothing of its channels is left on example_inputs, behind '
-        return _unknown(r, c, marks, why + c.name)
+        why = f'nothing of its channels is left on example_inputs, behind {c.name}'
+        return _unknown(r, c, marks, why)
     labels = [_compact(v).expand(v.shape) for v in labels]
     readers = {id(m.node) for m in marks if m.labels is not None}
     node = _add_node(r, c.name, marks, same=len(readers) == 1)
@@ -631,12 +647,13 @@ def _shapes(r: _Recorder, c: _Call, marks: list):
     _finish(r, c, node, labels, const=all(m.const for m in marks))
 
 # %% ../nbs/09_trace.ipynb #afb63395
+_CUTS = set('slice split split_with_sizes chunk narrow unbind select'.split())
+_VIEWS = set('view _unsafe_view reshape _reshape_alias unflatten as_strided'.split())
+
+
 def _note_pieces(r: _Recorder, c: _Call, marks: list, labels: list):
     "Pieces of channels: those of equal sizes must lose equally many."
-    if (
-        c.name not in ('slice', 'split', 'split_with_sizes', 'chunk', 'narrow', 'unbind', 'select')
-        or marks[0].labels is None
-    ):
+    if c.name not in _CUTS or marks[0].labels is None:
         return
     dim = (c['dim'] or 0) % c.tensors[0].ndim
     if _varying(marks[0].labels) != [dim]:
@@ -649,17 +666,8 @@ def _note_pieces(r: _Recorder, c: _Call, marks: list, labels: list):
 
 
 def _note_division(r: _Recorder, c: _Call, marks: list, labels: Tensor):
-    """A dimension of channels that becomes several.
-
-    Places along the last one are tied across the others."""
-    if c.name not in (
-        'view',
-        '_unsafe_view',
-        'reshape',
-        '_reshape_alias',
-        'unflatten',
-        'as_strided',
-    ):
+    "A dimension of channels becomes several: places along the last are tied across the others."
+    if c.name not in _VIEWS:
         return
     after = _varying(labels)
     if len(after) < 2 or len(after) <= len(_varying(marks[0].labels)):
@@ -679,24 +687,25 @@ def _padding(r: _Recorder, c: _Call, marks: list):
             return _unknown(r, c, marks)
         if not (low or high):
             continue
-        fixed, among = int(_new_labels(r, 1)[0]), True
+        among = True
+        fixed = int(_new_labels(r, 1)[0])
         r.pins[fixed] = 'its channels go through a padding of channels'
         v = F.pad(v, [0, 0] * (x.ndim - 1 - d) + [low, high], value=fixed)
     _finish(r, c, _add_node(r, c.name, marks, same=not among), [v.expand(c.out.shape)])
 
 # %% ../nbs/09_trace.ipynb #16be5458
 _SPATIAL = set(
-    (
-        'max_pool1d max_pool2d max_pool2d_with_indices max_pool3d max_pool3d_with_indices '
-        'mkldnn_max_pool2d mkldnn_max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d '
-        'adaptive_avg_pool2d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool1d '
-        'adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d upsample_nearest2d '
-        'upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d '
-        '_upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d upsample_trilinear3d '
-        'upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad1d '
-        'reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d '
-        'grid_sampler_2d grid_sampler_3d roi_align roi_pool'
-    ).split()
+    """max_pool1d max_pool2d max_pool2d_with_indices max_pool3d max_pool3d_with_indices
+    mkldnn_max_pool2d mkldnn_max_pool3d avg_pool1d avg_pool2d avg_pool3d
+    adaptive_avg_pool1d adaptive_avg_pool2d _adaptive_avg_pool2d _adaptive_avg_pool3d
+    adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d
+    upsample_nearest1d upsample_nearest2d upsample_nearest3d
+    _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d
+    upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d
+    _upsample_bilinear2d_aa _upsample_bicubic2d_aa
+    reflection_pad1d reflection_pad2d reflection_pad3d
+    replication_pad1d replication_pad2d replication_pad3d
+    grid_sampler_2d grid_sampler_3d roi_align roi_pool""".split()
 )
 
 
@@ -710,31 +719,26 @@ def _spatial(r: _Recorder, c: _Call, marks: list):
     if any(t.ndim != x.ndim or t.shape[d] != x.shape[d] for t in c.outs for d in vary):
         return _unknown(r, c, marks)
     # zeros that are averaged in make another function
-    around = c.name.startswith('avg_pool') and any(c['padding'] or [0])
-    around = around and c['count_include_pad'] is not False
-    node = _add_node(r, c.name, marks[:1], same=not around)
+    padded = c.name.startswith('avg_pool') and any(c['padding'] or [0])
+    same = not padded or c['count_include_pad'] is False
+    node = _add_node(r, c.name, marks[:1], same=same)
     _finish(r, c, node, [_compact(labels).expand(t.shape) for t in c.outs])
 
 # %% ../nbs/09_trace.ipynb #276d779d
 _OVER = set(
-    (
-        'mean sum amax amin max min aminmax std var var_mean std_mean prod logsumexp norm '
-        'linalg_vector_norm median any all nansum nanmean'
-    ).split()
+    """mean sum amax amin max min aminmax std var var_mean std_mean prod logsumexp norm
+    linalg_vector_norm median any all nansum nanmean""".split()
 )
-_ALONG = {'_softmax', '_log_softmax', 'softmax', 'log_softmax', 'cumsum', 'cumprod', 'logcumsumexp'}
+_ALONG = set('_softmax _log_softmax softmax log_softmax cumsum cumprod logcumsumexp'.split())
 
 
 def _dims_of(c: _Call) -> list:
     "Dimensions that an operation is taken over, all without."
-    x, d = c.tensors[0], c['dim'] if c['dim'] is not None else c['dims']
+    x = c.tensors[0]
+    d = c['dims'] if c['dim'] is None else c['dim']
     if d is None or d == []:
         return list(range(x.ndim))
     return [k % x.ndim for k in (d if isinstance(d, (list, tuple)) else [d])]
-
-
-def _of_all(c: _Call) -> str:
-    return f'its channels go through {c.name.strip("_")}, which is taken over all of them'
 
 
 @_rule(*_OVER)
@@ -744,7 +748,8 @@ def _over(r: _Recorder, c: _Call, marks: list):
         return _unknown(r, c, marks)
     dims, labels = _dims_of(c), marks[0].labels
     if set(dims) & set(_varying(labels)):
-        return _unknown(r, c, marks, _of_all(c))
+        why = f'its channels go through {c.name}, which is taken over all of them'
+        return _unknown(r, c, marks, why)
 
     def reduced(t):
         v = _compact(labels)
@@ -761,33 +766,30 @@ def _along(r: _Recorder, c: _Call, marks: list):
     "A softmax or a running sum along dimensions."
     labels = marks[0].labels
     if set(_dims_of(c)) & set(_varying(labels)):
-        return _unknown(r, c, marks, _of_all(c))
+        why = f'its channels go through {c.name.strip("_")}, which is taken over all of them'
+        return _unknown(r, c, marks, why)
     _finish(r, c, _add_node(r, c.name, marks), [labels for _ in c.outs])
 
 # %% ../nbs/09_trace.ipynb #0efc7663
 def _met(r: _Recorder, c: _Call, marks: list):
     "Labels of what a pointwise operation returns, compact; None if nothing that has any is left."
     shape = c.outs[0].shape
-    parts = [
-        m.labels[(None,) * (len(shape) - m.labels.ndim)]
-        for m in marks
-        if m.labels is not None and m.labels.ndim <= len(shape)
-    ]
+    n = len(shape)
+    parts = [m.labels for m in marks if m.labels is not None and m.labels.ndim <= n]
+    parts = [v[(None,) * (n - v.ndim)] for v in parts]
     vary, total = [set(_varying(v)) for v in parts], None
     for i, v in enumerate(parts):
-        broadcast = {d for d in range(len(shape)) if v.shape[d] == 1 < shape[d]}
+        broadcast = {d for d in range(n) if v.shape[d] == 1 and shape[d] > 1}
         if broadcast & set().union(*vary[:i], *vary[i + 1 :]):
             _hold(r, v, 'its channels meet others of another number')
+        elif total is None:
+            total = _compact(v)
         else:
-            total = (
-                _compact(v)
-                if total is None
-                else _join(r, *torch.broadcast_tensors(total, _compact(v)), c.name)
-            )
+            total = _join(r, *torch.broadcast_tensors(total, _compact(v)), c.name)
     for t, m in zip(c.tensors, marks):
         if total is None or m.labels is not None or not m.fixed:
             continue
-        wide = {d + len(shape) - t.ndim for d in range(t.ndim) if t.shape[d] > 1}
+        wide = {d + n - t.ndim for d in range(t.ndim) if t.shape[d] > 1}
         if wide & set(_varying(total)):
             _hold(r, total, 'its channels meet a tensor of a fixed size')
     return total
@@ -799,21 +801,14 @@ def _pointwise(r: _Recorder, c: _Call, marks: list):
     total, shape = _met(r, c, marks), c.outs[0].shape
     if total is None:
         return _unlabelled(r, c, marks)
-    node = _add_node(
-        r,
-        c.name,
-        marks,
-        activation=_activation_of(c),
-        scale=_scale_of(r, c, total),
-        same=_adds_bias(r, c),
-    )
+    f, scale = _activation_of(c), _scale_of(r, c, total)
+    node = _add_node(r, c.name, marks, activation=f, scale=scale, same=_adds_bias(r, c))
     if c.name in ('add', 'sub', 'rsub'):
         node.terms = len({id(t) for t in c.tensors})
     if c.name in ('add', 'sub') and isinstance(c['other'], Tensor):
-        node.second = (
-            _mark(r, c['other']).node,
-            (1.0 if c.name == 'add' else -1.0) * (1.0 if c['alpha'] is None else c['alpha']),
-        )
+        sign = 1.0 if c.name == 'add' else -1.0
+        alpha = 1.0 if c['alpha'] is None else c['alpha']
+        node.second = (_mark(r, c['other']).node, sign * alpha)
     if c.in_place:
         _written(r, c, total)
     labels = [total.expand(shape) if t.shape == shape else None for t in c.outs]
@@ -829,9 +824,10 @@ def _adds_bias(r: _Recorder, c: _Call) -> bool:
 def _written(r: _Recorder, c: _Call, labels: Tensor):
     "Pin channels that are written into a part of a tensor."
     t, before = c.args[0], _mark(r, c.args[0]).labels
-    whole = t.untyped_storage().nbytes() == t.numel() * t.element_size()
+    if t.untyped_storage().nbytes() == t.numel() * t.element_size():
+        return  # it is the whole of its memory
     roots = lambda v: r.same.roots(_compact(v))
-    if whole or before is not None and torch.equal(roots(before), roots(labels)):
+    if before is not None and torch.equal(roots(before), roots(labels)):
         return
     _hold(r, labels, 'its channels go through an operation in place on a part of a tensor')
 
@@ -891,37 +887,24 @@ def _scale_of(r: _Recorder, c: _Call, labels: Tensor):
     if c.name == 'mul' and isinstance(s, Tensor) and not _mark(r, s).const:
         x, s = s, x
     if not isinstance(s, Tensor):
-        return float(s) if c.name == 'mul' else 1 / s if s else None
+        if c.name == 'mul':
+            return float(s)
+        return 1 / s if s else None
     if _mark(r, x).const or not _mark(r, s).const:
         return None
     values, vary = s.detach().expand(c.outs[0].shape), _varying(labels)
     if not set(_varying(values)) <= set(vary):
         return None
-    values = (
-        _compact(values)
-        .expand([n if d in vary else 1 for d, n in enumerate(values.shape)])
-        .flatten()
-        .double()
-    )
-    return _compact(labels).flatten(), values.clone() if c.name == 'mul' else 1 / values
+    shape = [n if d in vary else 1 for d, n in enumerate(values.shape)]
+    values = _compact(values).expand(shape).flatten().double()
+    values = values.clone() if c.name == 'mul' else 1 / values
+    return _compact(labels).flatten(), values
 
 
-for name in (
-    *_ACTIVATIONS,
-    '_prelu_kernel',
-    'masked_fill',
-    'where',
-    'lerp',
-    'addcmul',
-    'addcdiv',
-    'rsub',
-    'threshold',
-    'selu',
-    'rrelu_with_noise',
-    'log_sigmoid_forward',
-    'native_dropout',
-    'fake_quantize_per_tensor_affine_cachemask',
-):
+# pointwise, though PyTorch does not call all of them so
+_POINTWISE = """_prelu_kernel masked_fill where lerp addcmul addcdiv rsub threshold selu
+    rrelu_with_noise log_sigmoid_forward native_dropout fake_quantize_per_tensor_affine_cachemask"""
+for name in (*_ACTIVATIONS, *_POINTWISE.split()):
     _RULES.setdefault(name, _pointwise)
 
 # %% ../nbs/09_trace.ipynb #c96f4100
@@ -937,25 +920,21 @@ def _join_parameters(r: _Recorder, c: _Call, names: tuple, labels: Tensor):
             _join(r, labels, own)
 
 
-@_rule(
-    'native_batch_norm',
-    '_native_batch_norm_legit',
-    '_native_batch_norm_legit_no_training',
-    'batch_norm',
-    'cudnn_batch_norm',
-    'miopen_batch_norm',
-    '_batch_norm_impl_index',
+_BATCH_NORMS = set(
+    """native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training batch_norm
+    cudnn_batch_norm miopen_batch_norm _batch_norm_impl_index""".split()
 )
+
+
+@_rule(*_BATCH_NORMS)
 def _batch_norm(r: _Recorder, c: _Call, marks: list):
     "A batch norm; its node has the name of its module."
     labels = _columns(r, c.tensors[0], 1)
     _join_parameters(r, c, ('weight', 'bias', 'running_mean', 'running_var'), labels)
-    owners = [
-        r.owner[id(c[k])][0]
-        for k in ('running_mean', 'weight')
-        if isinstance(c[k], Tensor) and id(c[k]) in r.owner
-    ]
-    _spread(r, c, _add_node(r, 'batch_norm', marks[:1], layer=next(iter(owners), None)), labels, 1)
+    own = [t for t in (c['running_mean'], c['weight']) if isinstance(t, Tensor)]
+    owners = [r.owner[id(t)][0] for t in own if id(t) in r.owner]
+    node = _add_node(r, 'batch_norm', marks[:1], layer=owners[0] if owners else None)
+    _spread(r, c, node, labels, 1)
 
 
 @_rule('native_group_norm')
@@ -973,7 +952,8 @@ def _glu(r: _Recorder, c: _Call, marks: list):
     "The first half times a sigmoid of the second."
     a, b = marks[0].labels.chunk(2, -1 if c['dim'] is None else c['dim'])
     node = _add_node(r, c.name, marks)
-    _finish(r, c, node, [_join(r, _compact(a), _compact(b), 'mul').expand(c.out.shape)])
+    joined = _join(r, _compact(a), _compact(b), 'mul')
+    _finish(r, c, node, [joined.expand(c.out.shape)])
 
 
 _PRODUCTS = dict(_OPERANDS, bmm=('self', 'mat2'), baddbmm=('batch1', 'batch2'))
@@ -984,13 +964,15 @@ def _product(r: _Recorder, c: _Call, marks: list):
     "A product of matrices."
     a, b = (c[k] for k in _PRODUCTS[c.name])
     others = any(_mark(r, t).labels is not None for t in c.tensors if t is not a and t is not b)
-    labels = [_mark(r, t).labels for t in (a, b)]
-    va, vb = (set() if v is None else set(_varying(v)) for v in labels)
-    mixed = a.ndim - 1 in va or b.ndim - 2 in vb  # over what is summed up
-    if others or a.ndim != b.ndim or bool(va) == bool(vb) or mixed:
+    la, lb = _mark(r, a).labels, _mark(r, b).labels
+    va = set() if la is None else set(_varying(la))
+    vb = set() if lb is None else set(_varying(lb))
+    one_has_channels = bool(va) != bool(vb)
+    summed_over = a.ndim - 1 in va or b.ndim - 2 in vb
+    if others or a.ndim != b.ndim or not one_has_channels or summed_over:
         return _unknown(r, c, marks, f'its channels go through a product of matrices{_inside(r)}')
-    passed = labels[0] if va else labels[1]
-    _finish(r, c, _add_node(r, c.name, marks), [_compact(passed).expand(c.out.shape)])
+    node = _add_node(r, c.name, marks)
+    _finish(r, c, node, [_compact(la if va else lb).expand(c.out.shape)])
 
 # %% ../nbs/09_trace.ipynb #72a61a13
 def _whole(r: _Recorder, c: _Call):
@@ -1063,19 +1045,26 @@ def _equal_layer(m: nn.Module) -> nn.Module | None:
         return None
 
 # %% ../nbs/09_trace.ipynb #f9173249
-def _private_copy(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode. ValueError where it cannot be made.
-
-    Activations that are kept on modules, which cannot be copied, lose their history."""
+def _without_history(model: nn.Module) -> dict:
+    "{id: tensor without gradient} of activations that modules keep, which cannot be copied."
     kept = {}
     for m in model.modules():
-        held = {k: v for k, v in vars(m).items() if not k.startswith('_')}
-        kept |= {id(t): t.detach() for t in _tensors_within(held) if t.grad_fn is not None}
+        public = {k: v for k, v in vars(m).items() if not k.startswith('_')}
+        kept |= {id(t): t.detach() for t in _tensors_within(public) if t.grad_fn is not None}
+    return kept
+
+
+def _private_copy(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode, with PyTorch's layers for equal ones of other libraries.
+
+    ValueError where it cannot be made.
+    """
+    kept = _without_history(model)
     try:
         net = copy.deepcopy(model, kept).eval()
     except Exception as e:
-        why = f'{type(e).__name__}: {e}'
-        raise ValueError(f'{type(model).__name__}: cannot be copied: {why}') from e
+        name = type(model).__name__
+        raise ValueError(f'{name}: cannot be copied: {type(e).__name__}: {e}') from e
     for name, m in list(net.named_modules()):
         new = _equal_layer(m)
         if new is None:
@@ -1086,10 +1075,12 @@ def _private_copy(model: nn.Module) -> nn.Module:
         setattr(net.get_submodule(parent), child, new)
     return net
 
-# %% ../nbs/09_trace.ipynb #14931fdb
+# %% ../nbs/09_trace.ipynb #7fe0b2d3
 def _widened(net: nn.Module, args) -> tuple:
-    """A network of half precision in single, in which every processor computes, with the dtypes
-    that its modules hold; and its arguments."""
+    """A network of half precision in single, in which every processor computes; its arguments.
+
+    The dtypes that its modules hold go with it.
+    """
     if not any(p.dtype in _HALF for p in net.parameters()):
         return net, args
     for m in net.modules():
@@ -1101,28 +1092,30 @@ def _widened(net: nn.Module, args) -> tuple:
 
 def _shared(model) -> dict:
     "{name of a layer: name of another module that has one of its parameters}."
-    who = {}
+    who, shared = {}, {}
     for k, m in model.named_modules():
         for p in m.parameters(recurse=False):
             who.setdefault(id(p), []).append(k)
-    tied = {}
     for first, *others in who.values():
         if others:
-            tied |= {first: others[0]} | dict.fromkeys(others, first)
-    return tied
+            shared[first] = others[0]
+            shared.update(dict.fromkeys(others, first))
+    return shared
 
 # %% ../nbs/09_trace.ipynb #d9198925
 def trace(
     model: nn.Module,  # any network; it is copied, not changed
     example_inputs,  # a tensor, a tuple of positional or a dict of keyword arguments of its forward
-) -> Traced:
-    """Copy a model and record one forward pass.
+) -> Traced:  # a private copy of the model, and what was recorded of it
+    """Copy a model and record one forward pass; warns of layers that are not called.
 
-    ValueError if it cannot be copied or run on `example_inputs`; it warns of layers that are not
-    called."""
+    ValueError if it cannot be copied or run on `example_inputs`.
+    """
     if torch.is_inference_mode_enabled():
-        what = 'under torch.inference_mode a network would come back that can never be trained'
-        raise ValueError(f'{what}: call this outside of it')
+        raise ValueError(
+            'under torch.inference_mode a network would come back that can never be trained: '
+            'call this outside of it'
+        )
     args = as_args(example_inputs)
     net, args = _widened(_private_copy(model), args)
     r = _Recorder(net)
@@ -1131,8 +1124,8 @@ def trace(
     except Exception as e:
         why = f'{type(e).__name__}: {e}'
         raise ValueError(f'example_inputs: the model cannot be run on them: {why}') from e
-    layers = [k for k, m in net.named_modules() if type(m) in _PLAIN]
-    idle = [k for k in layers if k not in r.calls and k not in r.out]
+    used = {*r.calls, *r.out}
+    idle = [k for k, m in net.named_modules() if type(m) in _PLAIN and k not in used]
     if idle:
         warnings.warn(
             'not called on example_inputs, and left as they are, even if what they read on other '
@@ -1144,12 +1137,10 @@ def trace(
 
 # %% ../nbs/09_trace.ipynb #451429fd
 def _first_calls(model, args) -> dict:
-    """Positional and keyword arguments of the first call of every module in one forward pass,
-    {module: (args, kwargs)}."""
+    "{module: (args, kwargs)} of the first call of every module in one forward pass."
     seen, hooks = {}, []
 
-    def see(m, a, k):
-        # returns nothing: what a hook returns would replace the arguments
+    def see(m, a, k):  # returns nothing: what a hook returns would replace the arguments
         seen.setdefault(m, (a, k))
 
     for m in model.modules():
