@@ -12,12 +12,12 @@ from .finetune import boost, finetune
 from .layerwise import layerwise, probe
 from .probes import calibration, noise
 from .recover import lbyl_restore, plan, restore
-from .restorers import gaussian, lbyl, merging, prune_only
+from .restorers import gaussian, lbyl, merging, prune_only, with_mean
 from .saved import load_restored, save_restored
 
 __all__ = [
     'lbyl_restore', 'restore', 'plan', 'budget',
-    'prune_only', 'merging', 'lbyl', 'gaussian', 'probe', 'layerwise',
+    'prune_only', 'merging', 'lbyl', 'gaussian', 'with_mean', 'probe', 'layerwise',
     'noise', 'distilled', 'calibration',
     'expand', 'contract', 'finetune', 'boost',
     'save_restored', 'load_restored',

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['relu', 'silu', 'tanh', 'sigmoid', 'mish', 'hardsigmoid', 'hardswish', 'Activation', 'leaky_relu', 'hardtanh', 'elu',
            'gelu', 'softplus', 'coefficients', 'hinge_covariance', 'variance', 'activation_moments',
-           'gaussian_delivery', 'predicted_activation_error']
+           'gaussian_delivery', 'mean_behind', 'predicted_activation_error']
 
 # %% ../nbs/04_gaussian.ipynb #df30c91e
 import math
@@ -274,6 +274,15 @@ def gaussian_delivery(
     m, C = activation_moments(beta, _deviations(beta, gamma), _correlations(U), activation)
     S = ridge_solution(C[K][:, K], C[R][:, K], U.new_zeros(len(R), len(K)), ridge)
     return Delivery(S, m[R] - S @ m[K])
+
+# %% ../nbs/04_gaussian.ipynb #151399a7
+def mean_behind(
+    activation: Activation,  # behind the batch norm
+    beta: Tensor,  # (m,) mean of each pre-activation: offset of the batch norm
+    gamma: Tensor,  # (m,) scale of the batch norm, of either sign
+) -> Tensor:  # (m,)
+    "Mean of each channel behind the activation, for Gaussian pre-activations."
+    return coefficients(activation, beta, _deviations(beta, gamma), 1)[0]
 
 # %% ../nbs/04_gaussian.ipynb #3cb39224
 _absolute = Activation('abs', torch.abs, ((0.0, 2.0),))
