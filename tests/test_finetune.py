@@ -45,7 +45,8 @@ from torch import nn
 from lbyl_nb.data import crop_flip, digits, subset
 from lbyl_nb.finetune import Recipe, boost, finetune, fixed_norms, synced_norms, unchanged
 from lbyl_nb.models import digits_net, initialised, save_weights
-data, out = subset(digits()[0], 256), sys.argv[1]
+data = subset(digits()[0], 256)
+out = sys.argv[1]
 short = Recipe(epochs=3, lr=.01, milestones=(2,), batch=64)
 dense = initialised(lambda: digits_net(4), 1)
 def two_layers():
@@ -54,10 +55,12 @@ def linear():
     return initialised(two_layers, 0)
 class Shift:
     "Images shifted at random; the process kills itself at a call."
-    def __init__(self, killed_at=None): self.calls, self.killed_at = 0, killed_at
+    def __init__(self, killed_at=None):
+        self.calls, self.killed_at = 0, killed_at
     def __call__(self, x):
         self.calls += 1
-        if self.calls == self.killed_at: os.kill(os.getpid(), signal.SIGKILL)
+        if self.calls == self.killed_at:
+            os.kill(os.getpid(), signal.SIGKILL)
         return crop_flip(x, 1)
 """
 TWO = (
@@ -83,15 +86,20 @@ def main():
         save_weights(done.model, f'{out}/{name}{rank}.safetensors')
         done.history.to_csv(f'{out}/{name}{rank}.csv', index=False)
     for says, how in WRONG.items():
-        try: finetune(dense, data, **how())
-        except (ValueError, FloatingPointError) as e: assert says in str(e), e
-        else: raise AssertionError(says)
+        try:
+            finetune(dense, data, **how())
+        except (ValueError, FloatingPointError) as e:
+            assert says in str(e), e
+        else:
+            raise AssertionError(says)
 class Nan:
     "An image that is not a number, at the second step, which only the second process trains on."
-    def __init__(self): self.calls = 0
+    def __init__(self):
+        self.calls = 0
     def __call__(self, x):
         self.calls += 1
-        if self.calls == 2: x[1] = float('nan')
+        if self.calls == 2:
+            x[1] = float('nan')
         return x
 debug_launcher(main)
 """

@@ -1,6 +1,7 @@
 "Layer by layer: equal networks written differently, samples that are not alone, counts by hand."
 
 import copy
+import importlib
 import warnings
 
 import pytest
@@ -16,6 +17,8 @@ from lbyl_nb.probes import Probes, calibration
 from lbyl_nb.recover import lbyl_restore, plan, restore
 from lbyl_nb.restorers import prune_only
 from lbyl_nb.trace import trace
+
+MODULE = importlib.import_module('lbyl_nb.layerwise')  # the package has a function of that name
 
 
 class Net(nn.Module):
@@ -272,7 +275,7 @@ class Twice(nn.Module):
 @pytest.mark.parametrize('size', [1, 2**28])
 def test_streams_with_time_first(size, monkeypatch):
     "The stream is made up for as with samples first, in whatever portions the record is kept."
-    monkeypatch.setattr('lbyl_nb.layerwise._RECORD', size)
+    monkeypatch.setattr(MODULE, '_RECORD', size)
     torch.manual_seed(0)
     turned, straight, x = Twice(True).eval(), Twice(False).eval(), torch.randn(16, 5, 6)
     straight.load_state_dict(turned.state_dict())
@@ -478,7 +481,7 @@ def test_the_record_is_used_up_in_portions(monkeypatch):
     how, small, passes = dict(keep=dict(up=range(6))), [], []
     net.register_forward_hook(lambda m, i, o: passes.append(len(i[0])))
     for size in (1, 2**28):
-        monkeypatch.setattr('lbyl_nb.layerwise._RECORD', size)
+        monkeypatch.setattr(MODULE, '_RECORD', size)
         passes.clear()
         with pytest.warns(UserWarning):
             small.append(lbyl_restore(net, x[:2], **how, restorer=layerwise(calibration(x))))
@@ -585,7 +588,7 @@ def test_copies_are_restored_exactly(case, refit, size):
     restorer = layerwise(calibration(x), refit=refit, ridge=1e-9)
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        patch.setattr('lbyl_nb.layerwise._RECORD', size)
+        patch.setattr(MODULE, '_RECORD', size)
         try:
             small = lbyl_restore(net, x, keep=dict(up=range(12)), restorer=restorer)
         except ValueError as e:
