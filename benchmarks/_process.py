@@ -13,20 +13,17 @@ from lbyl_nb.bench import environment
 
 def peak():
     "Most memory this process ever held, in GB."
-    return (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        / 1e6
-        / (1000 if sys.platform == 'darwin' else 1)
-    )
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    units = 1e9 if sys.platform == 'darwin' else 1e6  # macOS counts bytes, Linux kilobytes
+    return most / units
 
 
 def time_and_memory(network, what, f, before):
     "Time of a call, and memory beyond what was held `before`, as a dict."
     start = time.perf_counter()
     f()
-    return dict(
-        network=network, what=what, seconds=time.perf_counter() - start, gigabytes=peak() - before
-    )
+    seconds = time.perf_counter() - start
+    return dict(network=network, what=what, seconds=seconds, gigabytes=peak() - before)
 
 
 def each(script, cases):
@@ -34,25 +31,22 @@ def each(script, cases):
     rows = []
     for network, what in cases:
         print(f'{network}: {what}', file=sys.stderr)
-        out = subprocess.run(
-            [sys.executable, script, network, what], check=True, stdout=subprocess.PIPE, text=True
-        ).stdout
+        command = [sys.executable, script, network, what]
+        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         rows.append(json.loads(out.splitlines()[-1]))
     return rows
 
 
 def against(t, base):
     "Times as multiples of that of `base` for the same network; `t` is indexed by network and what."
-    return t.seconds / t.seconds.xs(base, level='what').reindex(t.index, level='network')
+    of_base = t.seconds.xs(base, level='what')
+    return t.seconds / of_base.reindex(t.index, level='network')
 
 
 def footer(device='cpu'):
     "Versions, device and threads, as a line to print below a table."
-    return (
-        '\n'
-        + ', '.join(f'{k} {v}' for k, v in environment(device).items())
-        + f', {torch.get_num_threads()} threads'
-    )
+    versions = ', '.join(f'{k} {v}' for k, v in environment(device).items())
+    return f'\n{versions}, {torch.get_num_threads()} threads'
 
 
 def run(one, main):

@@ -2,7 +2,8 @@
 
 ResNet-50 and VGG-16 (with batch norm) at 224 pixels, 30 % of the channels removed, random
 weights: they decide nothing about time. Every network runs in a process of its own, so that its
-peak memory can be read."""
+peak memory can be read.
+"""
 
 import pandas as pd
 import torch
@@ -19,31 +20,25 @@ def one(network, what):
     "Time and memory of one measurement, as a dict."
     torch.manual_seed(0)
     net, before = getattr(torchvision.models, network)().eval(), peak()
-    x = torch.randn(1 if what in RESTORERS else 64, 3, 224, 224)
+    x = torch.randn(64 if what == 'forward' else 1, 3, 224, 224)
+
+    def work():
+        if what == 'forward':
+            net(x)
+        else:
+            restore(net, x, ratio=0.3, restorer=RESTORERS[what]())
+
     with torch.inference_mode(what == 'forward'):
-        return time_and_memory(
-            network,
-            what,
-            lambda: (
-                restore(net, x, ratio=0.3, restorer=RESTORERS[what]())
-                if what in RESTORERS
-                else net(x)
-            ),
-            before,
-        )
+        return time_and_memory(network, what, work, before)
 
 
 def main():
-    t = pd.DataFrame(
-        each(__file__, [(n, w) for n in ('resnet50', 'vgg16_bn') for w in ('forward', *RESTORERS)])
-    ).set_index(['network', 'what'])
+    cases = [(n, w) for n in ('resnet50', 'vgg16_bn') for w in ('forward', *RESTORERS)]
+    t = pd.DataFrame(each(__file__, cases)).set_index(['network', 'what'])
     t['time / forward pass of 64'] = against(t, 'forward')
-    print(
-        t.rename(columns=dict(gigabytes='peak memory beyond the model (GB)'))
-        .drop(columns='seconds')
-        .round(2)
-        .to_string()
-    )
+    shown = t.drop(columns='seconds').round(2)
+    shown = shown.rename(columns=dict(gigabytes='peak memory beyond the model (GB)'))
+    print(shown.to_string())
     print(footer())
 
 

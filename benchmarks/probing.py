@@ -1,9 +1,12 @@
-"""Restoring by probes against forward passes, distillation against training steps, and the patch
-Gram by offsets against unfolding.
+"""Probes against forward passes, distillation against training, the patch Gram against unfolding.
+
+Restoring by probes is compared with forward passes, distillation with training steps, and the
+patch Gram by offsets with the one by unfolding.
 
 ResNet-56 at 32 pixels and ResNet-50 at 224, 30 % of the channels removed, random weights: they
 decide nothing about time. Every measurement runs in a process of its own, so that its peak
-memory can be read; ratios are to what ran in the same call of the script."""
+memory can be read; ratios are to what ran in the same call of the script.
+"""
 
 import time
 
@@ -20,9 +23,11 @@ from lbyl_nb.moments import stationary_gram, unfolded_gram
 from lbyl_nb.probes import noise
 from lbyl_nb.recover import restore
 
+# what builds a network, the pixels of its images, the number of probes
 NETWORKS = dict(
-    resnet56=(resnet56, 32, 128), resnet50=(torchvision.models.resnet50, 224, 32)
-)  # with pixels and number of probes
+    resnet56=(resnet56, 32, 128),
+    resnet50=(torchvision.models.resnet50, 224, 32),
+)
 STEPS = 3
 
 
@@ -41,15 +46,22 @@ def training(net, x, n):
         opt.step()
 
 
+def distillation(net, x, n):
+    distil(net, (torch.randn(n, *x.shape[1:]),), STEPS)
+
+
+def restoring(restorer):
+    "Restoring by a restorer, which is made of a source of n probes."
+    return lambda net, x, n: restore(net, x, ratio=0.3, restorer=restorer(noise(n)))
+
+
 WHAT = dict(
     forward=forward,
     training=training,
-    distillation=lambda net, x, n: distil(net, (torch.randn(n, *x.shape[1:]),), STEPS),
-    probe=lambda net, x, n: restore(net, x, ratio=0.3, restorer=probe(noise(n))),
-    layerwise=lambda net, x, n: restore(
-        net, x, ratio=0.3, restorer=layerwise(noise(n), refit=False)
-    ),
-    every_layer=lambda net, x, n: restore(net, x, ratio=0.3, restorer=layerwise(noise(n))),
+    distillation=distillation,
+    probe=restoring(probe),
+    layerwise=restoring(lambda source: layerwise(source, refit=False)),
+    every_layer=restoring(layerwise),
 )
 
 
@@ -58,9 +70,9 @@ def one(network, what):
     torch.manual_seed(0)
     build, size, n = NETWORKS[network]
     net, before = build().eval(), peak()
-    return time_and_memory(
-        network, what, lambda: WHAT[what](net, torch.randn(1, 3, size, size), n), before
-    ) | dict(probes=n)
+    work = lambda: WHAT[what](net, torch.randn(1, 3, size, size), n)
+    row = time_and_memory(network, what, work, before)
+    return row | dict(probes=n)
 
 
 def gram(m, size, n=64):
@@ -72,32 +84,24 @@ def gram(m, size, n=64):
         out = f(x, 3, 1)
         took.append((time.perf_counter() - start, out))
     (slow, a), (fast, b) = took
-    return dict(
-        channels=m,
-        pixels=size,
-        faster=slow / fast,
-        difference=((a - b).abs().max() / a.abs().max()).item(),
-    )
+    apart = ((a - b).abs().max() / a.abs().max()).item()
+    return dict(channels=m, pixels=size, faster=slow / fast, difference=apart)
 
 
 def main():
-    t = pd.DataFrame(each(__file__, [(n, w) for n in NETWORKS for w in WHAT])).set_index(
-        ['network', 'what']
-    )
+    cases = [(n, w) for n in NETWORKS for w in WHAT]
+    t = pd.DataFrame(each(__file__, cases)).set_index(['network', 'what'])
     t['time / forward pass of 256'] = against(t, 'forward')
-    t['time / training steps'] = against(t, 'training').where(
-        t.index.get_level_values('what') == 'distillation'
-    )
+    distilled = t.index.get_level_values('what') == 'distillation'
+    t['time / training steps'] = against(t, 'training').where(distilled)
     shown = t.drop(columns='seconds').round(2)
     shown = shown.rename(columns=dict(gigabytes='peak memory beyond the model (GB)'))
     print(shown.to_string(na_rep=''))
     print('\npatch Gram of a 3x3 convolution: by offsets against unfolded (times faster),')
     print('and the largest difference relative to the largest entry')
-    print(
-        pd.DataFrame(
-            [gram(m, s) for m, s in ((16, 32), (64, 32), (64, 56), (128, 28), (256, 14))]
-        ).to_string(index=False, float_format='{:.2g}'.format)
-    )
+    sizes = (16, 32), (64, 32), (64, 56), (128, 28), (256, 14)
+    grams = pd.DataFrame([gram(m, s) for m, s in sizes])
+    print(grams.to_string(index=False, float_format='{:.2g}'.format))
     print(footer())
 
 

@@ -1,11 +1,13 @@
-"""One training step of a pruned network: as it is, over-parameterized and contracted before use,
-over-parameterized and run factor by factor.
+"""One training step of a pruned network, as it is and over-parameterized.
+
+Over-parameterized it is contracted before use, or run factor by factor.
 
 ResNet-20 (50 % of the channels inside its blocks removed) and MobileNetV2 for images of 32
 pixels (all channels in one ranking, until 30, 15 or 5 % of the parameters are left), rate 3.
 Prints the share of the parameters that is left, ratios of times, median of interleaved repeats
 in one process, and the peak memory of a process of its own. Weights are random: they decide
-which channels stay, nothing about how many."""
+which channels stay, nothing about how many.
+"""
 
 import argparse
 import subprocess
@@ -37,7 +39,7 @@ FORMS = {
 def mobilenet():
     "MobileNetV2 as it is used on CIFAR: the first strides are 1."
     net = torchvision.models.mobilenet_v2(num_classes=10)
-    for m in list(net.features[0].modules()) + list(net.features[2].modules()):
+    for m in nn.ModuleList([net.features[0], net.features[2]]).modules():
         if isinstance(m, nn.Conv2d):
             m.stride = 1, 1
     return net
@@ -73,7 +75,8 @@ def size(net):
 def step(net, batch, device):
     "A function that does one training step."
     net = net.to(device).train()
-    x, y = torch.randn(batch, 3, 32, 32, device=device), torch.randint(10, (batch,), device=device)
+    x = torch.randn(batch, 3, 32, 32, device=device)
+    y = torch.randint(10, (batch,), device=device)
     optimiser = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
 
     def once():
@@ -87,8 +90,7 @@ def step(net, batch, device):
 
 
 def seconds(f, device):
-    """Time of a call; on the CPU, time of the process, which other work on the machine disturbs
-    least."""
+    "Time of a call; on the CPU, time of the process, which other work disturbs least."
     clock = time.process_time if device == 'cpu' else time.perf_counter
     start = clock()
     f()
@@ -104,7 +106,8 @@ def memory(network, form, batch, device):
     "Peak memory of two steps in a process of their own, beyond what was held before, in GB."
     torch.manual_seed(0)
     net = FORMS[form](pruned(network)[0])
-    before, once = 0 if device == 'cuda' else held(device), step(net, batch, device)
+    before = 0 if device == 'cuda' else held(device)
+    once = step(net, batch, device)
     once()
     once()
     return held(device) - before
@@ -120,16 +123,12 @@ def compare(network, batch, device, repeats, compiled):
     steps = {k: step(n, batch, device) for k, n in steps.items()}
     for once in steps.values():
         once()
-    times = pd.DataFrame(
-        [
-            {k: seconds(once, device) for k, once in steps.items()}
-            for _ in tqdm(range(repeats), f'{network}, batch {batch}', leave=False)
-        ]
-    )
-    t = times.median()
-    return pd.concat(
-        [pd.Series({'parameters left': left, 'compact, seconds': t.compact}), t / t.compact]
-    )
+    times = []
+    for _ in tqdm(range(repeats), f'{network}, batch {batch}', leave=False):
+        times.append({k: seconds(once, device) for k, once in steps.items()})
+    t = pd.DataFrame(times).median()
+    first = pd.Series({'parameters left': left, 'compact, seconds': t.compact})
+    return pd.concat([first, t / t.compact])
 
 
 def show(title, cases, rows):
@@ -139,49 +138,43 @@ def show(title, cases, rows):
     print(f'{title}\n{table.to_string()}\n')
 
 
-def main():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def memory_of_its_own(network, form, batch, device):
+    "`memory` in a new process."
+    case = network, form, str(batch)
+    command = [sys.executable, __file__, '--one', *case, '--device', device]
+    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return float(out.split()[-1])
+
+
+def arguments():
+    "What the script was called with."
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     p.add_argument('--networks', nargs='+', default=list(NETWORKS), choices=list(NETWORKS))
     p.add_argument('--batches', nargs='+', type=int, default=[128, 256])
     p.add_argument('--repeats', type=int, default=9)
     p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     p.add_argument('--compile', action='store_true', help='also with torch.compile')
     p.add_argument('--one', nargs=3, help=argparse.SUPPRESS)
-    a = p.parse_args()
+    return p.parse_args()
+
+
+def main():
+    a = arguments()
     if a.one:
-        return print(memory(a.one[0], a.one[1], int(a.one[2]), a.device))
-    cases, memories = [(n, b) for n in a.networks for b in a.batches], []
-    for network, batch in tqdm(
-        cases, 'peak memory', leave=False
-    ):  # first: a process inherits the peak of the one that starts it
-        one = lambda form: [
-            sys.executable,
-            __file__,
-            '--one',
-            network,
-            form,
-            str(batch),
-            '--device',
-            a.device,
-        ]
-        memories.append(
-            {
-                form: float(
-                    subprocess.run(
-                        one(form), check=True, stdout=subprocess.PIPE, text=True
-                    ).stdout.split()[-1]
-                )
-                for form in FORMS
-            }
-        )
+        network, form, batch = a.one
+        return print(memory(network, form, int(batch), a.device))
+    cases = [(n, b) for n in a.networks for b in a.batches]
+    memories = []
+    # memory comes first: a process inherits the peak of the one that starts it
+    for network, batch in tqdm(cases, 'peak memory', leave=False):
+        row = {form: memory_of_its_own(network, form, batch, a.device) for form in FORMS}
+        memories.append(row)
     show('peak memory beyond the model, GB', cases, memories)
     for compiled in (False, True) if a.compile else (False,):
         rows = [compare(*case, a.device, a.repeats, compiled) for case in cases]
-        show(
-            f'time of a training step / compact{", torch.compile" if compiled else ""}', cases, rows
-        )
+        how = ', torch.compile' if compiled else ''
+        show(f'time of a training step / compact{how}', cases, rows)
     print(footer(a.device))
 
 

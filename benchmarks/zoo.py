@@ -1,14 +1,16 @@
-"""Restoring networks against one forward pass of 32 images: CPU time, and peak memory as a multiple
-of the dense network's.
+"""Restoring networks against one forward pass of 32 images: CPU time and peak memory.
 
-Without arguments one network of each of seven families; with `--all` the memory of the 95
-networks of nbs/46_zoo.ipynb, by closed form and probes, into nbs/results/zoo_memory.csv (hours;
-the same call goes on where it stopped). 224 pixels, 30 % of the channels removed, streams
-included, 32 probes, random weights: they decide nothing about cost. Every measurement runs in a
-process of its own, so that its peak memory can be read. Memory of the dense network: its
-parameters and one forward pass of 32 images. Gram matrices: of the closed form, the products of
-filters of one group; of probes, what is held at once of patches' and outputs' moments, of two
-halves of the probes; and what the largest factorisation takes. All in double precision."""
+Memory is shown as a multiple of the dense network's. Without arguments one network of each of
+seven families; with `--all` the memory of the 95 networks of nbs/46_zoo.ipynb, by closed form and
+probes, into nbs/results/zoo_memory.csv (hours; the same call goes on where it stopped).
+
+224 pixels, 30 % of the channels removed, streams included, 32 probes, random weights: they decide
+nothing about cost. Every measurement runs in a process of its own, so that its peak memory can be
+read. Memory of the dense network: its parameters and one forward pass of 32 images. Gram
+matrices: of the closed form, the products of filters of one group; of probes, what is held at
+once of patches' and outputs' moments, of two halves of the probes; and what the largest
+factorisation takes. All in double precision.
+"""
 
 import sys
 import time
@@ -43,33 +45,40 @@ RESULTS = Path(__file__).resolve().parent.parent / 'nbs' / 'results'
 
 
 def gram(net, s):
-    """Memory of the moments of one layer, two halves, and of their factorisation (one half centred,
-    with a ridge, factored), in GB; of a grouped convolution they are blocks."""
+    """Memory of the moments of one layer, two halves, and of their factorisation, in GB.
+
+    One half is centred, with a ridge, factored. Of a grouped convolution they are blocks.
+    """
     layer = net.get_submodule(s.reader.name)
     rows = by_output(layer)
-    d, o = (
-        (len(s.read) * rows[0, 0].numel(), len(rows))
-        if s.free
-        else (len(s.keep), len(s.columns) - len(s.keep))
-    )
+    if s.free:
+        d, o = len(s.read) * rows[0, 0].numel(), len(rows)
+    else:
+        d, o = len(s.keep), len(s.columns) - len(s.keep)
     unit = 8 * d / conv_groups(layer) / 1e9
     return 2 * unit * (d + o), unit * (3 * d + o)
 
 
 def products(g, t):
-    """Memory of the products of a group's filters: all of them, centred too without batch norm,
-    those of the t kept ones, and their factorisation with its workspace."""
-    return 8 * ((1 if g.norm else 2) * g.channels**2 + t * g.channels + 3 * t**2)
+    """Memory of the products of a group's filters, in bytes.
+
+    All of them, centred too without batch norm, those of the t kept ones, and their
+    factorisation with its workspace.
+    """
+    whole = g.channels**2 if g.norm else 2 * g.channels**2
+    return 8 * (whole + t * g.channels + 3 * t**2)
 
 
 def grams(net, x, chosen, what):
-    """Memory of the Gram matrices that a restorer holds at once, in GB: `lbyl` one group's, `probe`
-    the moments of all layers, `layerwise` those of one layer, or of two where one waits for its
-    addition."""
+    """Memory of the Gram matrices that a restorer holds at once, in GB.
+
+    `lbyl` holds one group's, `probe` the moments of all layers, `layerwise` those of one layer,
+    or of two where one waits for its addition.
+    """
     traced = trace(net, x)
     groups = [g for g in find_groups(traced, streams=True) if g.name in chosen]
     if what == 'lbyl':
-        return max(map(products, groups, (len(chosen[g.name]) for g in groups))) / 1e9
+        return max(products(g, len(chosen[g.name])) for g in groups) / 1e9
     sites = list(find_sites(traced, groups, chosen, every=what == 'layerwise').values())
     now, solving = zip(*(gram(net, s) for s in sites))
     if what == 'probe':
@@ -83,7 +92,8 @@ def build(network):
     torch.manual_seed(0)
     if network in list_models():
         return get_model(network, weights=None).eval()
-    from timm import create_model  # only some networks of the whole zoo need it
+    # only some networks of the whole zoo need it
+    from timm import create_model
 
     return create_model(network).eval()
 
@@ -93,17 +103,17 @@ def one(network, what):
     before, net, done = peak(), build(network), []
     x = torch.randn(N if what == 'forward' else 1, 3, 224, 224)
 
-    def forward():
-        with torch.inference_mode():
-            net(x)
-
-    def restored():
-        restorer = RESTORERS[what]()
-        done.append(restore(net, x, ratio=RATIO, streams=True, restorer=restorer))
+    def work():
+        if what == 'forward':
+            with torch.inference_mode():
+                net(x)
+        else:
+            restorer = RESTORERS[what]()
+            done.append(restore(net, x, ratio=RATIO, streams=True, restorer=restorer))
 
     start = time.process_time()
     try:
-        row = time_and_memory(network, what, forward if what == 'forward' else restored, before)
+        row = time_and_memory(network, what, work, before)
     except ValueError as e:
         nothing = dict.fromkeys(('seconds', 'gigabytes', 'gram'))
         return dict(network=network, what=what, **nothing, error=str(e)[:300])
@@ -120,24 +130,22 @@ def table(rows):
         t['CPU time / forward pass'] = against(t, 'forward')
     t['memory / dense'] = t.gigabytes / dense
     t['beyond Gram / dense'] = (t.gigabytes - t.gram) / dense
-    shown = ['gigabytes', 'gram', *(k for k in t if '/' in k)]
-    return (
-        t[shown]
-        .rename(columns=dict(gigabytes='peak memory (GB)', gram='Gram matrices (GB)'))
-        .round(2)
-        .to_string()
-    )
+    shown = t[['gigabytes', 'gram', *(k for k in t if '/' in k)]].round(2)
+    words = dict(gigabytes='peak memory (GB)', gram='Gram matrices (GB)')
+    return shown.rename(columns=words).to_string()
 
 
 def whole_zoo():
-    """Memory of all networks of 46_zoo, a row in the results file for each measurement. No times:
-    they are compared within one run only."""
+    """Memory of all networks of 46_zoo, a row in the results file for each measurement.
+
+    No times: they are compared within one run only.
+    """
     nets = results(RESULTS / 'zoo.csv').drop_duplicates('model').sort_values('parameters')
-    settings = [
-        dict(source=r.source, network=r.model, what=w, images=N, ratio=RATIO)
-        for w in ('forward', 'lbyl', 'probe')
-        for r in nets.itertuples()
-    ]
+    settings = []
+    for what in ('forward', 'lbyl', 'probe'):
+        for r in nets.itertuples():
+            case = dict(source=r.source, network=r.model, what=what, images=N, ratio=RATIO)
+            settings.append(case)
 
     def measure(s):
         row = each(__file__, [(s['network'], s['what'])])[0]
@@ -147,13 +155,11 @@ def whole_zoo():
 
 
 def main():
-    print(
-        table(
-            whole_zoo()
-            if sys.argv[1:] == ['--all']
-            else each(__file__, [(n, w) for n in NETWORKS for w in ('forward', *RESTORERS)])
-        )
-    )
+    if sys.argv[1:] == ['--all']:
+        rows = whole_zoo()
+    else:
+        rows = each(__file__, [(n, w) for n in NETWORKS for w in ('forward', *RESTORERS)])
+    print(table(rows))
     print(footer())
 
 

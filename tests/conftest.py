@@ -1,5 +1,7 @@
-"""What all tests share: where things are, a throw-away copy of the project, and data and weights
-where there are any."""
+"""What all tests share.
+
+Where things are, a throw-away copy of the project, and data and weights where there are any.
+"""
 
 import json
 import os
@@ -16,9 +18,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / 'nbs'
 LIB = ROOT / 'lbyl_nb'
-SHARED = (
-    ROOT.parent / 'shared'
-)  # data and weights may lie beside the project; without them the tests that need them are skipped
+# data and weights may lie beside the project; without them the tests that need them are skipped
+SHARED = ROOT.parent / 'shared'
 NOTEBOOKS = sorted(p.name for p in NBS.glob('*.ipynb'))
 BUILT = shutil.ignore_patterns(
     '.git',
@@ -69,13 +70,12 @@ NOT_INHERITED = {
 
 
 def call(*args, cwd, timeout=600, **env):
-    """Run a command with one thread and `env` on top of the environment (None takes a variable
-    away); its completed process, output and errors in one text."""
-    env = (
-        {k: v for k, v in os.environ.items() if k not in NOT_INHERITED}
-        | dict(OMP_NUM_THREADS='1')
-        | env
-    )
+    """Run a command with one thread; its completed process, output and errors in one text.
+
+    `env` is put on top of the environment; None takes a variable away.
+    """
+    inherited = {k: v for k, v in os.environ.items() if k not in NOT_INHERITED}
+    env = {**inherited, 'OMP_NUM_THREADS': '1', **env}
     env = {k: v for k, v in env.items() if v is not None}
     return subprocess.run(
         [str(a) for a in args],
@@ -90,8 +90,7 @@ def call(*args, cwd, timeout=600, **env):
 
 @pytest.fixture
 def project(tmp_path):
-    """A copy of the project as it lies in the working tree, without what was built, for a test to
-    change."""
+    "A copy of the working tree, without what was built, for a test to change."
     return Path(shutil.copytree(ROOT, tmp_path / 'project', ignore=BUILT, symlinks=True))
 
 
@@ -100,15 +99,15 @@ def data_dir():
     """Folder with NAME_{train,test}.npz, named in $LBYL_DATA for as long as the tests run.
 
     It is what $LBYL_DATA names already, else the package's own cache folder, filled from the
-    images beside the project."""
+    images beside the project.
+    """
     unpack = SHARED / 'data' / 'unpack.py'
     if os.environ.get('LBYL_DATA'):
         folder = Path(os.environ['LBYL_DATA']).expanduser()
     elif unpack.exists():
         folder = Path.home() / '.cache' / 'lbyl_nb'
-        subprocess.run(
-            [sys.executable, str(unpack), str(folder), 'cifar10', 'fashion_mnist'], check=True
-        )
+        command = [sys.executable, str(unpack), str(folder), 'cifar10', 'fashion_mnist']
+        subprocess.run(command, check=True)
     else:
         pytest.skip('no images: $LBYL_DATA is not set and ../shared/data/unpack.py does not exist')
     with pytest.MonkeyPatch.context() as patch:
@@ -118,13 +117,14 @@ def data_dir():
 
 @pytest.fixture(scope='session')
 def weights_dir():
-    """Folder with the trained networks' safetensors, named in $LBYL_WEIGHTS for as long as the
-    tests run: what it names already, else the one beside the project."""
+    """Folder with the trained networks, named in $LBYL_WEIGHTS for as long as the tests run.
+
+    It is what $LBYL_WEIGHTS names already, else the one beside the project.
+    """
     folder = Path(os.environ.get('LBYL_WEIGHTS') or SHARED / 'weights').expanduser()
     if not list(folder.glob('*.safetensors')):
-        pytest.skip(
-            'no trained networks: $LBYL_WEIGHTS is not set and ../shared/weights holds none'
-        )
+        none = 'no trained networks: $LBYL_WEIGHTS is not set and ../shared/weights holds none'
+        pytest.skip(none)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('LBYL_WEIGHTS', str(folder))
         yield folder

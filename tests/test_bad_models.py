@@ -1,5 +1,8 @@
-"""Networks that are not what one hopes for: each is pruned as far as it can be, with a reason for
-the rest, or refused with an error that says what is wrong."""
+"""Networks that are not what one hopes for.
+
+Each is pruned as far as it can be, with a reason for the rest, or refused with an error that says
+what is wrong.
+"""
 
 import threading
 from dataclasses import dataclass
@@ -19,7 +22,9 @@ from lbyl_nb.saved import load_restored, save_restored
 
 RESTORERS = dict(lbyl=lbyl(), probe=probe(noise(8)), layerwise=layerwise(noise(8)))
 each_restorer = pytest.mark.parametrize('restorer', RESTORERS.values(), ids=RESTORERS.keys())
-rows, image, sequence = torch.rand(4, 6), torch.randn(2, 3, 8, 8), torch.randn(4, 5, 6)
+rows = torch.rand(4, 6)
+image = torch.randn(2, 3, 8, 8)
+sequence = torch.randn(4, 5, 6)
 
 
 @pytest.fixture(autouse=True)
@@ -51,10 +56,13 @@ def cnn():
     )
 
 
-def chain(middle=lambda: nn.Linear(8, 8)):
-    return nn.Sequential(
-        nn.Linear(6, 8), nn.ReLU(), middle(), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)
-    )
+def linear():
+    return nn.Linear(8, 8)
+
+
+def chain(middle=linear):
+    front = [nn.Linear(6, 8), nn.ReLU(), middle(), nn.ReLU()]
+    return nn.Sequential(*front, nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
 
 
 def reasons(r):
@@ -65,12 +73,14 @@ def reasons(r):
 
 
 def outputs(f):
-    return Net(
-        lambda n, x: (lambda h: (lambda g: f(h, g, n.c(g)))(n.b(h).relu()))(n.a(x).relu()),
-        a=nn.Linear(6, 8),
-        b=nn.Linear(8, 8),
-        c=nn.Linear(8, 3),
-    )
+    "Three layers; a function of both hidden outputs and of the last one is put out."
+
+    def forward(n, x):
+        h = n.a(x).relu()
+        g = n.b(h).relu()
+        return f(h, g, n.c(g))
+
+    return Net(forward, a=nn.Linear(6, 8), b=nn.Linear(8, 8), c=nn.Linear(8, 3))
 
 
 @dataclass
@@ -87,7 +97,9 @@ def flat(v):
         v = [v.y, v.h]
     if isinstance(v, dict):
         v = list(v.values())
-    return [t for w in v for t in flat(w)] if isinstance(v, (tuple, list)) else []
+    if not isinstance(v, (tuple, list)):
+        return []
+    return [t for w in v for t in flat(w)]
 
 
 STRUCTURES = dict(
@@ -105,63 +117,60 @@ OTHERS = dict(
 @each_restorer
 @pytest.mark.parametrize('f', [*STRUCTURES.values(), *OTHERS.values()], ids=[*STRUCTURES, *OTHERS])
 def test_outputs_of_any_structure(f, restorer):
-    """Whatever is put out, at any depth, keeps its shape; hidden channels that are not put out can
-    be removed."""
+    "Whatever is put out, at any depth, keeps its shape; hidden channels that are not can go."
     net = outputs(f)
-    out = {
-        k
-        for k, h in zip('ab', (net.a(rows).relu(), net.b(net.a(rows).relu()).relu()))
-        if any(t.shape == h.shape and torch.equal(t, h) for t in flat(net(rows)))
-    }
+    h = net.a(rows).relu()
+    hidden = dict(a=h, b=net.b(h).relu())
+    is_out = lambda h: any(t.shape == h.shape and torch.equal(t, h) for t in flat(net(rows)))
+    out = {k for k, h in hidden.items() if is_out(h)}
     r = restore(net, rows, ratio=0.5, restorer=restorer)
-    assert type(r.model(rows)) is type(net(rows)) and [t.shape for t in flat(r.model(rows))] == [
-        t.shape for t in flat(net(rows))
-    ]
-    assert r.plan.keys() == {'a', 'b'} - out and all(
-        reasons(r)[k] == "its channels are the network's output" for k in out | {'c'}
-    )
+    assert type(r.model(rows)) is type(net(rows))
+    shapes = lambda net: [t.shape for t in flat(net(rows))]
+    assert shapes(r.model) == shapes(net)
+    assert r.plan.keys() == {'a', 'b'} - out
+    said = reasons(r)
+    assert all(said[k] == "its channels are the network's output" for k in out | {'c'})
 
 
 # Control flow
 
 
 def test_a_branch_that_is_not_taken():
-    """What example inputs do not reach is left as it is, and a warning names it; inputs that do
-    reach it may find it too wide."""
-    net = Net(
-        lambda n, x: n.o((n.p if x.sum() > 0 else n.n)(n.a(x).relu()).relu()),
-        a=nn.Linear(6, 8),
-        p=nn.Linear(8, 8),
-        n=nn.Linear(8, 8),
-        o=nn.Linear(8, 3),
-    )
+    """What example inputs do not reach is left as it is, and a warning names it.
+
+    Inputs that do reach it may find it too wide.
+    """
+
+    def forward(n, x):
+        branch = n.p if x.sum() > 0 else n.n
+        return n.o(branch(n.a(x).relu()).relu())
+
+    net = Net(forward, a=nn.Linear(6, 8), p=linear(), n=linear(), o=nn.Linear(8, 3))
     with pytest.warns(UserWarning, match='not called on example_inputs.*: n$'):
         r = restore(net, rows, ratio=0.5)
-    assert (
-        r.plan.keys() == {'a', 'p'}
-        and r.model(rows).shape == (4, 3)
-        and r.model.n.weight.shape == (8, 8)
-    )
+    assert r.plan.keys() == {'a', 'p'}
+    assert r.model(rows).shape == (4, 3)
+    assert r.model.n.weight.shape == (8, 8)
     with pytest.raises(RuntimeError):
         r.model(-rows)
+    says = 'p: not called when the probes pass'
     for restorer in (probe, layerwise):
-        with (
-            pytest.warns(UserWarning),
-            pytest.raises(ValueError, match='p: not called when the probes pass'),
-        ):
+        with pytest.warns(UserWarning), pytest.raises(ValueError, match=says):
             restore(net, rows, ratio=0.5, restorer=restorer(calibration(-rows)))
 
 
 @each_restorer
 def test_a_branch_without_layers(restorer):
     "Either way the same layers are called, so either way the smaller network runs."
-    net = Net(
-        lambda n, x: n.o(n.a(x).relu() if x.sum() > 0 else n.a(x).relu() * 2),
-        a=nn.Linear(6, 8),
-        o=nn.Linear(8, 3),
-    )
+
+    def forward(n, x):
+        h = n.a(x).relu()
+        return n.o(h if x.sum() > 0 else h * 2)
+
+    net = Net(forward, a=nn.Linear(6, 8), o=nn.Linear(8, 3))
     small = lbyl_restore(net, rows, ratio=0.5, restorer=restorer)
-    assert small(rows).shape == small(-rows).shape == (4, 3) and small.a.out_features == 4
+    assert small(rows).shape == small(-rows).shape == (4, 3)
+    assert small.a.out_features == 4
 
 
 # Inputs
@@ -179,56 +188,56 @@ class Detector(nn.Module):
 
 
 def test_a_list_of_images():
-    """Closed form: as any network. Probes: there is no batch to make them like, but there is one
-    for the body."""
+    """Closed form: as any network.
+
+    Probes: there is no batch to make them like, but there is one for the body.
+    """
     net, images = Detector(), [torch.randn(3, 8, 8)] * 4
     assert len(lbyl_restore(net, (images,), ratio=0.5)(images)) == 4
+    says = 'none of the arguments is a tensor of samples.*restore_inside'
     for restorer in (probe(noise(8)), layerwise(noise(8)), probe(calibration((images,)))):
-        with pytest.raises(
-            ValueError, match='none of the arguments is a tensor of samples.*restore_inside'
-        ):
+        with pytest.raises(ValueError, match=says):
             restore(net, (images,), ratio=0.5, restorer=restorer)
     for restorer in RESTORERS.values():
-        assert (
-            restore_inside(net, 'body', (images,), ratio=0.5, restorer=restorer)
-            .model.body[0]
-            .out_channels
-            == 4
-        )
+        r = restore_inside(net, 'body', (images,), ratio=0.5, restorer=restorer)
+        assert r.model.body[0].out_channels == 4
 
 
 # Layers
 
 
+def tied():
+    "A network whose head has the weight of its embedding."
+
+    def forward(n, i):
+        z = n.e(i)
+        return n.head(z + n.b(n.a(z).relu()))
+
+    embedding, head = nn.Embedding(11, 6), nn.Linear(6, 11, bias=False)
+    net = Net(forward, e=embedding, a=nn.Linear(6, 8), b=nn.Linear(8, 6), head=head)
+    net.head.weight = net.e.weight
+    return net
+
+
 @each_restorer
 def test_a_head_tied_to_an_embedding(restorer, tmp_path):
-    """The tie holds in the restored network and in what is read from its file; the layers in
-    between are pruned."""
+    """The tie holds in the restored network and in what is read from its file.
 
-    def build():
-        net = Net(
-            lambda n, i: (lambda z: n.head(z + n.b(n.a(z).relu())))(n.e(i)),
-            e=nn.Embedding(11, 6),
-            a=nn.Linear(6, 8),
-            b=nn.Linear(8, 6),
-            head=nn.Linear(6, 11, bias=False),
-        )
-        net.head.weight = net.e.weight
-        return net
-
-    net, words = build(), torch.randint(11, (4, 5))
+    The layers in between are pruned.
+    """
+    net, words = tied(), torch.randint(11, (4, 5))
     r = restore(net, words, ratio=0.5, restorer=restorer)
-    assert r.model.head.weight is r.model.e.weight is not net.e.weight and r.plan.keys() == {'a'}
-    assert reasons(r)['head'] == 'head shares a parameter with e' and torch.equal(
-        r.model.e.weight, net.e.weight
-    )
-    with pytest.raises(
-        ValueError, match='keep: head cannot be pruned: head shares a parameter with e'
-    ):
+    assert r.model.head.weight is r.model.e.weight is not net.e.weight
+    assert r.plan.keys() == {'a'}
+    assert reasons(r)['head'] == 'head shares a parameter with e'
+    assert torch.equal(r.model.e.weight, net.e.weight)
+    says = 'keep: head cannot be pruned: head shares a parameter with e'
+    with pytest.raises(ValueError, match=says):
         lbyl_restore(net, words, keep=dict(head=[0, 1]))
     save_restored(r.model, r.plan, tmp_path / 'f.safetensors')
-    loaded = load_restored(build(), words, tmp_path / 'f.safetensors')
-    assert loaded.head.weight is loaded.e.weight and torch.equal(loaded(words), r.model(words))
+    loaded = load_restored(tied(), words, tmp_path / 'f.safetensors')
+    assert loaded.head.weight is loaded.e.weight
+    assert torch.equal(loaded(words), r.model(words))
 
 
 @each_restorer
@@ -244,11 +253,9 @@ def test_layers_that_share_a_weight(restorer):
     )
     net[2].weight = net[0].weight
     r = restore(net, rows, ratio=0.5, restorer=restorer)
-    assert (
-        r.model[2].weight is r.model[0].weight
-        and r.plan.keys() == {'4'}
-        and reasons(r)['2'] == '2 shares a parameter with 0'
-    )
+    assert r.model[2].weight is r.model[0].weight
+    assert r.plan.keys() == {'4'}
+    assert reasons(r)['2'] == '2 shares a parameter with 0'
 
 
 NORMS = dict(
@@ -264,11 +271,9 @@ def test_parametrized_layers(norm, restorer):
     "They and what they read are left alone, and stay parametrized; the rest is pruned."
     net = chain(lambda: NORMS[norm](nn.Linear(8, 8))).eval()
     r = restore(net, rows, ratio=0.5, restorer=restorer)
-    assert (
-        r.plan.keys() == {'4'}
-        and parametrize.is_parametrized(r.model[2])
-        and torch.equal(r.model[2].weight, net[2].weight)
-    )
+    assert r.plan.keys() == {'4'}
+    assert parametrize.is_parametrized(r.model[2])
+    assert torch.equal(r.model[2].weight, net[2].weight)
     assert all('2 is a ParametrizedLinear' in reasons(r)[k] for k in '02')
     with pytest.raises(ValueError, match='keep: 2 cannot be pruned: 2 is a ParametrizedLinear'):
         lbyl_restore(net, rows, keep={'2': [0]})
@@ -284,9 +289,8 @@ def test_a_parametrized_batch_norm():
 
     parametrize.register_parametrization(net[1], 'weight', Positive())
     small = restore(net, image, keep={'0': [0, 2, 3]}, restorer=prune_only()).model
-    assert parametrize.is_parametrized(small[1]) and torch.equal(
-        small[1].weight, net[1].weight[[0, 2, 3]]
-    )
+    assert parametrize.is_parametrized(small[1])
+    assert torch.equal(small[1].weight, net[1].weight[[0, 2, 3]])
 
 
 OLD = dict(
@@ -346,14 +350,11 @@ def test_channels_that_stand_in_groups(restorer):
         nn.Conv2d(6, 3, 1),
     )
     r = restore(net, image, ratio=0.5, restorer=restorer)
-    assert (
-        r.plan.keys() == {'0', '3'}
-        and [i // 2 for i in r.plan['0']] == [0, 1, 2, 3]
-        and r.model[1].num_channels == 4
-    )
-    with pytest.raises(
-        ValueError, match='keep: 0: its channels are split in pieces, or normalised in groups'
-    ):
+    assert r.plan.keys() == {'0', '3'}
+    assert [i // 2 for i in r.plan['0']] == [0, 1, 2, 3]
+    assert r.model[1].num_channels == 4
+    says = 'keep: 0: its channels are split in pieces, or normalised in groups'
+    with pytest.raises(ValueError, match=says):
         lbyl_restore(net, image, keep={'0': [0, 1, 2]})
 
 
@@ -391,17 +392,17 @@ ATTENTION = dict(
 @pytest.mark.parametrize('streams', [False, True])
 @pytest.mark.parametrize('kind', ATTENTION)
 def test_attention(kind, streams, restorer):
-    """Heads keep their width: layers that write to them are left alone, and a plan that names one
-    is refused. What lies between attentions is pruned."""
+    """Heads keep their width: layers that write to them are left alone.
+
+    A plan that names one is refused. What lies between attentions is pruned.
+    """
     f, layers, name = ATTENTION[kind]
     net = Net(f, i=L(6, 8), **layers, u=L(8, 12), d=L(12, 8), o=L(8, 3))
     r = restore(net, sequence, ratio=0.5, streams=streams, restorer=restorer)
-    assert (
-        r.plan.keys() >= {'u'}
-        and name not in r.plan
-        and r.model(sequence).shape == (4, 3)
-        and r.model.u.out_features == 6
-    )
+    assert r.plan.keys() >= {'u'}
+    assert name not in r.plan
+    assert r.model(sequence).shape == (4, 3)
+    assert r.model.u.out_features == 6
     with pytest.raises(ValueError, match=f'keep: {name} cannot be pruned: '):
         lbyl_restore(net, sequence, keep={name: [0, 1, 2]})
 
@@ -411,13 +412,13 @@ def test_attention(kind, streams, restorer):
 @pytest.mark.parametrize('kind', [nn.LSTM, nn.GRU, nn.RNN])
 def test_recurrent_layers(kind, batch_first, restorer):
     "They and what they read are left alone with a reason; what lies behind is pruned."
-    net = Net(
-        lambda n, x: n.o(n.m(n.r(n.i(x).relu())[0].mean(1)).relu()),
-        i=L(6, 8),
-        r=kind(8, 8, batch_first=batch_first),
-        m=L(8, 8),
-        o=L(8, 3),
-    )
+
+    def forward(n, x):
+        states = n.r(n.i(x).relu())[0]
+        return n.o(n.m(states.mean(1)).relu())
+
+    recurrent = kind(8, 8, batch_first=batch_first)
+    net = Net(forward, i=L(6, 8), r=recurrent, m=L(8, 8), o=L(8, 3))
     r = restore(net, sequence, ratio=0.5, restorer=restorer)
     assert r.plan.keys() == {'m'} and reasons(r)['i'].startswith('its channels go through')
     with pytest.raises(ValueError, match='keep: i cannot be pruned'):
@@ -430,18 +431,20 @@ def test_recurrent_layers(kind, batch_first, restorer):
 
 
 def forward_hooks(net, log):
-    net[0].register_forward_hook(lambda m, i, o: log.append(('forward', o.shape[1])))
-    net[3].register_forward_hook(
-        lambda m, i, k, o: log.append(('keywords', i[0].shape[1])), with_kwargs=True
-    )
-    net[3].register_forward_pre_hook(lambda m, i: log.append(('before', i[0].shape[1])))
-    net.register_forward_hook(lambda m, i, o: log.append(('whole', o.shape[1])))
+    note = lambda what, t: log.append((what, t.shape[1]))
+    net[0].register_forward_hook(lambda m, i, o: note('forward', o))
+    net[3].register_forward_hook(lambda m, i, k, o: note('keywords', i[0]), with_kwargs=True)
+    net[3].register_forward_pre_hook(lambda m, i: note('before', i[0]))
+    net.register_forward_hook(lambda m, i, o: note('whole', o))
 
 
 @each_restorer
 def test_hooks_are_kept_and_fire(restorer):
-    """They belong to the restored network too; on the way they see what passes the private copies,
-    so they must stand other numbers of channels and samples."""
+    """They belong to the restored network too.
+
+    On the way they see what passes the private copies, so they must stand other numbers of
+    channels and samples.
+    """
     net, log = cnn(), []
     forward_hooks(net, log)
     small = lbyl_restore(net, image, ratio=0.5, restorer=restorer)
@@ -459,7 +462,8 @@ def test_backward_hooks(full):
     "They are kept, fire, and do not hinder pruning."
     net, log = cnn(), []
     hook = lambda m, i, o: log.append(o[0].shape[1])
-    net[3].register_full_backward_hook(hook) if full else net[3].register_backward_hook(hook)
+    register = net[3].register_full_backward_hook if full else net[3].register_backward_hook
+    register(hook)
     r = restore(net, image, ratio=0.5)
     r.model(image).sum().backward()
     assert log == [3] and r.plan.keys() == {'0', '3'}
@@ -467,8 +471,10 @@ def test_backward_hooks(full):
 
 @pytest.mark.parametrize('restorer', [probe, layerwise])
 def test_hooks_that_change_what_passes(restorer):
-    """A hook that doubles an output does so in the restored network, once: what is solved for is
-    what the layer gives to it."""
+    """A hook that doubles an output does so in the restored network, once.
+
+    What is solved for is what the layer gives to it.
+    """
     net = nn.Sequential(
         nn.Conv2d(3, 8, 1),
         nn.ReLU(),
@@ -480,12 +486,12 @@ def test_hooks_that_change_what_passes(restorer):
     ).double()
     x = torch.randn(64, 3, 8, 8).double()
     with torch.no_grad():
-        net[0].weight[4:], net[0].bias[4:] = net[0].weight[:4], net[0].bias[:4]
+        net[0].weight[4:] = net[0].weight[:4]
+        net[0].bias[4:] = net[0].bias[:4]
     net[4].register_forward_hook(lambda m, i, o: 2 * o)
     net[6].register_forward_pre_hook(lambda m, i: (i[0] - 1,))
-    small = lbyl_restore(
-        net, x, keep={'0': [0, 1, 2, 3]}, restorer=restorer(calibration(x), ridge=1e-9)
-    )
+    how = restorer(calibration(x), ridge=1e-9)
+    small = lbyl_restore(net, x, keep={'0': [0, 1, 2, 3]}, restorer=how)
     assert small[0].out_channels == 4
     torch.testing.assert_close(small(x), net(x), rtol=1e-5, atol=1e-5)
 
@@ -501,52 +507,45 @@ def test_frozen_parameters_and_modes(restorer):
     net[1].eval()
     small = lbyl_restore(net, image, ratio=0.5, restorer=restorer)
     assert [k for k, p in small.named_parameters() if not p.requires_grad] == ['0.weight']
-    assert (
-        [m.training for m in small]
-        == [m.training for m in net]
-        == [True, False, True, True, True, True]
-    )
+    modes = [True, False, True, True, True, True]
+    assert [m.training for m in small] == [m.training for m in net] == modes
 
 
 @each_restorer
 def test_a_buffer_that_two_modules_share(restorer):
-    net = Net(
-        lambda n, x: n.b(n.a(x * n.a.scale).relu()) * n.scale,
-        a=nn.Conv2d(3, 8, 3),
-        b=nn.Conv2d(8, 3, 1),
-    )
+    forward = lambda n, x: n.b(n.a(x * n.a.scale).relu()) * n.scale
+    net = Net(forward, a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(8, 3, 1))
+    scale = torch.rand(1, 3, 1, 1)
     for m in (net, net.a):
-        m.register_buffer('scale', scale := net._buffers.get('scale', torch.rand(1, 3, 1, 1)))
+        m.register_buffer('scale', scale)
     small = lbyl_restore(net, image, ratio=0.5, restorer=restorer)
-    assert small.scale is small.a.scale is not net.scale and torch.equal(small.scale, scale)
+    assert small.scale is small.a.scale is not net.scale
+    assert torch.equal(small.scale, scale)
 
 
 @each_restorer
 def test_a_number_for_each_channel(restorer):
-    """As a parameter or a buffer it is cut with the channels; as a plain attribute it cannot be, so
-    they are left alone."""
+    """As a parameter or a buffer it is cut with the channels.
 
-    def net(own):
-        return Net(
-            lambda n, x: n.c(n.b((n.a(x) * n.own).relu()).relu()),
-            a=nn.Conv2d(3, 8, 3),
-            b=nn.Conv2d(8, 6, 1),
-            c=nn.Conv2d(6, 3, 1),
-        ), own(torch.rand(1, 8, 1, 1))
+    As a plain attribute it cannot be, so they are left alone.
+    """
 
-    cut, own = net(nn.Parameter)
-    cut.own = own
-    left, own = net(lambda v: v)
-    left.register_buffer('own', own)
-    plain, own = net(lambda v: v)
-    plain.own = own
-    cut, left, plain = (restore(n, image, ratio=0.5, restorer=restorer) for n in (cut, left, plain))
-    for r in (cut, left):
-        assert r.plan.keys() == {'a', 'b'} and r.model.own.shape == (1, 4, 1, 1)
-    assert (
-        plain.plan.keys() == {'b'}
-        and reasons(plain)['a'] == 'its channels meet a tensor of a fixed size'
-    )
+    def net():
+        forward = lambda n, x: n.c(n.b((n.a(x) * n.own).relu()).relu())
+        layers = dict(a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(8, 6, 1), c=nn.Conv2d(6, 3, 1))
+        return Net(forward, **layers)
+
+    of_parameter, of_buffer, of_attribute = net(), net(), net()
+    of_parameter.own = nn.Parameter(torch.rand(1, 8, 1, 1))
+    of_buffer.register_buffer('own', torch.rand(1, 8, 1, 1))
+    of_attribute.own = torch.rand(1, 8, 1, 1)
+    for n in (of_parameter, of_buffer):
+        r = restore(n, image, ratio=0.5, restorer=restorer)
+        assert r.plan.keys() == {'a', 'b'}
+        assert r.model.own.shape == (1, 4, 1, 1)
+    r = restore(of_attribute, image, ratio=0.5, restorer=restorer)
+    assert r.plan.keys() == {'b'}
+    assert reasons(r)['a'] == 'its channels meet a tensor of a fixed size'
 
 
 # Not a network of modules, or not one that can be followed
@@ -556,14 +555,11 @@ def test_a_number_for_each_channel(restorer):
 def test_compiled_by_torchscript():
     "Inside a network such a layer is not one of ours, and its neighbours are left alone."
     script = torch.jit.script(nn.Conv2d(8, 8, 1))
-    r = restore(
-        nn.Sequential(
-            nn.Conv2d(3, 8, 3), script, nn.ReLU(), nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Conv2d(6, 3, 1)
-        ),
-        image,
-        ratio=0.5,
-    )
-    assert r.plan.keys() == {'3'} and '0' in reasons(r)
+    behind = [nn.ReLU(), nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Conv2d(6, 3, 1)]
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), script, *behind)
+    r = restore(net, image, ratio=0.5)
+    assert r.plan.keys() == {'3'}
+    assert '0' in reasons(r)
     for net in (torch.jit.script(cnn()), torch.jit.trace(cnn().eval(), image)):
         with pytest.raises(ValueError, match='Module'):
             plan(net, image, 0.5)
@@ -582,8 +578,10 @@ def test_wrapped_networks():
 
 
 def test_symbolic_traces():
-    """Of torch.fx: networks of modules. Of torch.export: a graph of functions, with nothing in it
-    that could be pruned."""
+    """Of torch.fx: networks of modules.
+
+    Of torch.export: a graph of functions, with nothing in it that could be pruned.
+    """
     assert plan(torch.fx.symbolic_trace(cnn().eval()), image, 0.5).keys() == {'0', '3'}
     with pytest.raises(ValueError, match='it calls no convolution or linear layer'):
         plan(torch.export.export(cnn().eval(), (image,)).module(), image, 0.5)
@@ -617,12 +615,9 @@ def test_networks_that_cannot_be_copied():
 
 @pytest.mark.filterwarnings('ignore:Casting complex')
 def test_complex_weights():
+    net = nn.Sequential(L(6, 8, dtype=torch.complex64), L(8, 3, dtype=torch.complex64))
     with pytest.raises(ValueError, match='0.weight'):
-        plan(
-            nn.Sequential(L(6, 8, dtype=torch.complex64), L(8, 3, dtype=torch.complex64)),
-            rows.to(torch.complex64),
-            0.5,
-        )
+        plan(net, rows.to(torch.complex64), 0.5)
 
 
 @pytest.mark.parametrize('model', [None, torch.relu, dict(a=1)])
@@ -659,19 +654,18 @@ GPT2 = dict(n_embd=16, n_layer=1, n_head=2, n_positions=16)
 
 @each_restorer
 def test_bert(restorer):
-    """Inputs by keyword, an output of a class of its own, attention, layer norms: the inner layers
-    of the feed-forward blocks and the pooler are pruned."""
+    """Inputs by keyword, an output of a class of its own, attention, layer norms.
+
+    The inner layers of the feed-forward blocks and the pooler are pruned.
+    """
     hf = transformers()
     net = hf.BertForSequenceClassification(small_config(hf.BertConfig, **BERT)).eval()
     words = torch.randint(3, 50, (4, 6))
-    r = restore(
-        net,
-        dict(input_ids=words, attention_mask=torch.ones_like(words)),
-        ratio=0.5,
-        restorer=restorer,
-    )
+    inputs = dict(input_ids=words, attention_mask=torch.ones_like(words))
+    r = restore(net, inputs, ratio=0.5, restorer=restorer)
     out = r.model(words)
-    assert type(out) is type(net(words)) and out.logits.shape == (4, 2)
+    assert type(out) is type(net(words))
+    assert out.logits.shape == (4, 2)
     assert r.plan.keys() == {'bert.encoder.layer.0.intermediate.dense', 'bert.pooler.dense'}
 
 
@@ -681,15 +675,16 @@ def test_bert_with_a_tied_head():
     words = torch.randint(3, 50, (4, 6))
     r = restore(net, dict(input_ids=words), ratio=0.5)
     assert r.model.cls.predictions.decoder.weight is r.model.bert.embeddings.word_embeddings.weight
-    assert 'shares a parameter' in reasons(r)['cls.predictions.decoder'] and r.plan.keys() == {
-        'bert.encoder.layer.0.intermediate.dense'
-    }
+    assert 'shares a parameter' in reasons(r)['cls.predictions.decoder']
+    assert r.plan.keys() == {'bert.encoder.layer.0.intermediate.dense'}
 
 
 @pytest.mark.parametrize('cache', [False, True])
 def test_gpt2(cache):
-    """Its layers are of a class of its own, which is that of a linear layer; a cache in its output
-    is no obstacle."""
+    """Its layers are of a class of its own, which is that of a linear layer.
+
+    A cache in its output is no obstacle.
+    """
     hf = transformers()
     net = hf.GPT2LMHeadModel(small_config(hf.GPT2Config, **GPT2)).eval()
     words = torch.randint(3, 50, (4, 6))
@@ -698,11 +693,7 @@ def test_gpt2(cache):
     hidden = [k for k, m in net.named_modules() if k.endswith('mlp.c_fc')]
     assert {k for k, v in r.plan.items() if len(v) < net.get_submodule(k).nf} >= set(hidden)
     small, dense = r.model.get_submodule(hidden[0]), net.get_submodule(hidden[0])
-    assert type(small) is type(dense) and (small.nx, small.nf) == (
-        dense.nx,
-        dense.nf // 2,
-    ) == tuple(small.weight.shape)
-    assert (
-        torch.equal(small.weight, dense.weight[:, r.plan[hidden[0]]])
-        and r.model(**inputs).logits.shape == net(**inputs).logits.shape
-    )
+    assert type(small) is type(dense)
+    assert (small.nx, small.nf) == (dense.nx, dense.nf // 2) == tuple(small.weight.shape)
+    assert torch.equal(small.weight, dense.weight[:, r.plan[hidden[0]]])
+    assert r.model(**inputs).logits.shape == net(**inputs).logits.shape

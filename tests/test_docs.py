@@ -1,5 +1,7 @@
-"""The website up to Quarto's boundary: pages are processed, convert, and point at each other; the
-README is the index notebook."""
+"""The website up to Quarto's boundary.
+
+Pages are processed, convert, and point at each other; the README is the index notebook.
+"""
 
 import importlib.util
 import json
@@ -63,9 +65,8 @@ class Page(HTMLParser):
 @pytest.fixture(scope='session')
 def processed(tmp_path_factory):
     "The folder of processed notebooks, made as `make docs` makes it, in a copy of the project."
-    copy = shutil.copytree(
-        ROOT, tmp_path_factory.mktemp('docs') / 'project', ignore=BUILT, symlinks=True
-    )
+    copy = tmp_path_factory.mktemp('docs') / 'project'
+    shutil.copytree(ROOT, copy, ignore=BUILT, symlinks=True)
     run = call(sys.executable, 'tools/docs.py', 'pages', cwd=copy)
     assert run.returncode == 0, run.stdout
     return copy / '_proc'
@@ -73,44 +74,40 @@ def processed(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def pages(processed, tmp_path_factory):
-    """Every processed notebook as HTML, by the Pandoc that Quarto is built on, and what Pandoc had
-    to say about it.
+    """Every processed notebook as HTML, as a `Page`, and with Pandoc's warnings about it.
 
-    Pandoc's own reader of notebooks wants a number at each result, where a clean notebook, and
-    the format, have null."""
+    By the Pandoc that Quarto is built on.
+    """
     media, made = tmp_path_factory.mktemp('media'), {}
     for name in NOTEBOOKS:
         notebook = json.loads((processed / name).read_text(encoding='utf-8'))
         log = media / f'{name}.json'
-        for o in (
-            o
-            for c in notebook['cells']
-            for o in c.get('outputs', [])
-            if o['output_type'] == 'execute_result'
-        ):
-            o['execution_count'] = 0
-        html = pypandoc.convert_text(
-            json.dumps(notebook),
-            'html',
-            format='ipynb',
-            extra_args=['--mathml', f'--extract-media={media / name}', f'--log={log}'],
-        )
-        made[name] = (
-            html,
-            Page(html),
-            [m for m in json.loads(log.read_text()) if m['verbosity'] == 'WARNING'],
-        )
+        number_results(notebook)
+        options = ['--mathml', f'--extract-media={media / name}', f'--log={log}']
+        text = json.dumps(notebook)
+        html = pypandoc.convert_text(text, 'html', format='ipynb', extra_args=options)
+        warnings = [m for m in json.loads(log.read_text()) if m['verbosity'] == 'WARNING']
+        made[name] = html, Page(html), warnings
     return made
+
+
+def number_results(notebook):
+    """Give each result of a notebook a number.
+
+    Pandoc's own reader of notebooks wants one, where a clean notebook, and the format, have null.
+    """
+    for cell in notebook['cells']:
+        for output in cell.get('outputs', []):
+            if output['output_type'] == 'execute_result':
+                output['execution_count'] = 0
 
 
 def output_file(page):
     "Name that nbdev gives a page on the website: the notebook's, without its number."
     front = [c for c in cells(page, 'raw') if c['source'].startswith('---')]
-    return (
-        yaml.safe_load(front[0]['source'].strip().strip('-'))['output-file']
-        if front
-        else page.with_suffix('.html').name
-    )
+    if not front:
+        return page.with_suffix('.html').name
+    return yaml.safe_load(front[0]['source'].strip().strip('-'))['output-file']
 
 
 def test_sidebar_is_the_notebooks():
@@ -121,13 +118,15 @@ def test_sidebar_is_the_notebooks():
 
 
 def test_nbdev_finds_the_same_configuration():
-    """nbdev looks for _quarto.yml in nbs/ only, and moves what Quarto made from the folder that its
-    own settings name."""
+    """nbdev looks for _quarto.yml in nbs/ only.
+
+    It moves what Quarto made from the folder that its own settings name.
+    """
     from nbdev.config import get_config
 
-    assert (NBS / '_quarto.yml').is_symlink() and (
-        NBS / '_quarto.yml'
-    ).resolve() == ROOT / '_quarto.yml'
+    link = NBS / '_quarto.yml'
+    assert link.is_symlink()
+    assert link.resolve() == ROOT / '_quarto.yml'
     assert get_config(ROOT).doc_path.name == QUARTO['project']['output-dir']
     assert list(QUARTO['format']) == ['html']
     assert QUARTO['website']['title'] == get_config(ROOT).title == settings()['lib_name']
@@ -136,21 +135,14 @@ def test_nbdev_finds_the_same_configuration():
 @pytest.mark.parametrize('name', NOTEBOOKS)
 def test_page_is_the_notebook(name, processed):
     "Processing leaves out nothing but hidden cells: code, outputs and text are all there."
-    stored, page = cells(NBS / name, 'code'), cells(processed / name, 'code')
-    hidden = [
-        c
-        for c in stored
-        if re.search(r'^#\|\s*(hide|default_exp|include:\s*false)\b', c['source'], re.M)
-    ]
-    text = {re.sub(r'^#\|.*\n?', '', c['source'], flags=re.M).strip() for c in page}
-    assert [
-        c['source']
-        for c in stored
-        if c not in hidden and re.sub(r'^#\|.*\n?', '', c['source'], flags=re.M).strip() not in text
-    ] == []
-    assert sum(len(c['outputs']) for c in page) >= sum(
-        len(c['outputs']) for c in stored if c not in hidden
-    )
+    hides = re.compile(r'^#\|\s*(hide|default_exp|include:\s*false)\b', re.M)
+    code = lambda c: re.sub(r'^#\|.*\n?', '', c['source'], flags=re.M).strip()
+    outputs = lambda found: sum(len(c['outputs']) for c in found)
+    visible = [c for c in cells(NBS / name, 'code') if not hides.search(c['source'])]
+    page = cells(processed / name, 'code')
+    shown = {code(c) for c in page}
+    assert [c['source'] for c in visible if code(c) not in shown] == []
+    assert outputs(page) >= outputs(visible)
 
 
 @pytest.mark.parametrize('name', NOTEBOOKS)
@@ -158,24 +150,16 @@ def test_page_converts(name, pages):
     "Pandoc reads every formula, quotation and figure of the notebook."
     html, page, warnings = pages[name]
     assert warnings == []
-    text = '\n\n'.join(
-        re.sub(r'```.*?```|`[^`\n]*`', '', c['source'], flags=re.S)
-        for c in cells(NBS / name, 'markdown')
-    )
+    texts = [c['source'] for c in cells(NBS / name, 'markdown')]
+    in_code = re.compile(r'```.*?```|`[^`\n]*`', re.S)
+    text = '\n\n'.join(in_code.sub('', t) for t in texts)
     displayed = len(re.findall(r'\$\$.+?\$\$', text, re.S))
-    assert page.tags.count('math') >= displayed and html.count('display="block"') == displayed
-    quotes = [
-        c['source']
-        for c in cells(NBS / name, 'markdown')
-        if re.search(r'^> ', c['source'], re.M) and not c['source'].startswith('# ')
-    ]
-    assert ('blockquote' in page.tags) >= bool(quotes)
-    figures = [
-        o
-        for c in cells(NBS / name, 'code')
-        for o in c['outputs']
-        if 'image/png' in o.get('data', {})
-    ]
+    assert page.tags.count('math') >= displayed
+    assert html.count('display="block"') == displayed
+    quotes = any(re.search(r'^> ', t, re.M) for t in texts if not t.startswith('# '))
+    assert ('blockquote' in page.tags) >= quotes
+    outputs = [o for c in cells(NBS / name, 'code') for o in c['outputs']]
+    figures = [o for o in outputs if 'image/png' in o.get('data', {})]
     assert len(page.images) >= len(figures)
     assert '$$' not in re.sub(r'<(pre|code|annotation)\b.*?</\1>', '', html, flags=re.S)
 
@@ -185,43 +169,34 @@ def test_links_resolve(name, pages, processed):
     """Links between pages, to headings and to files lead somewhere, as do pictures.
 
     A link that nbdev makes of a symbol in backticks leads to the page that documents it; the
-    symbol is no heading there."""
-    names = {output_file(processed / n): n for n in NOTEBOOKS} | {n: n for n in NOTEBOOKS}
-    symbols = {
-        where.partition('#')[2]
-        for module in _modidx.d['syms'].values()
-        for where, _ in module.values()
-    }
+    symbol is no heading there.
+    """
+    names = {n: n for n in NOTEBOOKS}
+    names.update({output_file(processed / n): n for n in NOTEBOOKS})
+    documented = [where for module in _modidx.d['syms'].values() for where, _ in module.values()]
+    symbols = {where.partition('#')[2] for where in documented}
     _, page, _ = pages[name]
-    broken = []
-    for link in page.links:
-        if re.match(r'(https?|mailto):', link):
-            continue
+
+    def leads_somewhere(link):
         target, _, anchor = unquote(link).lstrip('/').partition('#')
         if target and target not in names:
-            if not (NBS / target).resolve().exists():
-                broken.append(link)
-        elif (
-            anchor
-            and anchor not in symbols
-            and anchor not in pages[names[target] if target else name][1].ids
-        ):
-            broken.append(link)
-    broken += [
-        src
-        for src in page.images
-        if not re.match(r'https?:|data:', src) and not (NBS / unquote(src)).exists()
-    ]
-    assert broken == []
+            return (NBS / target).resolve().exists()
+        _, there, _ = pages[names[target] if target else name]
+        return not anchor or anchor in symbols or anchor in there.ids
+
+    links = [link for link in page.links if not re.match(r'(https?|mailto):', link)]
+    assert [link for link in links if not leads_somewhere(link)] == []
+    images = [src for src in page.images if not re.match(r'https?:|data:', src)]
+    assert [src for src in images if not (NBS / unquote(src)).exists()] == []
 
 
 def test_make_docs_says_that_quarto_is_missing(project):
-    """Without Quarto, `make docs` processes the pages and then fails with one sentence, installing
-    nothing."""
+    """Without Quarto, `make docs` processes the pages and then fails with one sentence.
+
+    It installs nothing.
+    """
     if sys.prefix == sys.base_prefix:
-        pytest.skip(
-            'the tests run outside a virtual environment, so there is none to lend to the copy'
-        )
+        pytest.skip('the tests run outside a virtual environment: there is none to lend')
     env = project / '.venv'
     env.mkdir()
     for p in os.scandir(sys.prefix):
@@ -243,33 +218,29 @@ def test_make_docs_says_that_quarto_is_missing(project):
 
 
 def test_readme_is_the_index():
-    assert (ROOT / 'README.md').read_text(encoding='utf-8') == docs.readme(NBS / 'index.ipynb'), (
-        'make readme writes it anew'
-    )
+    stored = (ROOT / 'README.md').read_text(encoding='utf-8')
+    assert stored == docs.readme(NBS / 'index.ipynb'), 'make readme writes it anew'
 
 
 def test_readme_links_resolve():
-    page = Page(
-        pypandoc.convert_text(
-            (ROOT / 'README.md').read_text(encoding='utf-8'), 'html', format='gfm'
-        )
-    )
-    local = [
-        unquote(line)
-        for line in page.links + page.images
-        if not re.match(r'(https?|mailto):', line)
-    ]
-    assert [
-        line
-        for line in local
-        if not (line.startswith('#') and line[1:] in page.ids)
-        and not (ROOT / line.partition('#')[0]).exists()
-    ] == []
+    text = (ROOT / 'README.md').read_text(encoding='utf-8')
+    page = Page(pypandoc.convert_text(text, 'html', format='gfm'))
+
+    def leads_somewhere(link):
+        if link.startswith('#') and link[1:] in page.ids:
+            return True
+        return (ROOT / link.partition('#')[0]).exists()
+
+    links = page.links + page.images
+    local = [unquote(link) for link in links if not re.match(r'(https?|mailto):', link)]
+    assert [link for link in local if not leads_somewhere(link)] == []
 
 
 def test_readme_writer(tmp_path):
-    """Links move with the text, code keeps its brackets, directives vanish, outputs become
-    Markdown, hidden cells are left out."""
+    """Links move with the text, code keeps its brackets, directives vanish.
+
+    Outputs become Markdown, hidden cells are left out.
+    """
 
     def code(source, *outputs):
         return dict(cell_type='code', source=source, outputs=list(outputs))

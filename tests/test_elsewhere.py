@@ -28,7 +28,8 @@ def masked(kind, *params):
     big = copy.deepcopy(net)
     for k in params:
         mask = torch.ones_like(getattr(big[0], k))
-        (mask.transpose(0, 1) if kind == 'transposed' and k == 'weight' else mask)[GONE] = 0
+        by_filter = mask.transpose(0, 1) if kind == 'transposed' and k == 'weight' else mask
+        by_filter[GONE] = 0
         prune.custom_from_mask(big[0], k, mask)
     return net, big, x
 

@@ -1,5 +1,7 @@
-"""Fine-tuning in two processes, killed for good, on the whole path; and what its schedule and order
-of images promise for any numbers."""
+"""Fine-tuning in two processes, killed for good, on the whole path.
+
+And what its schedule and order of images promise for any numbers.
+"""
 
 import signal
 import sys
@@ -34,9 +36,8 @@ from lbyl_nb.restorers import prune_only
 from lbyl_nb.saved import load_restored
 
 pytestmark = pytest.mark.usefixtures('one_thread')  # bits are compared
-Accelerator(
-    cpu=True
-)  # the first one decides for all: bits are compared here, and a GPU promises none
+# the first one decides for all: bits are compared here, and a GPU promises none
+Accelerator(cpu=True)
 SHORT = Recipe(epochs=3, lr=0.01, milestones=(2,), batch=64)
 COMMON = """
 import os, signal, sys, torch
@@ -44,7 +45,8 @@ from torch import nn
 from lbyl_nb.data import crop_flip, digits, subset
 from lbyl_nb.finetune import Recipe, boost, finetune, fixed_norms, synced_norms, unchanged
 from lbyl_nb.models import digits_net, initialised, save_weights
-data, out = subset(digits()[0], 256), sys.argv[1]
+data = subset(digits()[0], 256)
+out = sys.argv[1]
 short = Recipe(epochs=3, lr=.01, milestones=(2,), batch=64)
 dense = initialised(lambda: digits_net(4), 1)
 def two_layers():
@@ -53,10 +55,12 @@ def linear():
     return initialised(two_layers, 0)
 class Shift:
     "Images shifted at random; the process kills itself at a call."
-    def __init__(self, killed_at=None): self.calls, self.killed_at = 0, killed_at
+    def __init__(self, killed_at=None):
+        self.calls, self.killed_at = 0, killed_at
     def __call__(self, x):
         self.calls += 1
-        if self.calls == self.killed_at: os.kill(os.getpid(), signal.SIGKILL)
+        if self.calls == self.killed_at:
+            os.kill(os.getpid(), signal.SIGKILL)
         return crop_flip(x, 1)
 """
 TWO = (
@@ -82,15 +86,20 @@ def main():
         save_weights(done.model, f'{out}/{name}{rank}.safetensors')
         done.history.to_csv(f'{out}/{name}{rank}.csv', index=False)
     for says, how in WRONG.items():
-        try: finetune(dense, data, **how())
-        except (ValueError, FloatingPointError) as e: assert says in str(e), e
-        else: raise AssertionError(says)
+        try:
+            finetune(dense, data, **how())
+        except (ValueError, FloatingPointError) as e:
+            assert says in str(e), e
+        else:
+            raise AssertionError(says)
 class Nan:
     "An image that is not a number, at the second step, which only the second process trains on."
-    def __init__(self): self.calls = 0
+    def __init__(self):
+        self.calls = 0
     def __call__(self, x):
         self.calls += 1
-        if self.calls == 2: x[1] = float('nan')
+        if self.calls == 2:
+            x[1] = float('nan')
         return x
 debug_launcher(main)
 """
@@ -131,67 +140,50 @@ def dense():
     return initialised(lambda: digits_net(4), 1)
 
 
+def two_layers():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+
+
 def linear():
-    return initialised(
-        lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)), 0
-    )
+    return initialised(two_layers, 0)
 
 
 def script(text, *args, **env):
     "Run a script on the CPU, with the project's modules."
-    return call(
-        sys.executable,
-        '-c',
-        text,
-        *args,
-        cwd=ROOT,
-        timeout=120,
-        TQDM_DISABLE='1',
-        CUDA_VISIBLE_DEVICES='',
-        ACCELERATE_USE_CPU='true',
-        **env,
-    )
+    on_cpu = dict(TQDM_DISABLE='1', CUDA_VISIBLE_DEVICES='', ACCELERATE_USE_CPU='true')
+    return call(sys.executable, '-c', text, *args, cwd=ROOT, timeout=120, **on_cpu, **env)
 
 
 def apart(a, b):
     "Largest distance of two states, relative to the largest number."
-    return max(
-        ((a[k] - b[k]).abs().max() / b[k].abs().max().clamp(min=1)).item()
-        for k in b
-        if b[k].is_floating_point()
-    )
+    far = lambda u, v: ((u - v).abs().max() / v.abs().max().clamp(min=1)).item()
+    return max(far(a[k], b[k]) for k in b if b[k].is_floating_point())
 
 
 def test_two_processes(tmp_path, data, dense):
-    """Two processes are one with the whole batch where images have nothing to do with each other;
-    both end alike whatever the batch norms do."""
+    """Two processes are one with the whole batch where images have nothing to do with each other.
+
+    Both end alike whatever the batch norms do.
+    """
     run = script(TWO, tmp_path)
     assert run.returncode == 0, run.stdout
     other = initialised(lambda: digits_net(4), 2).double()
-    for name, net, norms, teacher in (
-        ('linear', linear(), unchanged, None),
-        ('fixed', dense, fixed_norms, None),
-        ('own', dense, unchanged, other),
-    ):
+    cases = dict(
+        linear=(linear(), unchanged, None),
+        fixed=(dense, fixed_norms, None),
+        own=(dense, unchanged, other),
+    )
+    for name, (net, norms, teacher) in cases.items():
         both = [load_file(tmp_path / f'{name}{i}.safetensors') for i in (0, 1)]
         assert all(torch.equal(both[0][k], both[1][k]) for k in both[0])
-        one = finetune(
-            net.double(),
-            data,
-            teacher=teacher,
-            sp_weight=3,
-            recipe=SHORT,
-            batch_norms=norms,
-            augment=Shift(),
-            eval_set=data,
-        )
+        how = dict(recipe=SHORT, batch_norms=norms, augment=Shift(), eval_set=data)
+        one = finetune(net.double(), data, teacher=teacher, sp_weight=3, **how)
         moved = apart(net.state_dict(), one.model.state_dict())
-        if name == 'own':
-            assert (
-                1e-4 < apart(both[0], one.model.state_dict()) < moved
-            )  # shares have statistics of their own
+        if name == 'own':  # shares have statistics of their own
+            assert 1e-4 < apart(both[0], one.model.state_dict()) < moved
         else:
-            assert apart(both[0], one.model.state_dict()) < 1e-12 < 0.01 < moved
+            assert apart(both[0], one.model.state_dict()) < 1e-12
+            assert moved > 0.01
         rows = [pd.read_csv(tmp_path / f'{name}{i}.csv') for i in (0, 1)]
         pd.testing.assert_frame_equal(*rows)
         if name == 'own':
@@ -201,30 +193,33 @@ def test_two_processes(tmp_path, data, dense):
 
 
 def test_killed(tmp_path, data, dense):
-    """A process that ends by SIGKILL in the middle of a step; the same call in another process goes
-    on to the same bits."""
+    """A process that ends by SIGKILL in the middle of a step.
+
+    The same call in another process goes on to the same bits.
+    """
     run = script(KILLED, tmp_path)
     assert run.returncode == -signal.SIGKILL, run.stdout
     path = tmp_path / 'c.safetensors'
     assert read_safetensors(path)[1]['step'] == '10'
     how = dict(teacher=dense, recipe=SHORT, sp_weight=30, augment=Shift(), every=2, eval_set=data)
-    rest, whole = boost(dense, data, checkpoint=path, **how), boost(dense, data, **how)
+    rest = boost(dense, data, checkpoint=path, **how)
+    whole = boost(dense, data, **how)
     assert len(rest.history) == 6 and rest.history.equals(whole.history)
-    assert all(
-        torch.equal(v, whole.model.state_dict()[k]) for k, v in rest.model.state_dict().items()
-    )
+    state = whole.model.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in rest.model.state_dict().items())
 
 
 def test_precision_that_accelerate_is_configured_with(tmp_path, data, dense):
-    """`accelerate launch --mixed_precision bf16` sets a variable; teacher and student obey it as
-    they obey the argument."""
+    """`accelerate launch --mixed_precision bf16` sets a variable.
+
+    Teacher and student obey it as they obey the argument.
+    """
     run = script(HALF, tmp_path, ACCELERATE_MIXED_PRECISION='bf16')
     assert run.returncode == 0, run.stdout
     how = dict(teacher=initialised(lambda: digits_net(4), 2), recipe=SHORT, sp_weight=30)
-    configured, asked, full = (
-        pd.read_csv(tmp_path / 'half.csv'),
-        *(finetune(dense, data, autocast=t, **how).history for t in (torch.bfloat16, None)),
-    )
+    configured = pd.read_csv(tmp_path / 'half.csv')
+    asked = finetune(dense, data, autocast=torch.bfloat16, **how).history
+    full = finetune(dense, data, autocast=None, **how).history
     pd.testing.assert_frame_equal(configured, asked, rtol=1e-3)
     assert (asked.similarity != full.similarity).all()
 
@@ -244,20 +239,15 @@ def test_whole_path(tmp_path, data):
     "Networks passed in keep every bit; what is saved is what is returned."
     dense, image = initialised(lambda: digits_net(4), 0).eval(), torch.zeros(1, 1, 8, 8)
     before = {k: v.clone() for k, v in dense.state_dict().items()}
-    done = restore_and_boost(
-        dense,
-        image,
-        data,
-        restoring=dict(ratio=0.5, restorer=prune_only()),
-        path=tmp_path / 's.safetensors',
-        recipe=SHORT,
-    )
-    assert (
-        all(torch.equal(v, before[k]) for k, v in dense.state_dict().items()) and not dense.training
-    )
-    loaded = load_restored(digits_net(4), image, tmp_path / 's.safetensors')
-    assert all(torch.equal(v, done.model.state_dict()[k]) for k, v in loaded.state_dict().items())
-    assert {k: len(v) for k, v in done.plan.items()} and done.history.similarity.gt(0).all()
+    path = tmp_path / 's.safetensors'
+    how = dict(ratio=0.5, restorer=prune_only())
+    done = restore_and_boost(dense, image, data, restoring=how, path=path, recipe=SHORT)
+    assert all(torch.equal(v, before[k]) for k, v in dense.state_dict().items())
+    assert not dense.training
+    loaded = load_restored(digits_net(4), image, path)
+    state = done.model.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in loaded.state_dict().items())
+    assert done.plan and done.history.similarity.gt(0).all()
     assert type(done.model) is type(dense) and not done.model.training
 
 
@@ -271,25 +261,28 @@ def test_callers_generator_goes_on(data, dense):
 
 @settings(max_examples=100, deadline=None)
 @given(
-    st.integers(1, 50),
-    st.integers(1, 12),
-    st.integers(0, 9),
-    st.integers(0, 30),
-    st.integers(0, 20),
+    images=st.integers(1, 50),
+    batch=st.integers(1, 12),
+    seed=st.integers(0, 9),
+    first=st.integers(0, 30),
+    more=st.integers(0, 20),
 )
 def test_order(images, batch, seed, first, more):
-    """Any stretch of steps sees the images it would see in the whole run; no image comes twice in
-    an epoch."""
+    """Any stretch of steps sees the images it would see in the whole run.
+
+    No image comes twice in an epoch.
+    """
     if batch > images:
         return
-    whole = [p.tolist() for _, p in _batches(images, batch, seed, 0, first + more)]
-    assert [p.tolist() for _, p in _batches(images, batch, seed, first, first + more)] == whole[
-        first:
-    ]
+    between = lambda a, b: [p.tolist() for _, p in _batches(images, batch, seed, a, b)]
+    whole = between(0, first + more)
+    assert between(first, first + more) == whole[first:]
     per = images // batch
-    for e in range(0, len(whole), per):
-        seen = [i for p in whole[e : e + per] for i in p]
-        assert len(set(seen)) == len(seen) and all(len(p) == batch for p in whole[e : e + per])
+    for start in range(0, len(whole), per):
+        epoch = whole[start : start + per]
+        seen = [i for p in epoch for i in p]
+        assert len(set(seen)) == len(seen)
+        assert all(len(p) == batch for p in epoch)
 
 
 @given(st.floats(1e-3, 10), st.floats(0, 149))

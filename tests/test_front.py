@@ -19,16 +19,14 @@ for name in lbyl_nb.__all__:
 """
 
 
-@pytest.mark.parametrize(
-    'first', ['lbyl_nb', 'lbyl_nb.gaussian', 'lbyl_nb.recover', 'lbyl_nb.trace']
-)
+FIRST = ['lbyl_nb', 'lbyl_nb.gaussian', 'lbyl_nb.recover', 'lbyl_nb.trace']
+
+
+@pytest.mark.parametrize('first', FIRST)
 def test_what_people_write_is_at_the_top_and_light(first):
     "Functions, and not the modules of the same names, whichever module is imported first."
-    run = subprocess.run(
-        [sys.executable, '-c', IN_A_FRESH_PROCESS, first, ','.join(HEAVY)],
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, '-c', IN_A_FRESH_PROCESS, first, ','.join(HEAVY)]
+    run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 
 

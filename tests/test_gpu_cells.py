@@ -1,5 +1,8 @@
-"""The cells of 44_kinds_on_images and 45_boost that want a GPU, as they stand, on a processor and
-at a tiny size: interrupted again and again, they end with the rows of a run that never was."""
+"""The cells of 44_kinds_on_images and 45_boost that want a GPU, on a processor and at a tiny size.
+
+They run as they stand. Interrupted again and again, they end with the rows of a run that never
+was.
+"""
 
 from collections import Counter
 from math import inf
@@ -24,28 +27,32 @@ CODE = [c['source'] for c in cells(NBS / '45_boost.ipynb', 'code')]
 IMPORTS = next(s for s in CODE if s.startswith('import'))
 GPU = [s for s in CODE if s.startswith('#| cuda')]
 TABLE = next(s for s in CODE if s.startswith('def beside_published'))
-FINETUNING, SCRATCH, PRUNING = (
-    Recipe(epochs=e, lr=lr, milestones=(e - 1,), batch=32)
-    for e, lr in ((2, 0.01), (3, 0.1), (4, 0.01))
-)
+FINETUNING = Recipe(epochs=2, lr=0.01, milestones=(1,), batch=32)
+SCRATCH = Recipe(epochs=3, lr=0.1, milestones=(2,), batch=32)
+PRUNING = Recipe(epochs=4, lr=0.01, milestones=(3,), batch=32)
+METHODS = [
+    'from scratch',
+    'ExpandNets',
+    'vanilla distillation',
+    'vanilla fine-tuning',
+    'over-parameterized',
+]
 
 
 def small_mobilenet():
     "Two inverted residuals, one of them with a depthwise convolution between two others."
     net = MobileNetV2(10, 1.0, [[1, 8, 1, 1], [2, 8, 2, 1]], dropout=0.0)
-    net.features[-1], net.classifier = (
-        Conv2dNormActivation(8, 16, 1, activation_layer=nn.ReLU6),
-        nn.Linear(16, 10),
-    )
+    net.features[-1] = Conv2dNormActivation(8, 16, 1, activation_layer=nn.ReLU6)
+    net.classifier = nn.Linear(16, 10)
     return net
 
 
 def load(name, split):
     "A few handwritten digits as colour images of 16 x 16 pixels."
     few = data.digits()[split == 'test'][:64]
-    return data.Dataset(
-        few.images.repeat(1, 3, 1, 1).repeat_interleave(2, 2).repeat_interleave(2, 3), few.labels
-    )
+    images = few.images.repeat(1, 3, 1, 1)
+    images = images.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    return data.Dataset(images, few.labels)
 
 
 class Clock:
@@ -61,23 +68,13 @@ class Clock:
 
 def notebook(folder, looks):
     "What the cells define, but for the last one, with other names for what is large."
+    few = dict(load=load, crop_flip=data.crop_flip, STATS=data.STATS, data_dir=lambda: folder)
     tiny = dict(
         DEVICE='cpu',
         ON_GPU=folder / 'rows.csv',
         IMAGE=torch.zeros(1, 3, 16, 16),
-        PUBLISHED=pd.DataFrame(
-            {60.0: range(5)},
-            [
-                'from scratch',
-                'ExpandNets',
-                'vanilla distillation',
-                'vanilla fine-tuning',
-                'over-parameterized',
-            ],
-        ),
-        data=SimpleNamespace(
-            load=load, crop_flip=data.crop_flip, STATS=data.STATS, data_dir=lambda: folder
-        ),
+        PUBLISHED=pd.DataFrame({60.0: range(5)}, METHODS),
+        data=SimpleNamespace(**few),
         time=Clock(looks),
         full_mobilenet=small_mobilenet,
         FINETUNING=FINETUNING,
@@ -89,17 +86,15 @@ def notebook(folder, looks):
         exec(source, names)
         names.update(tiny)
     first, *others = names['FULL']
+    # all methods, a rate that is too large, another seed
+    too_large = dict(first, method='ExpandNets', lr=1e30)
     seed_1 = next(s for s in others if s['seed'] == 1)
-    names['FULL'] = [
-        first,
-        dict(first, method='ExpandNets', lr=1e30),
-        *others[:6],
-        seed_1,
-    ]  # all methods, a rate that is too large, another seed
+    names['FULL'] = [first, too_large, *others[:6], seed_1]
     return names
 
 
 def steps(path):
+    "How many steps the run of a checkpoint has done."
     return int(read_safetensors(path)[1]['step']) if path.exists() else 0
 
 
@@ -108,12 +103,16 @@ def piece(folder):
     folder = folder / 'boost_cuda'
     if steps(folder / 'dense.safetensors') < SCRATCH.steps(64):
         return 'dense'
-    return 'ADMM' if steps(folder / 'admm_60.0.safetensors') < PRUNING.steps(64) else 'methods'
+    if steps(folder / 'admm_60.0.safetensors') < PRUNING.steps(64):
+        return 'ADMM'
+    return 'methods'
 
 
 def test_cells_go_on(tmp_path, capsys):
-    """Three steps a call, an epoch of two of which a checkpoint keeps; now and then in a new
-    process, as far as its names are concerned."""
+    """Three steps a call, an epoch of two of which a checkpoint keeps.
+
+    Now and then in a new process, as far as its names are concerned.
+    """
     whole, parts = tmp_path / 'whole', tmp_path / 'parts'
     for folder in (whole, parts):
         folder.mkdir()
@@ -129,23 +128,19 @@ def test_cells_go_on(tmp_path, capsys):
             names = notebook(parts, 3)
     assert stopped['dense'] == 2 and stopped['ADMM'] > 2 and stopped['methods'] > 20
     rows = pd.read_csv(parts / 'rows.csv')
-    files = [sorted(p.name for p in (folder / 'boost_cuda').iterdir()) for folder in (whole, parts)]
-    assert (parts / 'rows.csv').read_bytes() == (whole / 'rows.csv').read_bytes() and files[
-        0
-    ] == files[1]
-    assert (
-        len(rows) == 9
-        and rows.method.nunique() == 5
-        and rows.params.nunique() == 1
-        and rows.accuracy.isna().tolist() == [False, True] + [False] * 7
-    )
-    for name in files[0]:
-        (a, told), (b, told_again) = (
-            read_safetensors(folder / 'boost_cuda' / name) for folder in (whole, parts)
-        )
-        assert (
-            told == told_again and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-        ), name
+    assert (parts / 'rows.csv').read_bytes() == (whole / 'rows.csv').read_bytes()
+    assert len(rows) == 9
+    assert rows.method.nunique() == 5
+    assert rows.params.nunique() == 1
+    assert rows.accuracy.isna().tolist() == [False, True] + [False] * 7
+    files = lambda folder: sorted(p.name for p in (folder / 'boost_cuda').iterdir())
+    assert files(whole) == files(parts)
+    for name in files(whole):
+        a, told = read_safetensors(whole / 'boost_cuda' / name)
+        b, told_again = read_safetensors(parts / 'boost_cuda' / name)
+        assert told == told_again, name
+        assert a.keys() == b.keys(), name
+        assert all(torch.equal(a[k], b[k]) for k in a), name
     exec(TABLE, names)
     assert 'nan' in names['beside_published'](parts / 'rows.csv').loc['ExpandNets', 1e30].item()
 
@@ -154,14 +149,8 @@ def kinds(folder, looks):
     "What 44_kinds_on_images defines up to its last cell for a GPU, and that cell."
     code = [c['source'] for c in cells(NBS / '44_kinds_on_images.ipynb', 'code')]
     gpu = [s for s in code if s.startswith('#| cuda')]
-    wanted = (
-        'from functools',
-        'class ProjectionResNet',
-        'def densenet',
-        'NETWORKS = dict',
-        '@cache\ndef network_of',
-        'def measure',
-    )
+    classes = 'from functools', 'class ProjectionResNet', 'def densenet'
+    wanted = (*classes, 'NETWORKS = dict', '@cache\ndef network_of', 'def measure')
     digits = SimpleNamespace(
         load=load,
         crop_flip=data.crop_flip,
@@ -176,23 +165,26 @@ def kinds(folder, looks):
         data=digits,
         time=Clock(looks),
         RECIPE=SCRATCH,
-        models=SimpleNamespace(**{**vars(models), 'weights_dir': lambda: folder}),
+        models=SimpleNamespace(**dict(vars(models), weights_dir=lambda: folder)),
     )
     names = {}
     for source in [s for s in code if s.startswith(wanted)] + gpu[:-1]:
         exec(source, names)
         names.update(tiny)
     trials, net = names['trials'], names['ProjectionResNet']
-    names.update(
-        small_stem=lambda: net((4, 8, 8)),
-        trials=lambda network: [s for s in trials(network) if s['ratio'] in (0.0, 0.25, 0.5)][:9],
-    )
+
+    def few(network):
+        return [s for s in trials(network) if s['ratio'] in (0.0, 0.25, 0.5)][:9]
+
+    names.update(small_stem=lambda: net((4, 8, 8)), trials=few)
     return names, gpu[-1]
 
 
 def test_kinds_go_on(tmp_path, capsys):
-    """Training and measuring, four looks at the clock a call; now and then in a new process, as far
-    as its names are concerned."""
+    """Training and measuring, four looks at the clock a call.
+
+    Now and then in a new process, as far as its names are concerned.
+    """
     whole, parts = tmp_path / 'whole', tmp_path / 'parts'
     for folder in (whole, parts):
         folder.mkdir()
@@ -203,14 +195,11 @@ def test_kinds_go_on(tmp_path, capsys):
     while exec(cell, names) or capsys.readouterr().out:
         calls += 1
         if calls == 1:
-            assert (
-                steps(parts / 'resnet18_cifar10.checkpoint') == 4
-                and not (parts / 'rows.csv').exists()
-            )
+            assert steps(parts / 'resnet18_cifar10.checkpoint') == 4
+            assert not (parts / 'rows.csv').exists()
         if calls % 2:
             names = kinds(parts, 4)[0]
-    assert (
-        3 <= calls < 10 and (parts / 'rows.csv').read_bytes() == (whole / 'rows.csv').read_bytes()
-    )
+    assert 3 <= calls < 10
+    assert (parts / 'rows.csv').read_bytes() == (whole / 'rows.csv').read_bytes()
     rows = pd.read_csv(parts / 'rows.csv')
     assert len(rows) == 9 and {*rows.method} >= {'unpruned', 'pruned', 'lbyl', 'every layer'}

@@ -1,6 +1,7 @@
 """What goes with a channel, beside Torch-Pruning's account of it, which follows autograd's graph.
 
-The package records labels of channels in a forward pass and knows nothing of that graph."""
+The package records labels of channels in a forward pass and knows nothing of that graph.
+"""
 
 import pytest
 import torch
@@ -23,26 +24,26 @@ NETWORKS = [
 
 
 def by_torch_pruning(net, graph, name, channel):
-    """{(module, does it lose outputs?): indices} of all that goes with one output channel of a
-    layer."""
-    names, layer, found = {m: k for k, m in net.named_modules()}, net.get_submodule(name), {}
+    "{(module, does it lose outputs?): indices} of all that goes with one channel of a layer."
+    names = {m: k for k, m in net.named_modules()}
+    layer, found = net.get_submodule(name), {}
     cut = graph.get_pruner_of_module(layer).prune_out_channels
     for item in graph.get_pruning_group(layer, cut, [channel]).items:
         module = item.dep.target.module
         if module not in names:
             continue
-        outputs = graph.is_out_channel_pruning_fn(item.dep.handler) or not isinstance(
-            module, LAYERS
-        )
+        of_layer = isinstance(module, LAYERS)
+        outputs = not of_layer or graph.is_out_channel_pruning_fn(item.dep.handler)
         found.setdefault((names[module], outputs), set()).update(item.idxs)
     return found
 
 
 def by_labels(group, channel, depthwise):
     "The same from a group. Of a depthwise convolution inputs and outputs are one."
-    found = {(k, True): set(columns[channel].tolist()) for k, columns in group.cut}
+    at = lambda columns: set(columns[channel].tolist())
+    found = {(k, True): at(columns) for k, columns in group.cut}
     found |= {(k, False): v for (k, _), v in found.items() if k in depthwise}
-    found |= {(c.name, False): set(c.columns[channel].tolist()) for c in group.consumers}
+    found |= {(c.name, False): at(c.columns) for c in group.consumers}
     return found
 
 

@@ -1,5 +1,7 @@
-"""Every kind of channel group: removed channels that repeat kept ones are restored without loss,
-whatever lies between producer and consumer."""
+"""Every kind of channel group: removed channels that repeat kept ones are restored without loss.
+
+Whatever lies between producer and consumer.
+"""
 
 import copy
 
@@ -50,8 +52,10 @@ class Own(nn.Conv2d):
 
 def stream(net, x):
     x = net['bn0'](net['stem'](x)).relu()
-    x = (x + net['bn2'](net['b'](net['bn1'](net['a'](x)).relu()))).relu()
-    return net['fc']((x + net['c'](x)).relu().mean((2, 3)))
+    y = net['bn1'](net['a'](x)).relu()
+    x = (x + net['bn2'](net['b'](y))).relu()
+    x = (x + net['c'](x)).relu()
+    return net['fc'](x.mean((2, 3)))
 
 
 def dense(net, x):
@@ -62,10 +66,11 @@ def dense(net, x):
 
 
 def gated(net, x):
-    x = net['dbn'](net['dw'](F.silu(net['bn'](net['expand'](x)))))
-    return net['out'](
-        x * net['excite'](net['squeeze'](x.mean((2, 3), keepdim=True)).relu()).sigmoid()
-    ).mean((2, 3))
+    x = F.silu(net['bn'](net['expand'](x)))
+    x = net['dbn'](net['dw'](x))
+    gate = net['squeeze'](x.mean((2, 3), keepdim=True)).relu()
+    gate = net['excite'](gate).sigmoid()
+    return net['out'](x * gate).mean((2, 3))
 
 
 def mlp(net, x):
@@ -73,7 +78,13 @@ def mlp(net, x):
     return net['fc'](x.mean(1))
 
 
+def several(net, x):
+    y = net['a'](x).relu()
+    return net['b'](y).relu().mean((2, 3)) + net['c'](y)[:, :, 0, 0]
+
+
 C, B = nn.Conv2d, nn.BatchNorm2d
+# what builds a network of a kind, and the shape of its inputs
 KINDS = dict(
     stream=(
         lambda: Net(
@@ -157,7 +168,11 @@ KINDS = dict(
     ),
     activation_in_norm=(
         lambda: nn.Sequential(
-            C(3, 8, 3, padding=1), NormAct(8), C(8, 6, 3), NormAct(6), C(6, 4, 1)
+            C(3, 8, 3, padding=1),
+            NormAct(8),
+            C(8, 6, 3),
+            NormAct(6),
+            C(6, 4, 1),
         ),
         (3, 8, 8),
     ),
@@ -234,14 +249,7 @@ KINDS = dict(
         (5, 6),
     ),
     several_consumers=(
-        lambda: Net(
-            lambda net, x: (lambda y: net['b'](y).relu().mean((2, 3)) + net['c'](y)[:, :, 0, 0])(
-                net['a'](x).relu()
-            ),
-            a=C(3, 8, 3),
-            b=C(8, 4, 3),
-            c=C(8, 4, 1),
-        ),
+        lambda: Net(several, a=C(3, 8, 3), b=C(8, 4, 3), c=C(8, 4, 1)),
         (3, 8, 8),
     ),
 )
@@ -262,21 +270,25 @@ def made(kind, double=True):
 
 
 def repeated(net, group):
-    """The network with the last units of a group equal to its first ones (of a grouped convolution:
-    in every group), and the plan that removes them."""
+    """The network with the last units of a group equal to its first ones, and a plan without them.
+
+    Of a grouped convolution, those of every group.
+    """
     net, half = copy.deepcopy(net), group.units // 2
     at = torch.arange(group.channels).view(-1, group.units)
     last, first = at[:, -half:].flatten(), at[:, :half].flatten()
     with torch.no_grad():
         for name, cut in group.cut:
-            m = net.get_submodule(name)
-            for t in [
-                by_output(m) if k == 'weight' and m.weight.ndim > 1 else v
-                for k, v in [*m.named_parameters(), *m.named_buffers()]
-                if v.ndim
-            ]:
+            for t in by_channel(net.get_submodule(name)):
                 t[cut[last].flatten()] = t[cut[first].flatten()]
     return net, {group.name: at[:, :-half].flatten().tolist()}
+
+
+def by_channel(m):
+    "Parameters and buffers of a module, with output channels first."
+    for k, v in [*m.named_parameters(), *m.named_buffers()]:
+        if v.ndim:
+            yield by_output(m) if k == 'weight' and v.ndim > 1 else v
 
 
 def groups_of(kind):
@@ -288,29 +300,27 @@ def groups_of(kind):
 def test_repeated_channels_are_restored_exactly(kind, group):
     net, x = made(kind)
     net, keep = repeated(net, next(g for g in groups_of(kind) if g.name == group))
-    far = lambda restorer: (
-        (lbyl_restore(net, x, keep=keep, restorer=restorer)(x) - net(x)).abs().max().item()
-        / net(x).abs().max().item()
-    )
+
+    def far(restorer):
+        small = lbyl_restore(net, x, keep=keep, restorer=restorer)
+        return (small(x) - net(x)).abs().max().item() / net(x).abs().max().item()
+
     gaps = {k: far(f(calibration(x))) for k, f in EXACT.items()}
     assert max(gaps.values()) < 1e-5 < far(prune_only()), gaps
 
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_all_groups_together(kind):
-    """Everything pruned at once, by a ratio and an own kept set: it runs, is smaller, and is the
-    better for restoration."""
+    """Everything pruned at once, by a ratio and an own kept set.
+
+    It runs, is smaller, and is the better for restoration.
+    """
     net, x = made(kind, double=False)
-    r = {
-        k: restore(
-            net, x, ratio=0.3, streams=True, criterion=least_lost(calibration(x)), restorer=f
-        )
-        for k, f in dict(pruned=prune_only(), restored=layerwise(calibration(x))).items()
-    }
-    assert (
-        len(r['pruned'].plan) == len(groups_of(kind))
-        and r['restored'].model(x).shape == net(x).shape
-    )
-    assert r['restored'].cost.params['after'] < r['restored'].cost.params['before']
-    gap = {k: (v.model(x) - net(x)).norm().item() for k, v in r.items()}
-    assert gap['restored'] < gap['pruned'] + 1e-4 * net(x).norm().item(), gap
+    how = dict(ratio=0.3, streams=True, criterion=least_lost(calibration(x)))
+    pruned = restore(net, x, **how, restorer=prune_only())
+    restored = restore(net, x, **how, restorer=layerwise(calibration(x)))
+    assert len(pruned.plan) == len(groups_of(kind))
+    assert restored.model(x).shape == net(x).shape
+    assert restored.cost.params['after'] < restored.cost.params['before']
+    gap = lambda r: (r.model(x) - net(x)).norm().item()
+    assert gap(restored) < gap(pruned) + 1e-4 * net(x).norm().item()

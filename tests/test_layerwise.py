@@ -1,6 +1,7 @@
 "Layer by layer: equal networks written differently, samples that are not alone, counts by hand."
 
 import copy
+import importlib
 import warnings
 
 import pytest
@@ -16,6 +17,8 @@ from lbyl_nb.probes import Probes, calibration
 from lbyl_nb.recover import lbyl_restore, plan, restore
 from lbyl_nb.restorers import prune_only
 from lbyl_nb.trace import trace
+
+MODULE = importlib.import_module('lbyl_nb.layerwise')  # the package has a function of that name
 
 
 class Net(nn.Module):
@@ -74,10 +77,13 @@ def test_choosing_takes_one_pass_of_the_probes():
 
 
 def test_errors_count_where_the_next_layer_reads_them():
-    """A batch norm that scales one output of the consumer down makes channels that only this
-    output reads cheap; the plan is that of the network whose weights hold the scale."""
+    """A batch norm that scales an output of the consumer down makes what it alone reads cheap.
+
+    The plan is that of the network whose weights hold the scale.
+    """
     torch.manual_seed(0)
-    a, b, x, kept = nn.Linear(4, 4), nn.Linear(4, 2), torch.randn(64, 4), {}
+    a, b, x = nn.Linear(4, 4), nn.Linear(4, 2), torch.randn(64, 4)
+    kept = {}
     with torch.no_grad():
         a.weight.copy_(torch.eye(4))
         a.bias.zero_()
@@ -103,15 +109,17 @@ def test_errors_count_where_the_next_layer_reads_them():
 
 
 def test_a_tiny_scale_cannot_make_up_for_the_stream():
-    """An output that the batch norm multiplies by nearly nothing keeps its own target: it comes
-    out as it was, and not as what the shortcut lacks, divided by nearly nothing."""
+    """An output that the batch norm multiplies by nearly nothing keeps its own target.
+
+    It comes out as it was, and not as what the shortcut lacks, divided by nearly nothing.
+    """
     torch.manual_seed(0)
 
     def forward(net, x):
         x = net['stem'](x).relu()
-        return net['fc'](
-            (net['n'](net['b'](net['a'](x).relu())) + net['up'](net['down'](x).relu())).relu()
-        )
+        y = net['n'](net['b'](net['a'](x).relu()))
+        shortcut = net['up'](net['down'](x).relu())
+        return net['fc']((y + shortcut).relu())
 
     net = Net(
         forward,
@@ -211,10 +219,14 @@ def test_factors_of_summands(name, norm):
 # Samples that are not alone, or not first
 
 
+def alone(x):
+    return x
+
+
 class Sequence(nn.Module):
     "An MLP beside a shortcut; `turn` puts time first, `mix` lets samples see each other."
 
-    def __init__(self, turn=False, mix=lambda x: x, add=plus, hidden=16):
+    def __init__(self, turn=False, mix=alone, add=plus, hidden=16):
         super().__init__()
         self.turn, self.mix, self.add = turn, mix, add
         self.inp, self.fc = nn.Linear(6, 6), nn.Linear(6, 3)
@@ -250,7 +262,8 @@ class Twice(nn.Module):
     def __init__(self, turn):
         super().__init__()
         self.turn, self.inp, self.fc = turn, nn.Linear(6, 6), nn.Linear(6, 3)
-        self.up1, self.down1, self.up2, self.down2 = (nn.Linear(*d) for d in ((6, 16), (16, 6)) * 2)
+        self.up1, self.down1 = nn.Linear(6, 16), nn.Linear(16, 6)
+        self.up2, self.down2 = nn.Linear(6, 16), nn.Linear(16, 6)
 
     def forward(self, x):
         turned = lambda v: v.transpose(0, 1) if self.turn else v
@@ -262,7 +275,7 @@ class Twice(nn.Module):
 @pytest.mark.parametrize('size', [1, 2**28])
 def test_streams_with_time_first(size, monkeypatch):
     "The stream is made up for as with samples first, in whatever portions the record is kept."
-    monkeypatch.setattr('lbyl_nb.layerwise._RECORD', size)
+    monkeypatch.setattr(MODULE, '_RECORD', size)
     torch.manual_seed(0)
     turned, straight, x = Twice(True).eval(), Twice(False).eval(), torch.randn(16, 5, 6)
     straight.load_state_dict(turned.state_dict())
@@ -291,15 +304,17 @@ def test_a_recurrent_network_with_time_first():
             self.r, self.f = nn.LSTM(12, 8), nn.Linear(8, 5)
 
         def forward(self, x):
-            return self.f(self.r(self.c(x).mean(2).permute(2, 0, 1))[0])
+            columns = self.c(x).mean(2).permute(2, 0, 1)
+            return self.f(self.r(columns)[0])
 
     torch.manual_seed(0)
     net, x = Reader().eval(), torch.randn(16, 1, 8, 10)
-    how = lambda restorer: lbyl_restore(net, x[:2], keep={'c.0': range(6)}, restorer=restorer)
+    keep = {'c.0': range(6)}
     with pytest.warns(UserWarning, match='^f: gives'):
-        small = how(layerwise(calibration(x)))
+        small = lbyl_restore(net, x[:2], keep=keep, restorer=layerwise(calibration(x)))
+    pruned = lbyl_restore(net, x[:2], keep=keep, restorer=prune_only())
     y = out(net, x)
-    gap = [(out(m, x) - y).norm() for m in (small, how(prune_only()))]
+    gap = [(out(m, x) - y).norm() for m in (small, pruned)]
     assert gap[0] < 0.5 * gap[1], gap
 
 
@@ -320,21 +335,22 @@ def by_number(x):
     return x * len(x) / 12
 
 
-MIXES = dict(
-    alone=lambda x: x, centred=centred, from_first=from_first, capped=capped, by_number=by_number
-)
+MIXES = {f.__name__: f for f in (alone, centred, from_first, capped, by_number)}
 
 
 @pytest.mark.parametrize('refit', [True, False])
 @pytest.mark.parametrize('mix', ['alone', 'centred', 'from_first', 'by_number'])
 def test_the_reported_error_is_what_the_network_misses(mix, refit):
-    """The last layer's error says what fraction of the output's variance the restored network
-    misses on the probes. It does only if what was taken for the two networks was them."""
+    """The last layer's error says what fraction of the output's variance is missed on the probes.
+
+    It does only if what was taken for the two networks was them.
+    """
     torch.manual_seed(0)
     x = torch.randn(24, 6).double()
 
     def forward(net, x):
-        return net['d'](net['c'](MIXES[mix](net['n'](net['b'](net['a'](x).relu())))).relu())
+        y = net['n'](net['b'](net['a'](x).relu()))
+        return net['d'](net['c'](MIXES[mix](y)).relu())
 
     layers = dict(
         a=nn.Linear(6, 12),
@@ -388,14 +404,15 @@ def test_a_stream_behind_batch_norms_without_running_statistics():
     x, how = torch.randn(96, 3, 6, 6), dict(keep=dict(m=range(8), a=range(10)))
     with pytest.warns(UserWarning, match='depend on each other'):
         small = lbyl_restore(net.eval(), x, **how, restorer=layerwise(calibration(x)))
-    assert far(net, small, x) < 0.8 * far(
-        net, lbyl_restore(net, x, **how, restorer=prune_only()), x
-    )
+    pruned = lbyl_restore(net, x, **how, restorer=prune_only())
+    assert far(net, small, x) < 0.8 * far(net, pruned, x)
 
 
 class Experts(nn.Module):
-    """Each token goes to the expert of its largest score, against the mean of the batch; an expert
-    takes a third of the tokens of the batch, and those in `closed` take none."""
+    """Each token goes to the expert of its largest score, against the mean of the batch.
+
+    An expert takes a third of the tokens of the batch, and those in `closed` take none.
+    """
 
     def __init__(self, closed=()):
         super().__init__()
@@ -430,16 +447,20 @@ class Choosing(Experts):
 @pytest.mark.parametrize('seed', range(3))
 @pytest.mark.parametrize('kind', [Experts, Choosing])
 def test_experts(kind, seed, length):
-    """Tokens that are sent elsewhere in the restored network do not spoil the experts' weights, be
-    their number a multiple of that of the samples or not: they are as good as by `probe`."""
+    """Tokens that are sent elsewhere in the restored network do not spoil the experts' weights.
+
+    Be their number a multiple of that of the samples or not: they are as good as by `probe`.
+    """
     torch.manual_seed(seed)
     net, x = kind().eval(), torch.randn(32, length, 6)
-    keep, small = {'inp': range(6)} | {f'ups.{i}': range(9) for i in range(3)}, {}
-    for name, how in dict(probe=probe(calibration(x)), layerwise=layerwise(calibration(x))).items():
+    keep = {'inp': range(6), **{f'ups.{i}': range(9) for i in range(3)}}
+    small = {}
+    for make in (probe, layerwise):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter('always')
-            small[name] = lbyl_restore(net, x, keep=keep, restorer=how)
-        assert len(said) == (name == 'layerwise')
+            how = make(calibration(x))
+            small[make.__name__] = lbyl_restore(net, x, keep=keep, restorer=how)
+        assert len(said) == (make is layerwise)
     t = out(nn.Sequential(net.inp, nn.ReLU(), net.pre, nn.Flatten(0, 1)), x)
     for i in range(3):
         expert = lambda net: nn.Sequential(net.ups[i], nn.ReLU(), net.downs[i])
@@ -460,7 +481,7 @@ def test_the_record_is_used_up_in_portions(monkeypatch):
     how, small, passes = dict(keep=dict(up=range(6))), [], []
     net.register_forward_hook(lambda m, i, o: passes.append(len(i[0])))
     for size in (1, 2**28):
-        monkeypatch.setattr('lbyl_nb.layerwise._RECORD', size)
+        monkeypatch.setattr(MODULE, '_RECORD', size)
         passes.clear()
         with pytest.warns(UserWarning):
             small.append(lbyl_restore(net, x[:2], **how, restorer=layerwise(calibration(x))))
@@ -481,7 +502,7 @@ def test_random_numbers_are_the_same_in_both_passes():
     torch.manual_seed(0)
     net, x = copied(Dropping().double().eval()), torch.randn(16, 4, 6).double()
     traced, ys = trace(net, x), []
-    (group,) = (g for g in find_groups(traced) if g.name == 'up')
+    [group] = [g for g in find_groups(traced) if g.name == 'up']
     with pytest.warns(UserWarning, match='depend on each other'):
         layerwise(calibration(x), ridge=1e-9).rewrite(traced, [group], {'up': list(range(12))})
     assert not traced.model.down.weight[:, 12:].any()
@@ -536,8 +557,8 @@ def test_arguments_without_samples():
         how = layerwise(calibration(args))
         small = lbyl_restore(net, args, keep=dict(up=range(12)), restorer=how)
     with torch.no_grad():
-        gap, size = (small(*args) - net(*args)).norm(), net(*args).norm()
-    assert gap < 0.1 * size
+        y = net(*args)
+        assert (small(*args) - y).norm() < 0.1 * y.norm()
 
 
 def copied(net):
@@ -567,7 +588,7 @@ def test_copies_are_restored_exactly(case, refit, size):
     restorer = layerwise(calibration(x), refit=refit, ridge=1e-9)
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        patch.setattr('lbyl_nb.layerwise._RECORD', size)
+        patch.setattr(MODULE, '_RECORD', size)
         try:
             small = lbyl_restore(net, x, keep=dict(up=range(12)), restorer=restorer)
         except ValueError as e:
@@ -597,16 +618,16 @@ def test_a_table_of_the_network_is_no_reason_for_a_warning():
             self.register_buffer('table', torch.randn(1, 40, 2))
 
         def forward(self, x):
-            return self.b(self.a(x).relu() + self.down(self.up(self.table).relu()).amax(1))
+            of_table = self.down(self.up(self.table).relu()).amax(1)
+            return self.b(self.a(x).relu() + of_table)
 
     torch.manual_seed(0)
     net, x = Biased().eval(), torch.randn(32, 6)
+    keep = dict(up=range(3))
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        small, pruned = (
-            lbyl_restore(net, x, keep=dict(up=range(3)), restorer=how)
-            for how in (layerwise(calibration(x)), prune_only())
-        )
+        small = lbyl_restore(net, x, keep=keep, restorer=layerwise(calibration(x)))
+        pruned = lbyl_restore(net, x, keep=keep, restorer=prune_only())
     assert far(net, small, x) < far(net, pruned, x)
 
 
@@ -614,14 +635,17 @@ def test_a_sum_with_itself_is_no_stream():
     "y + y lacks nothing beside y: it is restored like a layer of twice the weights."
     torch.manual_seed(0)
 
+    def once(net, x):
+        return net['b'](net['a'](net['stem'](x).relu()).relu())
+
     def doubled(net, x):
-        y = net['b'](net['a'](net['stem'](x).relu()).relu())
+        y = once(net, x)
         return net['fc']((y + y).relu())
 
     layers = dict(a=nn.Linear(6, 12), b=nn.Linear(12, 6), fc=nn.Linear(6, 3))
     net = Net(doubled, stem=nn.Linear(6, 6), **layers).eval()
     folded = copy.deepcopy(net)
-    folded.f = lambda net, x: net['fc'](net['b'](net['a'](net['stem'](x).relu()).relu()).relu())
+    folded.f = lambda net, x: net['fc'](once(net, x).relu())
     folded.layers.b.weight.data *= 2
     folded.layers.b.bias.data *= 2
     x = torch.randn(64, 6)
@@ -635,11 +659,11 @@ def test_a_source_may_give_the_model_itself():
     "The layers that are rewritten are then not those that are run."
     torch.manual_seed(0)
     net, x = Sequence(mix=centred).eval(), torch.randn(8, 5, 6)
-    sources = lambda model, args: Probes(model, (x,)), calibration(x)
+    itself = lambda model, args: Probes(model, (x,))
+    keep = dict(up=range(6))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        own, apart = (
-            lbyl_restore(net, x, keep=dict(up=range(6)), restorer=layerwise(s)) for s in sources
-        )
+        own = lbyl_restore(net, x, keep=keep, restorer=layerwise(itself))
+        apart = lbyl_restore(net, x, keep=keep, restorer=layerwise(calibration(x)))
     for k, v in own.state_dict().items():
         assert torch.equal(v, apart.state_dict()[k]), k

@@ -1,5 +1,7 @@
-"""The notebooks are the source: modules are what they export, they run, they are clean, and they
-show what their code prints."""
+"""The notebooks are the source.
+
+Modules are what they export, they run, they are clean, and they show what their code prints.
+"""
 
 import ast
 import base64
@@ -40,10 +42,8 @@ def outputs(notebook):
     def kinds(o):
         if o['output_type'] == 'stream':
             return {o['name']: ''.join(o['text'])}
-        return {
-            kind: ''.join(v) if isinstance(v, (str, list)) else v
-            for kind, v in o.get('data', {}).items()
-        }
+        joined = lambda v: ''.join(v) if isinstance(v, (str, list)) else v
+        return {kind: joined(v) for kind, v in o.get('data', {}).items()}
 
     return [(c['source'], [kinds(o) for o in c['outputs']]) for c in cells(notebook, 'code')]
 
@@ -58,11 +58,12 @@ def picture(png):
 
 
 def check_same_figure(stored, printed, where):
-    """Fail unless two figures are the same, pixel by pixel; where another version of matplotlib
-    drew the stored one, in the large.
+    """Fail unless two figures are the same, pixel by pixel.
 
-    Versions differ in the shapes and places of letters. What a figure says is still there when
-    it is reduced to a few fields."""
+    Where another version of matplotlib drew the stored one, in the large. Versions differ in the
+    shapes and places of letters. What a figure says is still there when it is reduced to a few
+    fields.
+    """
     (a, drawn_by), (b, drawn_now_by) = picture(stored), picture(printed)
     size = f'{where} stores a figure of {a.size} pixels and draws one of {b.size}'
     if drawn_by == drawn_now_by:
@@ -77,11 +78,9 @@ def check_same_figure(stored, printed, where):
 
 
 def check_same(stored, printed, where):
-    """Fail unless two outputs of a cell are the same: text exactly, figures as `check_same_figure`
-    says."""
-    assert stored.keys() == printed.keys(), (
-        f'{where} stores {sorted(stored)} and prints {sorted(printed)}'
-    )
+    "Fail unless two outputs of a cell are the same: text exactly, figures as said above."
+    says = f'{where} stores {sorted(stored)} and prints {sorted(printed)}'
+    assert stored.keys() == printed.keys(), says
     for kind in stored:
         if kind == 'image/png':
             check_same_figure(stored[kind], printed[kind], where)
@@ -91,33 +90,24 @@ def check_same(stored, printed, where):
 
 @pytest.fixture(scope='session')
 def executed(tmp_path_factory):
-    """Runs a notebook once under nbdev's runner, in a copy of the project and in a process of its
-    own; the run, the outputs stored before and the notebook it saved."""
-    copy = shutil.copytree(
-        ROOT, tmp_path_factory.mktemp('run') / 'project', ignore=BUILT, symlinks=True
-    )
-    no_data = str(
-        tmp_path_factory.mktemp('no-data')
-    )  # notebooks draw from results/; none may need images or weights that a reader may not have
+    """Runs a notebook once under nbdev's runner, in a copy of the project.
+
+    It gives the run, the outputs stored before and the notebook that the run saved. Notebooks
+    draw from results/; none may need images or weights that a reader may not have.
+    """
+    copy = tmp_path_factory.mktemp('run') / 'project'
+    shutil.copytree(ROOT, copy, ignore=BUILT, symlinks=True)
+    no_data = str(tmp_path_factory.mktemp('no-data'))
+    env = dict(LBYL_DATA=no_data, LBYL_WEIGHTS=None, TQDM_DISABLE='1')
     done = {}
 
     def run(name):
         notebook = copy / 'nbs' / name
         if name not in done:
             stored = outputs(notebook)
-            done[name] = (
-                call(
-                    command('nbdev-test'),
-                    '--save',
-                    notebook,
-                    cwd=copy,
-                    LBYL_DATA=no_data,
-                    LBYL_WEIGHTS=None,
-                    TQDM_DISABLE='1',
-                ),
-                stored,
-            )
-        return *done[name], notebook
+            completed = call(command('nbdev-test'), '--save', notebook, cwd=copy, **env)
+            done[name] = completed, stored, notebook
+        return done[name]
 
     return run
 
@@ -138,16 +128,17 @@ def test_stored_outputs_are_printed_again(name, executed):
     assert [s for s, _ in before] == [s for s, _ in after]
     for (source, stored), (_, printed) in zip(before, after):
         where = f'{name}, the cell that begins {source.splitlines()[0]!r},' if source else name
-        assert len(stored) == len(printed), (
-            f'{where} stores {len(stored)} outputs and prints {len(printed)}'
-        )
+        says = f'{where} stores {len(stored)} outputs and prints {len(printed)}'
+        assert len(stored) == len(printed), says
         for s, p in zip(stored, printed):
             check_same(s, p, where)
 
 
 def test_difference_in_outputs_is_found():
-    """The comparison above notices another number, another kind of output, another size and another
-    drawing, by the same program or by another."""
+    """The comparison above notices another number, kind of output, size or drawing.
+
+    By the same program or by another.
+    """
 
     def figure(shade, width=200, by='matplotlib 1'):
         f, info = io.BytesIO(), PngInfo()
@@ -156,27 +147,29 @@ def test_difference_in_outputs_is_found():
         return {'image/png': base64.b64encode(f.getvalue()).decode()}
 
     text, other = {'text/plain': '1'}, 'matplotlib 2'
-    for a, b in [
-        (figure(100), figure(100)),
-        (figure(100), figure(104, 201, by=other)),
-        (text, text),
-    ]:
-        check_same(a, b, 'cell')
-    for a, b in [
+    stored = figure(100)
+    for printed in (figure(100), figure(104, 201, by=other)):
+        check_same(stored, printed, 'cell')
+    check_same(text, text, 'cell')
+    different = [
         (text, {'text/plain': '2'}),
         (text, {'text/html': '1'}),
-        (figure(100), figure(102)),
-        (figure(100), figure(100, 201)),
-        (figure(100), figure(110, by=other)),
-        (figure(100), figure(100, 220, by=other)),
-    ]:
+        (stored, figure(102)),
+        (stored, figure(100, 201)),
+        (stored, figure(110, by=other)),
+        (stored, figure(100, 220, by=other)),
+    ]
+    for a, b in different:
         with pytest.raises(AssertionError):
             check_same(a, b, 'cell')
 
 
 def test_modules_are_what_notebooks_export(project):
-    """A module changed by hand, a notebook not exported, a module whose notebook is gone: each
-    shows as a difference."""
+    """Modules are written anew, and nothing differs.
+
+    A module changed by hand, a notebook not exported, a module whose notebook is gone: each shows
+    as a difference.
+    """
     lib = project / 'lbyl_nb'
     for p in lib.rglob('*.py'):
         if p.name != '__init__.py':
@@ -193,49 +186,47 @@ def test_every_module_says_where_it_comes_from():
         if p.name in ('__init__.py', '_modidx.py'):
             continue
         origin = re.search(r'File to edit: \.\./nbs/(\S+\.ipynb)', p.read_text(encoding='utf-8'))
-        assert origin and origin[1] in NOTEBOOKS, (
-            f'{p.name} names no notebook that it was exported from'
-        )
+        says = f'{p.name} names no notebook that it was exported from'
+        assert origin and origin[1] in NOTEBOOKS, says
 
 
 def test_notebooks_are_clean(project):
-    """nbdev-clean, run twice, changes nothing: no metadata, execution counts or addresses in what
-    is committed."""
+    """nbdev-clean, run twice, changes nothing.
+
+    There are no metadata, execution counts or addresses in what is committed.
+    """
+    changed = lambda n: (project / 'nbs' / n).read_bytes() != (NBS / n).read_bytes()
     for _ in range(2):
         run = call(command('nbdev-clean'), cwd=project)
         assert run.returncode == 0, run.stdout
-        assert [
-            n for n in NOTEBOOKS if (project / 'nbs' / n).read_bytes() != (NBS / n).read_bytes()
-        ] == []
+        assert [n for n in NOTEBOOKS if changed(n)] == []
 
 
 @pytest.mark.parametrize('name', NOTEBOOKS)
 def test_shape(name):
-    """Short export cells, a check for every two of them, text, stored outputs, no errors kept, not
-    too large."""
-    code = [c for c in cells(NBS / name, 'code') if c['source'].strip()]
-    exported = [c['source'] for c in code if EXPORT.search(c['source'])]
+    "Short export cells, a check for every two of them, text, not too large."
+    code = [c['source'] for c in cells(NBS / name, 'code') if c['source'].strip()]
+    exported = [source for source in code if EXPORT.search(source)]
     for source in exported:
-        things = [
-            n for n in ast.parse(source).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))
-        ]
+        body = ast.parse(source).body
+        things = [n.name for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
         limit = 60 if len(things) <= 1 else 40
-        assert code_lines(source) <= limit, f'a long cell with {[t.name for t in things]}'
-    checks = [c for c in code if not EXPORT.search(c['source']) and CHECK.search(c['source'])]
-    assert 2 * len(checks) >= len(exported), (
-        f'{len(exported)} export cells and {len(checks)} cells that check something'
-    )
-    assert 2 * len(cells(NBS / name, 'markdown')) >= len(code), (
-        'more than two code cells for each cell of text'
-    )
-    assert any(c['outputs'] for c in code), 'no stored output: run nbdev-test --save'
+        assert code_lines(source) <= limit, f'a long cell with {things}'
+        assert 'import *' not in source
+    checks = [source for source in code if not EXPORT.search(source) and CHECK.search(source)]
+    says = f'{len(exported)} export cells and {len(checks)} cells that check something'
+    assert 2 * len(checks) >= len(exported), says
+    texts = cells(NBS / name, 'markdown')
+    assert 2 * len(texts) >= len(code), 'more than two code cells for each cell of text'
     assert (NBS / name).stat().st_size < 600_000
-    kept = [o for c in code for o in c['outputs']]
+
+
+@pytest.mark.parametrize('name', NOTEBOOKS)
+def test_kept_outputs(name):
+    "Something is shown, and neither errors nor progress bars, whose times nobody prints again."
+    kept = [o for c in cells(NBS / name, 'code') if c['source'].strip() for o in c['outputs']]
+    assert kept, 'no stored output: run nbdev-test --save'
     assert not [o for o in kept if o['output_type'] == 'error'], 'an error is stored as an output'
-    assert 'Traceback (most recent call last)' not in json.dumps(kept)
-    assert '\\r' not in json.dumps(kept), (
-        'a progress bar is stored, whose times nobody prints again: run with TQDM_DISABLE=1'
-    )
-    for c in code:
-        if EXPORT.search(c['source']):
-            assert 'import *' not in c['source']
+    text = json.dumps(kept)
+    assert 'Traceback (most recent call last)' not in text
+    assert '\\r' not in text, 'a progress bar is stored: run with TQDM_DISABLE=1'

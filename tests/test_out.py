@@ -1,5 +1,7 @@
-"""What comes out is a plain module: it is saved, copied, exported, compiled, trained alone and by
-several processes, in any precision."""
+"""What comes out is a plain module.
+
+It is saved, copied, exported, compiled, trained alone and by several processes, in any precision.
+"""
 
 import copy
 import functools
@@ -27,10 +29,13 @@ HALVES = {torch.bfloat16: 2**-5, torch.float16: 2**-8}  # with the error of a fe
 
 @functools.cache
 def small(kind):
-    """A network of a kind without 30 % of its channels, residual streams too, every layer restored:
-    dense network, inputs, `Restoration`."""
+    """A network of a kind without 30 % of its channels, residual streams too, every layer restored.
+
+    The dense network, inputs, the `Restoration`.
+    """
     net, x = made(kind, double=False)
-    return net, x, restore(net, x, ratio=0.3, streams=True, restorer=layerwise(calibration(x)))
+    r = restore(net, x, ratio=0.3, streams=True, restorer=layerwise(calibration(x)))
+    return net, x, r
 
 
 def out(net, x):
@@ -38,27 +43,20 @@ def out(net, x):
         return net(x)
 
 
+HOOKS = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
+
+
 @pytest.mark.parametrize('kind', KINDS)
 def test_nothing_is_left_of_the_surgery(kind):
-    """The same classes under the same names; parameters that autograd made nothing of; no hook of
-    ours."""
+    "The same classes and names; parameters that autograd made nothing of; no hook of ours."
     net, _, r = small(kind)
-    assert [(k, type(m)) for k, m in r.model.named_modules()] == [
-        (k, type(m)) for k, m in net.named_modules()
-    ]
-    assert all(
-        type(p) is nn.Parameter
-        and p.is_leaf
-        and p.requires_grad
-        and p.grad is None
-        and p.is_contiguous()
-        for p in r.model.parameters()
-    )
-    assert not any(
-        getattr(m, k)
-        for m in r.model.modules()
-        for k in ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
-    )
+    classes = lambda net: [(k, type(m)) for k, m in net.named_modules()]
+    assert classes(r.model) == classes(net)
+    for p in r.model.parameters():
+        assert type(p) is nn.Parameter
+        assert p.is_leaf and p.requires_grad and p.grad is None
+        assert p.is_contiguous()
+    assert not any(getattr(m, k) for m in r.model.modules() for k in HOOKS)
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -70,24 +68,19 @@ def test_files(kind, tmp_path):
     assert loaded.training and torch.equal(out(loaded.eval(), x), out(r.model, x))
     save_restored(loaded, r.plan, tmp_path / 'b.safetensors')
     a, b = (load_file(tmp_path / f'{k}.safetensors') for k in 'ab')
-    assert a.keys() == b.keys() == r.model.state_dict().keys() and all(
-        torch.equal(a[k], b[k]) for k in a
-    )
+    assert a.keys() == b.keys() == r.model.state_dict().keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_copies(kind):
-    """A deep copy and, where the network can be pickled, what comes back from there; both live on
-    without the original."""
+    "A deep copy, and what comes back from a pickle; both live on without the original."
     _, x, r = small(kind)
-    copies = [copy.deepcopy(r.model)] + (
-        [] if kind == 'several_consumers' else [pickle.loads(pickle.dumps(r.model))]
-    )  # a lambda can not
+    places = lambda net: {p.data_ptr() for p in net.parameters()}
     want = out(r.model, x)
-    for net in copies:
-        assert torch.equal(out(net, x), want) and not {p.data_ptr() for p in net.parameters()} & {
-            p.data_ptr() for p in r.model.parameters()
-        }
+    for net in (copy.deepcopy(r.model), pickle.loads(pickle.dumps(r.model))):
+        assert torch.equal(out(net, x), want)
+        assert not places(net) & places(r.model)
         with torch.no_grad():
             for p in net.parameters():
                 p.zero_()
@@ -97,63 +90,61 @@ def test_copies(kind):
 @pytest.mark.parametrize('kind', KINDS)
 def test_export(kind):
     _, x, r = small(kind)
-    torch.testing.assert_close(
-        out(torch.export.export(r.model, (x,)).module(), x), out(r.model, x), rtol=1e-6, atol=1e-6
-    )
+    exported = torch.export.export(r.model, (x,)).module()
+    torch.testing.assert_close(out(exported, x), out(r.model, x), rtol=1e-6, atol=1e-6)
+
+
+IN_ONNX = ['stream', 'concatenation', 'gated_depthwise', 'transposed', 'transformer_mlp']
 
 
 @pytest.mark.filterwarnings('ignore')  # the exporter's own
-@pytest.mark.parametrize(
-    'kind', ['stream', 'concatenation', 'gated_depthwise', 'transposed', 'transformer_mlp']
-)
+@pytest.mark.parametrize('kind', IN_ONNX)
 def test_onnx(kind, tmp_path):
     for name in ('onnx', 'onnxscript', 'onnxruntime'):
         pytest.importorskip(name, reason=f'{name} is not installed')
     import onnxruntime
 
     _, x, r = small(kind)
-    torch.onnx.export(r.model, (x,), tmp_path / 'small.onnx', dynamo=True, verbose=False)
-    session = onnxruntime.InferenceSession(
-        tmp_path / 'small.onnx', providers=['CPUExecutionProvider']
-    )
-    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    path = tmp_path / 'small.onnx'
+    torch.onnx.export(r.model, (x,), path, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    [y] = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(y), out(r.model, x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    'kind, backend', [(k, 'aot_eager') for k in KINDS] + [('stream', 'inductor')]
-)
+BACKENDS = [*((k, 'aot_eager') for k in KINDS), ('stream', 'inductor')]
+
+
+@pytest.mark.parametrize('kind, backend', BACKENDS)
 def test_compile(kind, backend):
     if backend == 'inductor' and not any(map(shutil.which, ('c++', 'g++', 'clang++'))):
         pytest.skip('no C++ compiler')
     _, x, r = small(kind)
     torch._dynamo.reset()
-    torch.testing.assert_close(
-        out(torch.compile(r.model, backend=backend), x), out(r.model, x), rtol=1e-4, atol=1e-4
-    )
+    compiled = torch.compile(r.model, backend=backend)
+    torch.testing.assert_close(out(compiled, x), out(r.model, x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_training_goes_on(kind):
-    """Gradients reach every parameter, a step along them lowers the loss; batch norms learn
-    statistics in training mode."""
+    """Gradients reach every parameter, a step along them lowers the loss.
+
+    Batch norms learn statistics in training mode.
+    """
     net, x, r = small(kind)
     student, target = copy.deepcopy(r.model), torch.randn_like(out(net, x))
     loss = lambda: F.mse_loss(student(x), target)
     before = loss()
     before.backward()
     assert all(p.grad is not None and p.grad.any() for p in student.parameters())
-    torch.optim.SGD(
-        student.parameters(), 1e-3 / max(p.grad.norm().item() for p in student.parameters())
-    ).step()
+    steepest = max(p.grad.norm().item() for p in student.parameters())
+    torch.optim.SGD(student.parameters(), 1e-3 / steepest).step()
     assert loss() < before
     state = copy.deepcopy(student.state_dict())
     out(student.train(), x)
-    assert all(
-        torch.equal(v, state[k])
-        != k.endswith(('running_mean', 'running_var', 'num_batches_tracked'))
-        for k, v in student.state_dict().items()
-    )
+    for k, v in student.state_dict().items():
+        learns = k.endswith(('running_mean', 'running_var', 'num_batches_tracked'))
+        assert torch.equal(v, state[k]) != learns
 
 
 DDP = """
@@ -195,13 +186,11 @@ if __name__ == '__main__':
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='processes are forked')
 def test_two_processes(tmp_path):
-    """DistributedDataParallel: two processes with half a batch each end where one ends with the
-    whole."""
+    "DistributedDataParallel: two processes with half a batch each end where one with all ends."
     run = call(sys.executable, '-c', DDP, tmp_path, cwd=ROOT, timeout=120, CUDA_VISIBLE_DEVICES='')
     assert run.returncode == 0, run.stdout
-    before, alone, *both = (
-        load_file(tmp_path / f'{k}.safetensors') for k in ('before', 'alone', 0, 1)
-    )
+    names = 'before', 'alone', 0, 1
+    before, alone, *both = (load_file(tmp_path / f'{k}.safetensors') for k in names)
     for k, v in alone.items():
         assert torch.equal(both[0][k], both[1][k])
         torch.testing.assert_close(both[0][k], v)
@@ -211,26 +200,23 @@ def test_two_processes(tmp_path):
 @pytest.mark.parametrize('dtype', HALVES)
 @pytest.mark.parametrize('kind', KINDS)
 def test_half_precision(kind, dtype):
-    """The solver's precision is not the model's: what comes out is the restoration of the same
-    weights in float32, rounded once."""
+    """The solver's precision is not the model's.
+
+    What comes out is the restoration of the same weights in float32, rounded once.
+    """
     net, x, r = small(kind)
     net, x = copy.deepcopy(net).to(dtype), x.to(dtype)
-    how = dict(keep=r.plan, restorer=layerwise(calibration(x)))
-    low = restore(net, x, **how).model
-    full = restore(
-        copy.deepcopy(net).float(),
-        x.float(),
-        **how | dict(restorer=layerwise(calibration(x.float()))),
-    ).model
-    assert {v.dtype for v in low.state_dict().values() if v.is_floating_point()} == {dtype} and out(
-        low, x
-    ).dtype == dtype
-    want = out(full, x.float())
-    assert (out(copy.deepcopy(low).float(), x.float()) - want).abs().max() <= HALVES[
-        dtype
-    ] * want.abs().max()
+    wide, wide_x = copy.deepcopy(net).float(), x.float()
+    low = restore(net, x, keep=r.plan, restorer=layerwise(calibration(x))).model
+    full = restore(wide, wide_x, keep=r.plan, restorer=layerwise(calibration(wide_x))).model
+    state = low.state_dict()
+    assert {v.dtype for v in state.values() if v.is_floating_point()} == {dtype}
+    assert out(low, x).dtype == dtype
     for k, v in full.state_dict().items():
-        torch.testing.assert_close(low.state_dict()[k], v.to(dtype) if v.is_floating_point() else v)
+        torch.testing.assert_close(state[k], v.to(dtype) if v.is_floating_point() else v)
+    want = out(full, wide_x)
+    far = (out(copy.deepcopy(low).float(), wide_x) - want).abs().max()
+    assert far <= HALVES[dtype] * want.abs().max()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
@@ -238,8 +224,7 @@ def test_half_precision(kind, dtype):
 def test_gpu(kind):
     "Restored where it lies; close to what comes out on the CPU."
     net, x, r = small(kind)
-    on = restore(
-        copy.deepcopy(net).cuda(), x.cuda(), keep=r.plan, restorer=layerwise(calibration(x))
-    )
+    how = dict(keep=r.plan, restorer=layerwise(calibration(x)))
+    on = restore(copy.deepcopy(net).cuda(), x.cuda(), **how)
     assert {v.device.type for v in on.model.state_dict().values()} == {'cuda'}
     torch.testing.assert_close(out(on.model, x.cuda()).cpu(), out(r.model, x), rtol=1e-2, atol=1e-2)

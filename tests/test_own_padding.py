@@ -54,13 +54,18 @@ class Reflected(nn.Conv2d):
         return super().forward(F.pad(x, (1, 2, 0, 1), 'reflect'))
 
 
-PADS = {  # a layer that pads by itself; the module that pads so; a kernel that keeps the size
-    'same': (Same, lambda size, layer: nn.ZeroPad2d(sides(torch.zeros(1, 1, *size), layer)), 3),
-    'static': (
-        lambda *a, **k: Static(*a, pad=(0, 1, 1, 0), padding=1, **k),
-        lambda *_: nn.ZeroPad2d((0, 1, 1, 0)),
-        2,
-    ),
+def static(*args, **kwargs):
+    return Static(*args, pad=(0, 1, 1, 0), padding=1, **kwargs)
+
+
+def written_same(size, layer):
+    return nn.ZeroPad2d(sides(torch.zeros(1, 1, *size), layer))
+
+
+# a layer that pads by itself; the module that pads so; a kernel that keeps the size
+PADS = {
+    'same': (Same, written_same, 3),
+    'static': (static, lambda *_: nn.ZeroPad2d((0, 1, 1, 0)), 2),
     'reflected': (Reflected, lambda *_: nn.ReflectionPad2d((1, 2, 0, 1)), (2, 4)),
 }
 
@@ -76,7 +81,7 @@ class Net(nn.Module):
         self.d = conv(12, 8, 3, dilation=2, bias=False)
         self.e = conv(8, 8, size)
         self.o = nn.Linear(8, 4)
-        self.norms = nn.ModuleDict({k: nn.BatchNorm2d(n) for k, n in dict(a=8, c=12).items()})
+        self.norms = nn.ModuleDict(dict(a=nn.BatchNorm2d(8), c=nn.BatchNorm2d(12)))
         self.pads = nn.ModuleDict()
 
     def conv(self, k, x):
@@ -90,6 +95,17 @@ class Net(nn.Module):
         return self.o(x.relu().mean((2, 3)))
 
 
+def sizes_read(net):
+    "{layer: height and width of the images that it reads}."
+    size = {}
+    see = lambda k: lambda m, inputs: size.update({k: inputs[0].shape[2:]})
+    hooks = [getattr(net, k).register_forward_pre_hook(see(k)) for k in 'abcde']
+    net(image)
+    for h in hooks:
+        h.remove()
+    return size
+
+
 def pair(kind):
     "A network whose layers pad by themselves, and the same with its padding written out."
     own, written, keeps = PADS[kind]
@@ -100,15 +116,10 @@ def pair(kind):
         m.running_var.uniform_(0.5, 2)
         nn.init.normal_(m.weight)
         nn.init.normal_(m.bias)
-    same, size = Net(nn.Conv2d, keeps).eval(), {}
+    same = Net(nn.Conv2d, keeps).eval()
     same.load_state_dict(net.state_dict())
-    see = lambda k: lambda m, inputs: size.update({k: inputs[0].shape[2:]})
-    hooks = [getattr(net, k).register_forward_pre_hook(see(k)) for k in 'abcde']
-    net(image)
-    for h in hooks:
-        h.remove()
-    for k in 'abcde':
-        same.pads[k] = written(size[k], getattr(same, k))
+    for k, size in sizes_read(net).items():
+        same.pads[k] = written(size, getattr(same, k))
     torch.testing.assert_close(net(image), same(image))
     return net, same
 
@@ -194,7 +205,8 @@ def test_a_network_that_came_from_tensorflow(name):
     timm = pytest.importorskip('timm', reason='timm is not installed')
     torch.manual_seed(0)
     net = timm.create_model('tf_efficientnet_lite0', num_classes=5).eval()
-    x, weight = torch.randn(2, 3, 32, 32), lambda m, k: m.get_submodule(k).weight.shape
+    x = torch.randn(2, 3, 32, 32)
+    weight = lambda m, k: m.get_submodule(k).weight.shape
     r = restore(net, x, ratio=0.3, restorer=RESTORERS[name])
     own = [k for k, m in net.named_modules() if type(m).__name__ == 'Conv2dSame']
     assert own and r.model(x).shape == net(x).shape and r.model(x).isfinite().all()

@@ -18,11 +18,8 @@ from conftest import BUILT, LIB, ROOT, call, settings
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-IMPORTED_AS = {
-    'scikit-learn': 'sklearn',
-    'torch-pruning': 'torch_pruning',
-    'pillow': 'PIL',
-}  # where a distribution's name is not its module's
+# where a distribution's name is not its module's
+IMPORTED_AS = {'scikit-learn': 'sklearn', 'torch-pruning': 'torch_pruning', 'pillow': 'PIL'}
 SMALL = """
 import torch, lbyl_nb
 from torch import nn
@@ -40,8 +37,7 @@ def named(requirements):
 
 
 def parsed(requirements, extra=None):
-    """Requirements in one normal form, to compare those of settings.ini with those of a built
-    package."""
+    "Requirements in a normal form, to compare those of settings.ini with those of a package."
     found = []
     for r in map(Requirement, requirements):
         if extra:
@@ -60,19 +56,17 @@ def imports(path):
 
 
 def third_party():
-    return (
-        {m for p in LIB.rglob('*.py') for m in imports(p)}
-        - set(sys.stdlib_module_names)
-        - {LIB.name}
-    )
+    imported = {m for p in LIB.rglob('*.py') for m in imports(p)}
+    return imported - set(sys.stdlib_module_names) - {LIB.name}
 
 
 def test_requirements_are_what_the_modules_import():
-    """Nothing is imported that a plain installation would lack, and nothing installed that no
-    module imports."""
-    assert {
-        IMPORTED_AS.get(n, n.replace('-', '_')) for n in named(settings()['requirements'])
-    } == third_party()
+    """Nothing is imported that a plain installation would lack.
+
+    And nothing is installed that no module imports.
+    """
+    required = named(settings()['requirements'])
+    assert {IMPORTED_AS.get(n, n.replace('-', '_')) for n in required} == third_party()
 
 
 def test_tools_of_development_are_extra():
@@ -101,23 +95,17 @@ def test_command_is_a_function(line):
 
 @pytest.fixture(scope='session')
 def built(tmp_path_factory):
-    """Folder with the sdist and the wheel made from it, by the setuptools that is installed here:
-    nothing is fetched."""
-    copy = shutil.copytree(
-        ROOT, tmp_path_factory.mktemp('build') / 'project', ignore=BUILT, symlinks=True
-    )
-    run = call(
-        sys.executable,
-        '-m',
-        'build',
-        '--no-isolation',
-        '--outdir',
-        copy / 'dist',
-        copy,
-        cwd=copy.parent,
-    )
+    """Folder with the sdist and the wheel made from it.
+
+    By the setuptools that is installed here: nothing is fetched.
+    """
+    copy = tmp_path_factory.mktemp('build') / 'project'
+    shutil.copytree(ROOT, copy, ignore=BUILT, symlinks=True)
+    dist = copy / 'dist'
+    build = '-m', 'build', '--no-isolation', '--outdir', dist
+    run = call(sys.executable, *build, copy, cwd=copy.parent)
     assert run.returncode == 0, run.stdout
-    return copy / 'dist'
+    return dist
 
 
 @pytest.fixture(scope='session')
@@ -140,6 +128,15 @@ def test_wheel_holds_the_package_alone(wheel):
     assert sorted(names) == sorted(p.relative_to(ROOT).as_posix() for p in LIB.rglob('*.py'))
 
 
+FIELDS = dict(
+    lib_name='Name',
+    version='Version',
+    description='Summary',
+    license='License',
+    author='Author',
+)
+
+
 def test_wheel_says_what_settings_say(wheel):
     with zipfile.ZipFile(wheel) as z:
         [info] = {n.split('/')[0] for n in z.namelist() if '.dist-info/' in n}
@@ -147,19 +144,11 @@ def test_wheel_says_what_settings_say(wheel):
         entries = z.read(f'{info}/entry_points.txt').decode()
         assert any(n.endswith('/LICENSE') for n in z.namelist())
     said = settings()
-    for key, field in [
-        ('lib_name', 'Name'),
-        ('version', 'Version'),
-        ('description', 'Summary'),
-        ('license', 'License'),
-        ('author', 'Author'),
-    ]:
+    for key, field in FIELDS.items():
         assert meta[field] == said[key]
     assert meta['Requires-Python'] == f'>={said["min_python"]}'
-    assert (
-        meta.get_payload(decode=True).decode().strip()
-        == (ROOT / 'README.md').read_text(encoding='utf-8').strip()
-    )
+    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
+    assert meta.get_payload(decode=True).decode().strip() == readme.strip()
     run = [r for r in meta.get_all('Requires-Dist') if 'extra ==' not in r]
     dev = [r for r in meta.get_all('Requires-Dist') if 'extra ==' in r]
     assert parsed(run) == parsed(said['requirements'].split())
@@ -180,15 +169,16 @@ def lies_in(folder, printed):
 
 
 def test_wheel_works_where_the_project_is_not(wheel, tmp_path):
-    """Installed alone into a new environment that borrows only the dependencies, the package
-    restores a network."""
+    """Installed alone into a new environment, the package restores a network.
+
+    The environment borrows only the dependencies.
+    """
     python = fresh(tmp_path / 'env')
     run = call(python, '-m', 'pip', 'install', '--no-deps', '--no-index', wheel, cwd=tmp_path)
     assert run.returncode == 0, run.stdout
     site = next((tmp_path / 'env').glob('lib/python*/site-packages'))
-    (site / 'borrowed.pth').write_text(
-        '\n'.join({sysconfig.get_path('purelib'), sysconfig.get_path('platlib')})
-    )
+    borrowed = {sysconfig.get_path('purelib'), sysconfig.get_path('platlib')}
+    (site / 'borrowed.pth').write_text('\n'.join(borrowed))
     run = call(python, '-I', '-c', SMALL, cwd=tmp_path)
     assert run.returncode == 0, run.stdout
     assert lies_in(tmp_path / 'env', run.stdout), f'the package was imported from {run.stdout}'
@@ -196,19 +186,20 @@ def test_wheel_works_where_the_project_is_not(wheel, tmp_path):
         assert (python.parent / line.split('=')[0]).exists()
 
 
-@pytest.mark.skipif(
-    not os.environ.get('LBYL_FULL_INSTALL'),
-    reason='fetches PyTorch (gigabytes, minutes): set LBYL_FULL_INSTALL=1 to run it',
-)
+SKIPPED = 'fetches PyTorch (gigabytes, minutes): set LBYL_FULL_INSTALL=1 to run it'
+
+
+@pytest.mark.skipif(not os.environ.get('LBYL_FULL_INSTALL'), reason=SKIPPED)
 def test_wheel_brings_all_it_needs(wheel, tmp_path):
-    """In an environment with nothing in it, `pip install` of the wheel, dependencies from the
-    index, is enough."""
+    """In an environment with nothing in it, `pip install` of the wheel is enough.
+
+    Dependencies come from the index.
+    """
     python = fresh(tmp_path / 'env')
     run = call(python, '-m', 'pip', 'install', wheel, cwd=tmp_path, timeout=3600)
     assert run.returncode == 0, run.stdout
     run = call(python, '-I', '-c', SMALL, cwd=tmp_path)
     assert run.returncode == 0, run.stdout
     assert lies_in(tmp_path / 'env', run.stdout)
-    assert call(python, '-c', 'import nbdev', cwd=tmp_path).returncode, (
-        'nbdev is a tool of development and must not come with the package'
-    )
+    says = 'nbdev is a tool of development and must not come with the package'
+    assert call(python, '-c', 'import nbdev', cwd=tmp_path).returncode, says

@@ -35,17 +35,19 @@ MAKE = dict(
 @FEW
 @given(networks())
 def test_random_networks(name, drawn):
-    """Any ratio gives a network of the wanted widths with finite outputs, and the model passed in
-    is what it was."""
+    """Any ratio gives a network of the wanted widths with finite outputs.
+
+    The model passed in is what it was.
+    """
     net, x = drawn
     state = copy.deepcopy(net.state_dict())
     r = restore(net, x, ratio=0.5, restorer=MAKE[name](noise(8)))
-    assert out(r.model, x).isfinite().all() and out(r.model, x).shape == out(net, x).shape
+    assert out(r.model, x).isfinite().all()
+    assert out(r.model, x).shape == out(net, x).shape
     for k, v in net.state_dict().items():
         assert torch.equal(v, state[k]), k
-    assert {k: r.model.get_submodule(k).weight.shape[0] for k in r.plan} == {
-        k: len(v) for k, v in r.plan.items()
-    }
+    for k, kept in r.plan.items():
+        assert len(r.model.get_submodule(k).weight) == len(kept), k
 
 
 @pytest.mark.parametrize('name', MAKE)
@@ -63,8 +65,8 @@ def test_nothing_removed(name, drawn):
 def test_criterion(drawn):
     "The criterion gives every group a plan of the right size."
     net, x = drawn
-    kept = plan(net, x, 0.5, least_lost(noise(8)))
-    assert {k: len(v) for k, v in kept.items()} == {k: len(v) for k, v in plan(net, x, 0.5).items()}
+    sizes = lambda kept: {k: len(v) for k, v in kept.items()}
+    assert sizes(plan(net, x, 0.5, least_lost(noise(8)))) == sizes(plan(net, x, 0.5))
 
 
 def simple(norm=True):
@@ -84,24 +86,23 @@ def simple(norm=True):
 def test_without_batch_norm(name):
     "Noise cannot be pinned there, and everything still works; distillation says that it cannot."
     net, x = simple(norm=False), torch.randn(2, 3, 8, 8)
-    assert out(lbyl_restore(net, x, ratio=0.5, restorer=MAKE[name](noise(16))), x).isfinite().all()
+    small = lbyl_restore(net, x, ratio=0.5, restorer=MAKE[name](noise(16)))
+    assert out(small, x).isfinite().all()
     with pytest.raises(ValueError, match='no batch norm with running statistics'):
         lbyl_restore(net, x, ratio=0.5, restorer=MAKE[name](distilled(4)))
 
 
 @pytest.mark.parametrize('name', MAKE)
 def test_frozen_batch_norm(name):
-    """A batch norm that does not learn and stays in evaluation mode is pinned like any other, and
-    stays frozen."""
+    """A batch norm that does not learn and stays in evaluation mode is pinned like any other.
+
+    It stays frozen.
+    """
     net, x = simple().train(), torch.randn(2, 3, 8, 8)
     net[1].eval().requires_grad_(False)
     small = lbyl_restore(net, x, ratio=0.5, restorer=MAKE[name](noise(16)))
-    assert (
-        not small[1].training
-        and not small[1].weight.requires_grad
-        and small[0].training
-        and small[0].weight.requires_grad
-    )
+    assert not small[1].training and not small[1].weight.requires_grad
+    assert small[0].training and small[0].weight.requires_grad
 
 
 class Several(nn.Module):
@@ -113,41 +114,45 @@ class Several(nn.Module):
         self.a, self.b = nn.Linear(12, 9), nn.Linear(9, 2)
 
     def forward(self, tokens, image):
-        return self.b(self.a(torch.cat([self.tokens(tokens).mean(1), self.image(image)], 1)).relu())
+        both = torch.cat([self.tokens(tokens).mean(1), self.image(image)], 1)
+        return self.b(self.a(both).relu())
 
 
 @pytest.mark.parametrize('name', MAKE)
 @pytest.mark.parametrize('named', [True, False])
 def test_several_inputs(name, named):
     net = Several().eval()
-    given_ = dict(tokens=torch.tensor([[0, 9, 3]]), image=torch.randn(1, 3, 8, 8))
-    small = lbyl_restore(
-        net, given_ if named else tuple(given_.values()), ratio=0.5, restorer=MAKE[name](noise(12))
-    )
-    assert small(**given_).isfinite().all() and small.a.out_features == 4
+    inputs = dict(tokens=torch.tensor([[0, 9, 3]]), image=torch.randn(1, 3, 8, 8))
+    examples = inputs if named else tuple(inputs.values())
+    small = lbyl_restore(net, examples, ratio=0.5, restorer=MAKE[name](noise(12)))
+    assert small(**inputs).isfinite().all()
+    assert small.a.out_features == 4
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
 def test_dtypes(dtype):
-    """Half precision is left for the probes: activations of 1e5 do not overflow, and the result
-    comes back in the model's type."""
+    """Half precision is left for the probes: activations of 1e5 do not overflow.
+
+    The result comes back in the model's type.
+    """
     net = simple()
     net[1].weight.data.fill_(3e4)
     net, x = net.to(dtype), torch.randn(2, 3, 8, 8).to(dtype)
     small = lbyl_restore(net, x, ratio=0.5, restorer=layerwise(noise(16)))
-    assert all(
-        v.dtype == dtype and v.isfinite().all()
-        for v in small.state_dict().values()
-        if v.is_floating_point()
-    )
+    for v in small.state_dict().values():
+        if v.is_floating_point():
+            assert v.dtype == dtype and v.isfinite().all()
 
 
 @pytest.mark.parametrize('name', MAKE)
 def test_dead_channels_and_few_probes(name):
-    """A dead channel gives a zero row in the Gram matrix, two probes far fewer equations than
-    unknowns; the answer is finite."""
+    """A dead channel gives a zero row in the Gram matrix, two probes too few equations.
+
+    The answer is finite.
+    """
     net, x = simple(), torch.randn(2, 3, 8, 8)
-    net[1].weight.data[:4], net[1].bias.data[:4] = 0, -1
+    net[1].weight.data[:4] = 0
+    net[1].bias.data[:4] = -1
     for p in net.parameters():
         assert p.isfinite().all()
     small = lbyl_restore(net, x, ratio=0.5, restorer=MAKE[name](noise(2)))
@@ -155,24 +160,15 @@ def test_dead_channels_and_few_probes(name):
 
 
 def test_nan_names_the_layer():
-    net = simple()
+    how = layerwise(calibration(torch.full((4, 3, 8, 8), float('nan'))))
     with pytest.raises(ValueError, match='^3: NaN or infinity met while probing'):
-        lbyl_restore(
-            net,
-            torch.zeros(1, 3, 8, 8),
-            ratio=0.5,
-            restorer=layerwise(calibration(torch.full((4, 3, 8, 8), float('nan')))),
-        )
+        lbyl_restore(simple(), torch.zeros(1, 3, 8, 8), ratio=0.5, restorer=how)
 
 
 def test_wrong_images():
+    how = layerwise(calibration(torch.zeros(4, 1, 8, 8)))
     with pytest.raises((ValueError, RuntimeError), match='channels'):
-        lbyl_restore(
-            simple(),
-            torch.zeros(1, 3, 8, 8),
-            ratio=0.5,
-            restorer=layerwise(calibration(torch.zeros(4, 1, 8, 8))),
-        )
+        lbyl_restore(simple(), torch.zeros(1, 3, 8, 8), ratio=0.5, restorer=how)
 
 
 @pytest.fixture(scope='module')
@@ -183,16 +179,15 @@ def resnet(data_dir, weights_dir):
 
 
 def test_noise_restores_resnet20(resnet):
-    """Half of the channels gone: noise through the pinned network, layer by layer, is far beyond
-    neuron merging, and distilled probes beyond noise."""
+    """Half of the channels gone, noise is far beyond neuron merging, distilled probes beyond noise.
+
+    The noise goes through the pinned network, layer by layer.
+    """
     net, images = resnet
 
-    def right(r):
-        return bench.accuracy(
-            lbyl_restore(net, torch.zeros(1, 3, 32, 32), ratio=0.5, restorer=r),
-            images,
-            *data.STATS['imagenet'],
-        )[0]
+    def right(restorer):
+        small = lbyl_restore(net, torch.zeros(1, 3, 32, 32), ratio=0.5, restorer=restorer)
+        return bench.accuracy(small, images, *data.STATS['imagenet'])[0]
 
     merged = right(merging())
     noisy = right(layerwise(noise(64), refit=False))
@@ -202,32 +197,29 @@ def test_noise_restores_resnet20(resnet):
 
 @pytest.mark.parametrize('make', [probe, layerwise])
 def test_the_search_for_a_ridge_ends_at_the_best(resnet, make, monkeypatch):
-    """For every regression of a trained network, walking downhill from the middle finds what trying
-    all ridges finds."""
-    search, found = held_out_ridge, []
+    """For every regression of a trained network, walking downhill finds what trying all finds.
+
+    The walk starts in the middle.
+    """
+    walked, tried = [], []
 
     def both(halves, prior):
-        found.append(
-            (search(halves, prior), min(RIDGES, key=lambda r: _held_out_error(halves, prior, r)))
-        )
-        return found[-1][0]
+        walked.append(held_out_ridge(halves, prior))
+        tried.append(min(RIDGES, key=lambda r: _held_out_error(halves, prior, r)))
+        return walked[-1]
 
     monkeypatch.setattr('lbyl_nb.moments.held_out_ridge', both)
     lbyl_restore(resnet[0], torch.zeros(1, 3, 32, 32), ratio=0.5, restorer=make(noise(64)))
-    assert len(found) >= 9 and len({a for a, _ in found}) > 1 and all(a == b for a, b in found), (
-        found
-    )
+    assert len(walked) >= 9
+    assert len({*walked}) > 1
+    assert walked == tried
 
 
 def test_distillation_matches_statistics(resnet):
     "The loss falls by a factor of more than five in twenty steps."
     log = []
-    distil(
-        resnet[0],
-        (torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(0)),),
-        20,
-        log=log,
-    )
+    images = torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    distil(resnet[0], (images,), 20, log=log)
     assert log[-1][1] < log[0][1] / 5
 
 
@@ -253,15 +245,20 @@ def table(rows):
     return nn.Embedding(rows, 8)
 
 
+def viewed(net, t):
+    return net['e'](t.view(-1)[None]).view(*t.shape, 8)
+
+
+def converted(net, t):
+    return net['e'](t.long().t().clone()).transpose(0, 1)
+
+
+# how integers are read, the tables, and the number of rows that may be asked for
 READ = dict(
     plainly=(lambda net, t: net['e'](t), dict(e=table(40)), 40),
     two_tables=(lambda net, t: net['e'](t) + net['f'](t), dict(e=table(50), f=table(30)), 30),
-    as_a_view=(lambda net, t: net['e'](t.view(-1)[None]).view(*t.shape, 8), dict(e=table(40)), 40),
-    converted=(
-        lambda net, t: net['e'](t.long().t().clone()).transpose(0, 1),
-        dict(e=table(40)),
-        40,
-    ),
+    as_a_view=(viewed, dict(e=table(40)), 40),
+    converted=(converted, dict(e=table(40)), 40),
     by_index=(lambda net, t: net['e'].weight[t], dict(e=table(40)), 40),
     by_function=(lambda net, t: F.embedding(t, net['e'].weight), dict(e=table(40)), 40),
     in_bags=(lambda net, t: net['e'](t)[:, None], dict(e=nn.EmbeddingBag(40, 8)), 40),
@@ -299,7 +296,8 @@ def test_padding_and_masks(padding):
 def test_tokens_beside_an_image(source):
     "What is found for integers holds for every source that makes its own."
     zeros = dict(tokens=torch.zeros(1, 30, dtype=torch.long), image=torch.randn(1, 3, 8, 8))
-    assert set(source(Several().eval(), zeros).args['tokens'].flatten().tolist()) == set(range(10))
+    tokens = source(Several().eval(), zeros).args['tokens']
+    assert set(tokens.flatten().tolist()) == set(range(10))
 
 
 def test_probes_that_are_all_the_same_are_refused():
@@ -376,13 +374,14 @@ def test_a_batch_norm_that_is_not_called_keeps_its_statistics():
 def test_images_and_their_mirror_images_are_never_apart(n):
     "In whatever batches they pass, no image is in one half and its mirror image in the other."
     number = torch.arange(float(n)).view(n, 1, 1, 1).expand(n, 1, 2, 2)
-    halves = [], []
+    first, second = [], []
     for (v,) in calibration(number, reflect=True)(nn.Identity(), (number,)).batches():
-        parts = in_turn(lambda v: v[:, 0, 0, 0].tolist(), v)
-        for half, part in zip(halves, parts):
-            half.extend(part)
-    assert not {*halves[0]} & {*halves[1]} and {*halves[0], *halves[1]} == {*range(n)}
-    assert len(halves[0]) + len(halves[1]) == 2 * n - n % 2
+        a, b = in_turn(lambda v: v[:, 0, 0, 0].tolist(), v)
+        first += a
+        second += b
+    assert not {*first} & {*second}
+    assert {*first, *second} == {*range(n)}
+    assert len(first) + len(second) == 2 * n - n % 2
 
 
 class Noisy(nn.Module):
@@ -397,15 +396,21 @@ class Noisy(nn.Module):
 
 
 SOURCES = dict(
-    noise=lambda x: noise(8), calibration=calibration, distilled=lambda x: distilled(8, steps=2)
+    noise=lambda x: noise(8),
+    calibration=calibration,
+    distilled=lambda x: distilled(8, steps=2),
 )
-RUNS = dict(
-    least_lost=lambda net, x, s: plan(net, x, 0.5, least_lost(s)),
-    **{
-        k: lambda net, x, s, f=f: lbyl_restore(net, x, ratio=0.5, restorer=f(s))
-        for k, f in MAKE.items()
-    },
-)
+
+
+def chosen(net, x, source):
+    return plan(net, x, 0.5, least_lost(source))
+
+
+def restored(make):
+    return lambda net, x, source: lbyl_restore(net, x, ratio=0.5, restorer=make(source))
+
+
+RUNS = dict(least_lost=chosen, **{k: restored(make) for k, make in MAKE.items()})
 
 
 @pytest.mark.parametrize('run', RUNS)
@@ -547,13 +552,13 @@ def test_inputs_without_a_batch():
 
 def neighbours(x):
     "Mean difference of neighbouring pixels, one after the other."
-    gaps = {-2: [], -1: []}
+    down, along = [], []
     for image in x.flatten(0, 1).tolist():
         for above, below in zip(image, image[1:]):
-            gaps[-2] += map(abs, map(sub, above, below))
+            down += map(abs, map(sub, above, below))
         for row in image:
-            gaps[-1] += map(abs, map(sub, row, row[1:]))
-    return sum(sum(v) / len(v) for v in gaps.values())
+            along += map(abs, map(sub, row, row[1:]))
+    return sum(down) / len(down) + sum(along) / len(along)
 
 
 def test_distilled_probes_are_smooth():
@@ -577,7 +582,8 @@ def test_distilled_probes_are_smooth():
         down.view(-1)[i] -= h
         slope = (objective(up) - objective(down)) / (2 * h)
         want = -math.copysign(1e-3, slope)
-        assert abs(slope) > 1e-4 and abs(step.view(-1)[i].item() - want) < 1e-6
+        assert abs(slope) > 1e-4
+        assert abs(step.view(-1)[i].item() - want) < 1e-6
 
 
 def test_rows_draw_nothing():

@@ -10,35 +10,18 @@ from pathlib import Path
 import pytest
 from conftest import BUILT, NOTEBOOKS, ROOT, call, settings
 
-USERS = re.compile(
-    r'(?<![\w.$~}-])/(?:home|root|Users|tmp|mnt)/[\w.-]|[A-Z]:\\\\?Users'
-)  # folders that only one machine has
-SYSTEM = [
-    'sh',
-    'make',
-    'sed',
-    'cat',
-    'test',
-    'env',
-    'tail',
-    'tee',
-    'mktemp',
-    'rm',
-    'dirname',
-    'bash',
-    'expand',
-]
+# folders that only one machine has
+USERS = re.compile(r'(?<![\w.$~}-])/(?:home|root|Users|tmp|mnt)/[\w.-]|[A-Z]:\\\\?Users')
+WRITTEN = '.py', '.ipynb', '.md', '.ini', '.toml', '.yml', '.csv'
+# what make and the scripts call
+SYSTEM = 'sh make sed cat test env tail tee mktemp rm dirname bash expand'.split()
 
 
 def committed():
     "Files of the project: those that git knows, or in a copy without git all that were not built."
     if (ROOT / '.git').exists():
-        listed = subprocess.run(
-            ['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        ).stdout
+        command = ['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard']
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
         return [ROOT / n for n in listed.split('\0') if n and (ROOT / n).is_file()]
     found = []
     for folder, folders, files in os.walk(ROOT):
@@ -60,20 +43,15 @@ def test_no_path_of_one_machine():
     "No file, and no output stored in a notebook, tells where somebody's files lie."
     here = {str(d) + '/' for d in (ROOT, ROOT.parent, Path.home()) if len(d.parts) > 1}
     assert [(p.name, h) for p, text in texts() for h in here if h in text] == []
-    assert [
-        (p.name, m[0])
-        for p, text in texts()
-        if p.suffix in ('.py', '.ipynb', '.md', '.ini', '.toml', '.yml', '.csv')
-        and p != Path(__file__)
-        for m in USERS.finditer(text)
-    ] == []
+    written = [(p, text) for p, text in texts() if p.suffix in WRITTEN and p != Path(__file__)]
+    assert [(p.name, m[0]) for p, text in written for m in USERS.finditer(text)] == []
 
 
 def test_notebooks_are_numbered_once():
     "Numbers order the notebooks and are given once."
-    numbers = [n[:2] for n in NOTEBOOKS if n != 'index.ipynb']
-    assert all(re.fullmatch(r'\d\d_[a-z0-9_]+\.ipynb', n) for n in NOTEBOOKS if n != 'index.ipynb')
-    assert len(numbers) == len(set(numbers))
+    numbered = [n for n in NOTEBOOKS if n != 'index.ipynb']
+    assert all(re.fullmatch(r'\d\d_[a-z0-9_]+\.ipynb', n) for n in numbered)
+    assert len(numbered) == len({n[:2] for n in numbered})
 
 
 def test_help_lists_every_target():
@@ -81,17 +59,13 @@ def test_help_lists_every_target():
     phony = set(re.search(r'^\.PHONY: (.*)', makefile, re.M)[1].split()) - {'moved'}
     run = call('make', '-s', 'help', cwd=ROOT)
     assert run.returncode == 0
-    assert (
-        {line.split()[1] for line in run.stdout.splitlines()}
-        == phony
-        >= {'demo', 'test', 'lab', 'docs', 'bench', 'clean', 'help'}
-    )
+    assert {line.split()[1] for line in run.stdout.splitlines()} == phony
+    assert phony >= {'demo', 'test', 'lab', 'docs', 'bench', 'clean', 'help'}
 
 
 @pytest.fixture
 def tools(tmp_path):
-    """A folder for PATH that holds only what make and the shell need, and stand-ins that a test
-    puts there."""
+    "A folder for PATH with what make and the shell need, and stand-ins that a test puts there."
     folder = tmp_path / 'tools'
     folder.mkdir()
     for name in SYSTEM:
@@ -107,11 +81,11 @@ def stand_in(path, script):
 
 @pytest.fixture
 def dressed(project, tools):
-    """A copy of the project whose `python3` and whose .venv's Python only note what they are asked
-    to do, in calls.txt.
+    """A copy of the project whose Pythons only note what they are asked to do, in calls.txt.
 
-    Making a virtual environment puts such a Python into .venv; asking for a module `fails` names
-    makes it fail."""
+    These are `python3` and that of .venv. Making a virtual environment puts such a Python into
+    .venv; asking for a module that the file `fails` names makes it fail.
+    """
     log = project / 'calls.txt'
     log.touch()
     fails = f'[ -e {project}/fails ] && echo "$@" | grep -q "$(cat {project}/fails)"'
@@ -142,10 +116,13 @@ def test_demo_installs_without_tools_and_only_once(dressed):
 
 
 def test_what_make_was_told_stays_outside(dressed, monkeypatch):
-    """`make test PYTHON=... ARGS=...` hands both on to everything below it, so the commands that
-    tests run must not hear of them."""
-    for name, value in dict(PYTHON='nowhere', ARGS='-k x', MAKEFLAGS=' -- PYTHON=nowhere').items():
-        monkeypatch.setenv(name, value)
+    """`make test PYTHON=... ARGS=...` hands both on to everything below it.
+
+    So the commands that tests run must not hear of them.
+    """
+    monkeypatch.setenv('PYTHON', 'nowhere')
+    monkeypatch.setenv('ARGS', '-k x')
+    monkeypatch.setenv('MAKEFLAGS', ' -- PYTHON=nowhere')
     run, calls = dressed('test')
     assert run.returncode == 0 and '-m pytest\n' in calls
 
@@ -153,12 +130,10 @@ def test_what_make_was_told_stays_outside(dressed, monkeypatch):
 def test_tests_add_the_tools_and_only_once(dressed):
     dressed('demo')
     run, calls = dressed('test')
-    assert (
-        run.returncode == 0
-        and 'venv' not in calls
-        and 'install --editable .[dev]' in calls
-        and '-m pytest' in calls
-    )
+    assert run.returncode == 0
+    assert 'venv' not in calls
+    assert 'install --editable .[dev]' in calls
+    assert '-m pytest' in calls
     for target in ('test', 'demo'):
         run, calls = dressed(target)
         assert run.returncode == 0 and 'install' not in calls
@@ -194,18 +169,16 @@ def test_failing_tests_fail_make_and_ci(dressed, tools):
     run, _ = dressed('test')
     assert run.returncode
     run = call('.ci/run', cwd=dressed.project, PATH=str(tools))
-    assert run.returncode and run.stdout.count('Running all tests') == 2, (
-        'the closing lines stand at the end once more'
-    )
+    assert run.returncode
+    # the closing lines stand at the end once more
+    assert run.stdout.count('Running all tests') == 2
 
 
 def test_old_python_is_refused(dressed, tools):
     stand_in(tools / 'python3', 'case "$1" in --version) echo Python 3.8.1;; *) exit 1;; esac\n')
     run, calls = dressed('test')
     assert run.returncode and calls == ''
-    assert (
-        f'needs Python {settings()["min_python"]} or newer' in run.stdout
-        and 'Python 3.8.1' in run.stdout
-    )
+    assert f'needs Python {settings()["min_python"]} or newer' in run.stdout
+    assert 'Python 3.8.1' in run.stdout
     run, _ = dressed('test', 'PYTHON=nowhere')
     assert run.returncode and 'There is no nowhere on the PATH' in run.stdout

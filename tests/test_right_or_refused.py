@@ -1,5 +1,8 @@
-"""What comes back is right, or it is refused: random small networks that contain what once made a
-network wrong without a word, with removed channels that repeat kept ones."""
+"""What comes back is right, or it is refused.
+
+Random small networks contain what once made a network wrong without a word, with removed channels
+that repeat kept ones.
+"""
 
 import copy
 from collections import deque
@@ -125,13 +128,12 @@ def shown(h, how):
     return Thing(h) if how['thing'] else h
 
 
+made_of_it = st.sampled_from(['detach', 'spatial mean', 'half'])
 hidden_output = st.fixed_dictionaries(
     dict(
         layer=st.integers(0, 2),
         containers=st.lists(st.sampled_from(sorted(WRAPS)), max_size=12),
-        wraps=st.lists(
-            st.sampled_from(['detach', 'spatial mean', 'half']), unique=True, max_size=3
-        ),
+        wraps=st.lists(made_of_it, unique=True, max_size=3),
         first=st.booleans(),
         thing=st.booleans(),
         before=st.booleans(),
@@ -149,10 +151,10 @@ def showing(outputs):
             x = z.relu()
             seen.append((z, x))
         y = net.d(x)
-        parts = lambda first: tuple(
-            shown(seen[o['layer']][not o['before']], o) for o in outputs if o['first'] == first
-        )
-        return (*parts(True), y, *parts(False))
+        part = lambda o: shown(seen[o['layer']][not o['before']], o)
+        front = [part(o) for o in outputs if o['first']]
+        behind = [part(o) for o in outputs if not o['first']]
+        return (*front, y, *behind)
 
     torch.manual_seed(0)
     sizes = dict(a=(3, 8), b=(8, 6), c=(6, 8), d=(8, 4))
@@ -164,7 +166,7 @@ def showing(outputs):
 def one_output(**how):
     "The network whose second layer is put out, and its input."
     usual = dict(layer=1, containers=[], wraps=[], first=True, thing=False, before=False)
-    return showing([usual | how])
+    return showing([{**usual, **how}])
 
 
 @pytest.mark.parametrize('depth', [1, 10])
@@ -179,7 +181,8 @@ def test_a_part_of_a_layer_that_is_put_out():
     "What the layer reads is not to blame for the slice behind it."
     net, x = one_output(wraps=['half'], before=True)
     r = restore(net, x, ratio=0.5, restorer=prune_only())
-    assert r.plan.keys() == {'a', 'c'} and out(r.model, x)[0].shape[1] == 3
+    assert r.plan.keys() == {'a', 'c'}
+    assert out(r.model, x)[0].shape[1] == 3
 
 
 @FEW
@@ -210,14 +213,23 @@ def ramp(y):
     return torch.linspace(0.5, 1.5, y.shape[1], dtype=y.dtype).view(1, -1, 1, 1)
 
 
-WIDTH = dict(  # what a network makes of the layer in front and of the next one, by its width
+def halves_in_turn(y):
+    return y.view(len(y), 2, -1, *y.shape[2:]).flip(1).flatten(1, 2)
+
+
+def by_fours(y):
+    return y.view(-1, 4, *y.shape[2:]).relu().view(y.shape)
+
+
+# what a network makes of the layer in front and of the next one, by its width
+WIDTH = dict(
     nothing=lambda y, z: (y, z),
     scaled=lambda y, z: (y, z / y.shape[1] ** 0.5),
     in_front=lambda y, z: (y * y.shape[1], z),
     branch=lambda y, z: (y, z if y.shape[1] > 6 else -z),
     slices=lambda y, z: (torch.cat([y[:, :4], 2 * y[:, 4:]], 1), z),
-    view=lambda y, z: (y.view(len(y), 2, -1, *y.shape[2:]).flip(1).flatten(1, 2), z),
-    fixed_view=lambda y, z: (y.view(-1, 4, *y.shape[2:]).relu().view(y.shape), z),
+    view=lambda y, z: (halves_in_turn(y), z),
+    fixed_view=lambda y, z: (by_fours(y), z),
     places=lambda y, z: (y * ramp(y), z),
     shifted=lambda y, z: (y.roll(1, 1).roll(-1, 1), z + y.shape[1]),
 )
@@ -228,12 +240,11 @@ def by_width(kinds, end, side):
     "Three convolutions and a linear layer; `kinds` stand behind the first and the second one."
 
     def f(net, x):
-        widths = []
-        for k, nxt, kind in (('a', 'b', kinds[0]), ('b', 'c', kinds[1])):
-            y = (getattr(net, k)(x) if k == 'a' else x).relu()
+        x, widths = net.a(x), []
+        for layer, kind in ((net.b, kinds[0]), (net.c, kinds[1])):
+            y = x.relu()
             y, _ = WIDTH[kind](y, y)
-            z = getattr(net, nxt)(y)
-            _, x = WIDTH[kind](y, z)
+            _, x = WIDTH[kind](y, layer(y))
             widths.append(y.shape[1])
         y = net.o(x.relu().mean((2, 3)))
         if end:
@@ -278,14 +289,21 @@ def test_cuts(kinds, end, side, ratio):
     far, kept = unequal(kinds, end, side, ratio)
     assert far is None or far < 1e-4
     if kinds == ('nothing', 'nothing'):
-        assert kept.keys() == {'a', 'b', 'c'} - set('a' * end + 'b' * side)
+        assert kept.keys() == {'a', 'b', 'c'} - outputs_show(end, side)
 
 
-@pytest.mark.parametrize('end, side', [(False, False), (True, False), (False, True), (True, True)])
+def outputs_show(end, side):
+    "Layers whose width shows in what is put out."
+    return {k for k, shows in dict(a=end, b=side).items() if shows}
+
+
+@pytest.mark.parametrize('end', [False, True])
+@pytest.mark.parametrize('side', [False, True])
 def test_behind_the_last_layer(end, side):
     "What is done with the width where no layer follows shows in the outputs alone."
     far, kept = unequal(('nothing', 'nothing'), end, side, 0.75)
-    assert far < 1e-4 and kept.keys() == {'a', 'b', 'c'} - set('a' * end + 'b' * side)
+    assert far < 1e-4
+    assert kept.keys() == {'a', 'b', 'c'} - outputs_show(end, side)
 
 
 @pytest.mark.parametrize('kind', sorted(SEEN))
@@ -308,7 +326,10 @@ KNOWN = dict(
     hardswish=F.hardswish,
 )
 SCALES = dict(
-    times=lambda x: x * 1.7, over=lambda x: x / -3, neg=lambda x: -x, flipped=lambda x: 0.5 * x
+    times=lambda x: x * 1.7,
+    over=lambda x: x / -3,
+    neg=lambda x: -x,
+    flipped=lambda x: 0.5 * x,
 )
 UNKNOWN = dict(
     square=lambda x: x**2,
@@ -329,6 +350,8 @@ UNKNOWN = dict(
     clamp=lambda x: x.clamp(-1, 0.5),
 )
 MODULES = dict(prelu=lambda: nn.PReLU(8, 0.3), layer_scale=lambda: Scale(8))
+FUNCTIONS = {**SCALES, **UNKNOWN}
+STEPS = sorted({*FUNCTIONS, *MODULES})
 
 
 class Scale(nn.Module):
@@ -348,7 +371,8 @@ def arithmetic(first, steps, seed):
     def f(net, x):
         x = KNOWN[first](net.norm(net.a(x)))
         for i, k in enumerate(steps):
-            x = getattr(net, f's{i}')(x) if k in MODULES else (SCALES | UNKNOWN)[k](x)
+            step = getattr(net, f's{i}') if k in MODULES else FUNCTIONS[k]
+            x = step(x)
         return net.o(x)
 
     torch.manual_seed(seed)
@@ -361,46 +385,51 @@ def arithmetic(first, steps, seed):
     return net.double().eval(), torch.randn(8, 3, 6, 6).double()
 
 
-steps = st.lists(st.sampled_from(sorted(SCALES | UNKNOWN | MODULES)), max_size=3)
+steps = st.lists(st.sampled_from(STEPS), max_size=3)
 
 
 def check_constants(first, steps, name, seed, value=None):
     net, x = arithmetic(first, steps, seed)
     if value is not None:
         net.norm.bias.data[[2, 5]] = value
-    keep, restorers = {'a': [0, 1, 3, 4, 6, 7]}, dict(lbyl=lbyl(), merging=merging())
-    far = lambda f: gap(out(restore(net, x, keep=keep, restorer=f).model, x), out(net, x))
-    found = far(restorers[name])
-    if set(steps) <= SCALES.keys() | {'layer_scale'}:
+
+    def far(restorer):
+        small = restore(net, x, keep=dict(a=[0, 1, 3, 4, 6, 7]), restorer=restorer).model
+        return gap(out(small, x), out(net, x))
+
+    found = far(dict(lbyl=lbyl(), merging=merging())[name])
+    if set(steps) <= {*SCALES, 'layer_scale'}:
         assert found < 1e-4
     else:
         assert found <= far(prune_only()) * (1 + 1e-6) + 1e-9
 
 
+known = st.sampled_from(sorted(KNOWN))
+closed_form = st.sampled_from(['lbyl', 'merging'])
+
+
 @settings(FEW, max_examples=60)
-@given(
-    st.sampled_from(sorted(KNOWN)), steps, st.sampled_from(['lbyl', 'merging']), st.integers(0, 9)
-)
+@given(known, steps, closed_form, st.integers(0, 9))
 def test_constants_on_their_way(first, steps, name, seed):
     "Constant channels are made up for where their way to a reader is known, else no harm is done."
     check_constants(first, steps, name, seed)
 
 
-@pytest.mark.parametrize('step', sorted(SCALES | UNKNOWN | MODULES))
+@pytest.mark.parametrize('step', STEPS)
 def test_constants_behind_one_step(step):
     for seed in range(3):
         check_constants('leaky', [step], 'lbyl', seed)
 
 
-@pytest.mark.parametrize(
-    'first, steps',
-    [
-        ('hardswish', ['then_silu']),
-        ('none', ['neg', 'then_relu']),
-        ('tanh', ['clamp', 'then_relu']),
-        ('none', ['over', 'layer_scale', 'then_relu']),
-    ],
-)
+ONE_AND_ANOTHER = [
+    ('hardswish', ['then_silu']),
+    ('none', ['neg', 'then_relu']),
+    ('tanh', ['clamp', 'then_relu']),
+    ('none', ['over', 'layer_scale', 'then_relu']),
+]
+
+
+@pytest.mark.parametrize('first, steps', ONE_AND_ANOTHER)
 @pytest.mark.parametrize('value', [-4.0, 3.0])
 def test_constants_that_one_function_makes_and_another_takes(first, steps, value):
     "What is zero behind both is not made up for by what one of them alone would make."
@@ -409,7 +438,7 @@ def test_constants_that_one_function_makes_and_another_takes(first, steps, value
 
 
 @FEW
-@given(st.lists(st.sampled_from(sorted(SCALES | UNKNOWN | MODULES)), max_size=3), exact)
+@given(steps, exact)
 def test_copies_on_their_way(steps, name):
     "Whatever is done to channels one by one, a copy is a copy; scales of copies may differ."
     net, x = arithmetic('relu', steps, 0)
@@ -419,10 +448,11 @@ def test_copies_on_their_way(steps, name):
         if isinstance(getattr(net, k, None), nn.PReLU):
             repeat(getattr(net, k))
     keep = dict(a=[0, 1, 2, 3])
-    if 'layer_scale' in steps and set(steps) & (UNKNOWN.keys() | {'prelu'}):
+    if 'layer_scale' in steps and set(steps) & {*UNKNOWN, 'prelu'}:
         return
     r = restore(net, x, keep=keep, restorer=EXACT[name](x))
-    assert r.model.a.out_channels == 4 and gap(out(r.model, x), out(net, x)) < 1e-4
+    assert r.model.a.out_channels == 4
+    assert gap(out(r.model, x), out(net, x)) < 1e-4
 
 
 def test_side_by_side():
@@ -438,11 +468,11 @@ def test_side_by_side():
 
 @settings(FEW, max_examples=8)
 @given(
-    st.integers(5, 40),
-    st.integers(4, 12),
-    st.integers(0, 99),
-    st.booleans(),
-    st.sampled_from([probe, layerwise]),
+    rows=st.integers(5, 40),
+    width=st.integers(4, 12),
+    seed=st.integers(0, 99),
+    padded=st.booleans(),
+    restorer=st.sampled_from([probe, layerwise]),
 )
 def test_tokens(rows, width, seed, padded, restorer):
     "Example tokens that are all zero restore as well as random ones."
@@ -453,18 +483,17 @@ def test_tokens(rows, width, seed, padded, restorer):
 
     torch.manual_seed(seed)
     table = nn.Embedding(rows, width, padding_idx=0 if padded else None)
-    net = Net(
-        f, table=table, up=nn.Linear(width, 32), down=nn.Linear(32, width), o=nn.Linear(width, 3)
-    ).eval()
+    layers = dict(up=nn.Linear(width, 32), down=nn.Linear(32, width), o=nn.Linear(width, 3))
+    net = Net(f, table=table, **layers).eval()
     real = torch.randint(rows, (64, 12))
 
-    def missed(example):
-        small = restore(net, example, ratio=0.5, restorer=restorer(noise())).model
+    def missed(example, restorer):
+        small = restore(net, example, ratio=0.5, restorer=restorer).model
         return (out(small, real) - out(net, real)).norm().item()
 
-    pruned = restore(net, real[:1], ratio=0.5, restorer=prune_only()).model
-    zeros = missed(torch.zeros(1, 12, dtype=torch.long))
-    assert zeros <= 2 * missed(real[:1]) and zeros < (out(pruned, real) - out(net, real)).norm()
+    zeros = missed(torch.zeros(1, 12, dtype=torch.long), restorer(noise()))
+    assert zeros <= 2 * missed(real[:1], restorer(noise()))
+    assert zeros < missed(real[:1], prune_only())
 
 
 # Half precision
@@ -484,14 +513,15 @@ def test_half_precision(size, copies):
     net, limit = net.half(), 65504 / copies
     if abs(size / limit - 1) < 0.01:
         return  # rounded up or down
-    x, how = torch.zeros(1, 3, 4, 4).half(), dict(keep={'0': [0, 1]}, restorer=lbyl(0, 0))
-    go = lambda: restore(net, x, **how).model
+    x = torch.zeros(1, 3, 4, 4).half()
+    how = dict(keep={'0': [0, 1]}, restorer=lbyl(0, 0))
     if size > limit:
         with pytest.raises(ValueError, match=r'2\.weight: .* too large for torch.float16'):
-            go()
+            restore(net, x, **how)
     else:
+        small = restore(net, x, **how).model
         want = torch.full((2, 2, 1, 1), copies * size)
-        torch.testing.assert_close(go()[2].weight.float(), want, rtol=1e-3, atol=0)
+        torch.testing.assert_close(small[2].weight.float(), want, rtol=1e-3, atol=0)
 
 
 # Networks that are the same, written another way
@@ -511,16 +541,18 @@ def chain(norm=nn.BatchNorm2d, inplace=False, conv=nn.Conv2d):
         conv(6, 4, 1),
     ).eval()
     for m in net:
-        for _, v in [*m.named_parameters(), *m.named_buffers()]:
-            if isinstance(m, nn.Conv2d) or not v.is_floating_point():
-                continue
-            v.data.uniform_(0.5, 2)
+        if isinstance(m, nn.Conv2d):
+            continue
+        for v in [*m.parameters(), *m.buffers()]:
+            if v.is_floating_point():
+                v.data.uniform_(0.5, 2)
     return net
 
 
 def both(a, b, x=image, y=None, **how):
     "Two networks restored in the same way: the same plan, all layers of theirs cut."
-    r, s = restore(a, x, ratio=0.5, **how), restore(b, x if y is None else y, ratio=0.5, **how)
+    r = restore(a, x, ratio=0.5, **how)
+    s = restore(b, x if y is None else y, ratio=0.5, **how)
     assert r.plan == s.plan and r.cost.params.equals(s.cost.params)
     return r, s
 
@@ -541,9 +573,8 @@ def test_channels_last():
 def test_channels_last_through_a_flattening():
     "What stands in front of a flattening is cut as in the usual format."
     torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 4)
-    ).eval()
+    flat = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), *flat, nn.Linear(32, 4)).eval()
     last = copy.deepcopy(net).to(memory_format=torch.channels_last)
     r, s = both(net, last)
     where = image.to(memory_format=torch.channels_last)
@@ -590,9 +621,11 @@ def test_linear_layers_that_stand_the_other_way():
     net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
     twin = nn.Sequential(Conv1D(8, 6), nn.ReLU(), Conv1D(3, 8)).eval()
     for i in (0, 2):
-        twin[i].weight.data, twin[i].bias.data = net[i].weight.T.clone(), net[i].bias
+        twin[i].weight.data = net[i].weight.T.clone()
+        twin[i].bias.data = net[i].bias
     r, s = both(net, twin, rows)
-    assert type(s.model[0]) is Conv1D and (s.model[0].nf, s.model[2].nx) == (4, 4)
+    assert type(s.model[0]) is Conv1D
+    assert (s.model[0].nf, s.model[2].nx) == (4, 4)
     torch.testing.assert_close(out(s.model, rows), out(r.model, rows))
 
 
@@ -607,31 +640,35 @@ def test_autocast_around_the_call(dtype):
         assert torch.equal(found.model.state_dict()[k], v)
 
 
-def with_noise(kind):
-    "What a network does to hidden channels, at random; a function of them."
-    return dict(
-        none=lambda x: x,
-        dropout=lambda x: F.dropout(x, 0.3),
-        spatial=lambda x: F.dropout2d(x, 0.3),
-        noise=lambda x: x + 0.1 * torch.randn_like(x),
-        mask=lambda x: x * (torch.rand_like(x) > 0.2),
-        drawn=lambda x: x + torch.normal(torch.zeros_like(x), 0.1),
-        bernoulli=lambda x: x * torch.bernoulli(torch.full_like(x, 0.8)),
-    )[kind]
+# what a network does to hidden channels, at random
+AT_RANDOM = dict(
+    dropout=lambda x: F.dropout(x, 0.3),
+    spatial=lambda x: F.dropout2d(x, 0.3),
+    noise=lambda x: x + 0.1 * torch.randn_like(x),
+    mask=lambda x: x * (torch.rand_like(x) > 0.2),
+    drawn=lambda x: x + torch.normal(torch.zeros_like(x), 0.1),
+    bernoulli=lambda x: x * torch.bernoulli(torch.full_like(x, 0.8)),
+)
 
 
-@pytest.mark.parametrize('kind', ['dropout', 'spatial', 'noise', 'mask', 'drawn', 'bernoulli'])
+@pytest.mark.parametrize('kind', AT_RANDOM)
 def test_random_numbers_in_the_forward_pass(kind):
     "They are no reason to leave channels alone, and restore without probes as if there were none."
 
-    def net(kind):
-        torch.manual_seed(0)
-        f = lambda n, x: n.c(with_noise(kind)(n.b(with_noise(kind)(n.a(x).relu())).relu()))
-        layers = dict(a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(8, 6, 3), c=nn.Conv2d(6, 4, 1))
-        return Net(f, **layers).eval()
+    def restored(change):
+        def forward(n, x):
+            x = change(n.a(x).relu())
+            x = change(n.b(x).relu())
+            return n.c(x)
 
-    random, still = (restore(net(k), image, ratio=0.5, restorer=merging()) for k in (kind, 'none'))
-    assert random.plan == still.plan and random.plan.keys() == {'a', 'b'}
+        torch.manual_seed(0)
+        layers = dict(a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(8, 6, 3), c=nn.Conv2d(6, 4, 1))
+        net = Net(forward, **layers).eval()
+        return restore(net, image, ratio=0.5, restorer=merging())
+
+    random, still = restored(AT_RANDOM[kind]), restored(lambda x: x)
+    assert random.plan == still.plan
+    assert random.plan.keys() == {'a', 'b'}
     for k, v in still.model.state_dict().items():
         if k.startswith('a') or kind in ('dropout', 'spatial', 'mask', 'bernoulli'):
             torch.testing.assert_close(random.model.state_dict()[k], v)
@@ -657,7 +694,8 @@ def test_a_network_that_casts_to_a_dtype_that_it_holds(dtype):
         net.dtype = dtype
         return net.to(dtype).eval()
 
-    casts, plain = build(lambda net, x: net.n(x.to(net.dtype))), build(lambda net, x: net.n(x))
+    casts = build(lambda net, x: net.n(x.to(net.dtype)))
+    plain = build(lambda net, x: net.n(x))
     r, s = both(plain, casts, image.to(dtype), image)
     assert s.model.dtype == dtype and s.plan.keys() == {'n.0', 'n.3'}
     for k, v in r.model.state_dict().items():
@@ -683,20 +721,26 @@ def test_one_bad_group_of_twenty(monkeypatch):
                 x = x.view(-1, 8)
         return x
 
-    count, trace = [], recover.trace
-    monkeypatch.setattr(recover, 'trace', lambda *a: count.append(1) or trace(*a))
+    traced, trace = [], recover.trace
+
+    def counted(*args):
+        traced.append(trace(*args))
+        return traced[-1]
+
+    monkeypatch.setattr(recover, 'trace', counted)
     torch.manual_seed(0)
     layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(20)])
     r = restore(Net(f, layers=layers).eval(), torch.randn(2, 8), ratio=0.5)
     assert r.plan.keys() == {f'layers.{i}' for i in range(19)} - {'layers.7'}
-    assert len(count) <= 4
+    assert len(traced) <= 4
 
 
 def grouped():
     "A group norm of four groups; a layer in two pieces, of which one is read by another layer."
 
     def f(net, x):
-        u, v = net.b(net.norm(net.a(x)).relu()).relu().chunk(2, 1)
+        x = net.norm(net.a(x)).relu()
+        u, v = net.b(x).relu().chunk(2, 1)
         return net.c(torch.cat([u, v, net.d(v).relu()], 1))
 
     torch.manual_seed(0)
@@ -722,24 +766,33 @@ CHOICES = dict(
 )
 
 
+def cut_layer(m, rows, columns):
+    "A convolution with some of its filters and of what they read."
+    new = nn.Conv2d(len(columns), len(rows), m.kernel_size)
+    new.weight = nn.Parameter(m.weight[rows][:, columns])
+    new.bias = nn.Parameter(m.bias[rows])
+    return new
+
+
+def channels_of(small, net):
+    "Which channels of a layer those of a smaller one were, by their biases."
+    return [(net.bias == v).nonzero().item() for v in small.bias]
+
+
 @pytest.mark.parametrize('choice', CHOICES)
 def test_pieces_that_must_stay_equal(choice):
     "Choices respect them, and what comes out is the network that does not hear the others."
     net = grouped()
     small = restore(net, image, keep=CHOICES[choice](net), restorer=prune_only()).model
-    was = lambda k: [(getattr(net, k).bias == v).nonzero().item() for v in getattr(small, k).bias]
-    a, b, d = map(was, 'abd')  # which channels they were
+    a, b, d = (channels_of(getattr(small, k), getattr(net, k)) for k in 'abd')
     assert len(a) < 16 and len(b) < 12
-    assert len(set(pieces(a, 16, 4))) == 1 and len(set(pieces(b, 12, 2))) == 1
-    written = copy.deepcopy(net)  # by hand: the same layers with the kept channels
-
-    def layer(m, rows, columns):
-        new = nn.Conv2d(len(columns), len(rows), m.kernel_size)
-        new.weight, new.bias = nn.Parameter(m.weight[rows][:, columns]), nn.Parameter(m.bias[rows])
-        return new
-
-    written.a, written.b = layer(net.a, a, range(3)), layer(net.b, b, a)
+    assert len(set(pieces(a, 16, 4))) == 1
+    assert len(set(pieces(b, 12, 2))) == 1
+    # by hand: the same layers with the kept channels
+    written = copy.deepcopy(net)
+    written.a = cut_layer(net.a, a, range(3))
     written.norm = nn.GroupNorm(4, len(a))
-    written.d = layer(net.d, d, [i - 6 for i in b if i >= 6])
-    written.c = layer(net.c, range(4), [*b, *(12 + i for i in d)])
+    written.b = cut_layer(net.b, b, a)
+    written.d = cut_layer(net.d, d, [i - 6 for i in b if i >= 6])
+    written.c = cut_layer(net.c, range(4), [*b, *(12 + i for i in d)])
     torch.testing.assert_close(out(small, image), out(written, image))

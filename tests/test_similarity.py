@@ -19,54 +19,57 @@ def naive(pairs):
     "The loss by loops over images."
     total = 0.0
     for T, S in pairs:
-        rows = []
-        for A in (T, S):
-            G = [[float((a * b).sum()) for b in A] for a in A]
-            rows.append(
-                [[g / max(sum(v * v for v in row) ** 0.5, 1e-12) for g in row] for row in G]
-            )
-        total += sum((a - b) ** 2 for r, q in zip(*rows) for a, b in zip(r, q)) / len(T) ** 2
+        teacher, student = naive_similarities(T), naive_similarities(S)
+        for t, s in zip(teacher, student):
+            total += sum((a - b) ** 2 for a, b in zip(t, s)) / len(T) ** 2
     return total / len(pairs)
 
 
-shapes = st.lists(st.integers(1, 4), max_size=3)
+def naive_similarities(A):
+    "Products of all images with each other, every row divided by its length."
+    rows = []
+    for a in A:
+        row = [float((a * b).sum()) for b in A]
+        length = max(sum(v * v for v in row) ** 0.5, 1e-12)
+        rows.append([v / length for v in row])
+    return rows
+
+
+shape = st.lists(st.integers(1, 4), max_size=3)
+pairs_of_shapes = st.lists(st.tuples(shape, shape), min_size=1, max_size=3)
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.integers(1, 6),
-    st.lists(st.tuples(shapes, shapes), min_size=1, max_size=3),
-    st.integers(0, 99),
-)
-def test_against_loops(b, pairs, seed):
+@given(st.integers(1, 6), pairs_of_shapes, st.integers(0, 99))
+def test_against_loops(b, shapes, seed):
     "Any number of pairs, with activations of different shapes in teacher and student."
     gen = torch.Generator().manual_seed(seed)
-    pairs = [
-        tuple(torch.randn(b, *s, generator=gen, dtype=torch.float64) for s in pair)
-        for pair in pairs
-    ]
-    matrices = [{str(i): [similarities(p[k])] for i, p in enumerate(pairs)} for k in (0, 1)]
-    assert similarity_loss(*matrices).item() == pytest.approx(naive(pairs), rel=1e-10, abs=1e-14)
+    draw = lambda shape: torch.randn(b, *shape, generator=gen, dtype=torch.float64)
+    pairs = [(draw(t), draw(s)) for t, s in shapes]
+    teacher = {str(i): [similarities(t)] for i, (t, _) in enumerate(pairs)}
+    student = {str(i): [similarities(s)] for i, (_, s) in enumerate(pairs)}
+    loss = similarity_loss(teacher, student).item()
+    assert loss == pytest.approx(naive(pairs), rel=1e-10, abs=1e-14)
 
 
 def hooks(*nets):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for n in nets for m in n.modules())
 
 
-@pytest.mark.parametrize(
-    'student',
-    [
-        lambda n, x: n,
-        lambda n, x: expand(n),
-        lambda n, x: expand(n, composed=False),
-        lambda n, x: expand(lbyl_restore(n, x[:1], ratio=0.5)),
-    ],
+STUDENTS = dict(
+    same=lambda n, x: n,
+    expanded=lambda n, x: expand(n),
+    consecutive=lambda n, x: expand(n, composed=False),
+    restored=lambda n, x: expand(lbyl_restore(n, x[:1], ratio=0.5)),
 )
+
+
+@pytest.mark.parametrize('student', STUDENTS)
 def test_training_step(student):
     "Gradients reach every factor; hooks are gone; the contracted student has the same loss."
     torch.manual_seed(0)
     teacher, x = digits_net(8).eval(), torch.randn(6, 1, 8, 8)
-    net = student(copy.deepcopy(teacher), x)
+    net = STUDENTS[student](copy.deepcopy(teacher), x)
     with torch.no_grad():
         for p in net.parameters():
             p += 0.02 * torch.randn_like(p)
@@ -77,7 +80,8 @@ def test_training_step(student):
     assert 0 < loss <= 4 / 6 and hooks(teacher, net) == 0
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
     if 'Expanded' in str(net):
-        with similarity(teacher, small := contract(net)) as similar:
+        small = contract(net)
+        with similarity(teacher, small) as similar:
             small(x)
             assert similar(x).item() == pytest.approx(loss.item(), rel=1e-3)
 
@@ -125,9 +129,8 @@ def test_amp_with_gradient_scaling():
 
 def test_bad_input():
     teacher, net, x = digits_net(8).eval(), digits_net(4).eval(), torch.randn(6, 1, 8, 8)
-    with pytest.raises(
-        ValueError, match="student has no layer 'features.3x'; similar: .*features.3"
-    ):
+    says = "student has no layer 'features.3x'; similar: .*features.3"
+    with pytest.raises(ValueError, match=says):
         _paired(teacher, net, ['features.3x'])
     with pytest.raises(ValueError, match='teacher has no layer'):
         _paired(nn.Sequential(nn.Linear(2, 2)), net)
@@ -142,7 +145,8 @@ def test_bad_input():
         def forward(self, x):
             return x, x
 
+    p = nn.Sequential(Pair())
     with pytest.raises(TypeError, match='0: gives tuple'):
-        with _watched_layers(p := nn.Sequential(Pair()), ['0']):
+        with _watched_layers(p, ['0']):
             p(x)
     assert hooks(teacher, net, p) == 0

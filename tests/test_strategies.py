@@ -1,8 +1,12 @@
-"""Strategies in networks of many shapes, against loops and sums by hand; what ADMM does to weights;
-and bad input."""
+"""Strategies in networks of many shapes, against loops and sums by hand.
+
+And what ADMM does to weights, and bad input.
+"""
 
 import copy
+import importlib
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,34 +46,48 @@ from lbyl_nb.strategies import (
 from lbyl_nb.trace import trace
 
 Accelerator(cpu=True)  # the first one decides for all
+MODULE = importlib.import_module('lbyl_nb.layerwise')  # the package has a function of that name
 
 
 def randomised(net, seed=0):
     "The network in evaluation mode, with batch norms that do something."
     gen = torch.Generator().manual_seed(seed)
-    rand = lambda v, low, high: v.data.copy_(
-        low + (high - low) * torch.rand(v.shape, generator=gen)
-    )
+
+    def rand(v, low, high):
+        v.data.copy_(low + (high - low) * torch.rand(v.shape, generator=gen))
+
     for m in net.modules():
         if isinstance(m, nn.BatchNorm2d):
-            (
-                rand(m.weight, 0.5, 1.5),
-                rand(m.bias, -0.5, 0.5),
-                rand(m.running_mean, -0.3, 0.3),
-                rand(m.running_var, 0.5, 2),
-            )
+            rand(m.weight, 0.5, 1.5)
+            rand(m.bias, -0.5, 0.5)
+            rand(m.running_mean, -0.3, 0.3)
+            rand(m.running_var, 0.5, 2)
     return net.eval()
 
 
+def kept_as(net, before):
+    "Whether the state of a network is what it was."
+    return all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def sizes(kept):
+    "How many channels a plan keeps, layer by layer."
+    return {k: len(v) for k, v in kept.items()}
+
+
 class Joined(nn.Module):
-    """Two branches added, two concatenated, a depthwise and a transposed convolution, PReLU, a
-    flattening."""
+    """Two branches added, two concatenated.
+
+    And a depthwise and a transposed convolution, PReLU, a flattening.
+    """
 
     def __init__(self):
         super().__init__()
-        conv = lambda m, n, k=3, **kw: nn.Sequential(
-            nn.Conv2d(m, n, k, padding=k // 2, bias=False, **kw), nn.BatchNorm2d(n)
-        )
+
+        def conv(m, n, k=3, groups=1):
+            layer = nn.Conv2d(m, n, k, padding=k // 2, groups=groups, bias=False)
+            return nn.Sequential(layer, nn.BatchNorm2d(n))
+
         self.stem, self.a, self.b = conv(2, 6), conv(6, 6), conv(6, 6, 1)
         self.wide, self.depth, self.act = conv(6, 8), conv(8, 8, groups=8), nn.PReLU(8)
         self.up = nn.ConvTranspose2d(8, 5, 2, 2)
@@ -117,10 +135,8 @@ def case(request):
 def inputs_of(net, names, x):
     "What layers read."
     seen = {}
-    hooks = [
-        net.get_submodule(k).register_forward_hook(lambda m, i, o, k=k: seen.update({k: i[0]}))
-        for k in names
-    ]
+    see = lambda k: lambda m, inputs, output: seen.update({k: inputs[0]})
+    hooks = [net.get_submodule(k).register_forward_hook(see(k)) for k in names]
     with torch.no_grad():
         net(x)
     for h in hooks:
@@ -134,29 +150,33 @@ def contributions(net, group, x):
     for j in range(group.channels):
         parts = []
         for c in group.consumers:
-            layer, v = net.get_submodule(c.name), read[c.name]
+            layer, v, at = net.get_submodule(c.name), read[c.name], c.columns[j]
             dim = -1 if isinstance(layer, nn.Linear) else 1
-            only = torch.zeros_like(v).index_copy(
-                dim, c.columns[j], v.index_select(dim, c.columns[j])
-            )
+            only = torch.zeros_like(v).index_copy(dim, at, v.index_select(dim, at))
             parts.append((layer(only) - layer(0 * v)).flatten())
         rows.append(torch.cat(parts))
     return torch.stack(rows).detach()
 
 
+def added(y, gone, j):
+    "Square of what is missing when channel j goes too."
+    return y[[*gone, j]].sum(0).square().sum()
+
+
 def naive_order(y):
-    """ThiNet by its definition: the set of removed channels grows by the one with which their sum
-    is smallest."""
+    "ThiNet by its definition: next goes the channel with which the sum of the removed is smallest."
     gone = []
     while len(gone) < len(y):
         left = [j for j in range(len(y)) if j not in gone]
-        gone.append(min(left, key=lambda j: y[[*gone, j]].sum(0).square().sum().item()))
+        gone.append(min(left, key=lambda j: added(y, gone, j).item()))
     return gone
 
 
 def test_thinet_is_the_naive_loop(case):
-    """In every group: several producers and consumers, strides, reflections, transposed
-    convolutions, flattenings."""
+    """In every group: several producers and consumers.
+
+    Strides, reflections, transposed convolutions, flattenings.
+    """
     net, x, traced, groups = case
     scores = thinet(x).scores(traced, groups)
     for g in groups:
@@ -173,35 +193,35 @@ def test_greedy_order(m, d, seed):
     assert sorted(order.tolist()) == list(range(m))
     gone = order.argsort().tolist()
     for n in range(m):
-        least = min(y[[*gone[:n], j]].sum(0).square().sum() for j in gone[n:])
-        assert y[gone[: n + 1]].sum(0).square().sum().item() == pytest.approx(
-            least.item(), rel=1e-6, abs=1e-9
-        )
+        least = min(added(y, gone[:n], j) for j in gone[n:]).item()
+        taken = added(y, gone[:n], gone[n]).item()
+        assert taken == pytest.approx(least, rel=1e-6, abs=1e-9)
 
 
 def test_layers_too_wide_for_one_gram_matrix(monkeypatch):
-    """Convolutions and linear layers whose taps do not fit are treated by outputs, with the same
-    result."""
+    "Convolutions and linear layers whose taps do not fit go by outputs, with the same result."
     x = torch.randn(5, 6, 7, 7, dtype=torch.float64)
     for layer, v in ((nn.Conv2d(6, 4, 3, 2, 1), x), (nn.Linear(6, 4), x[..., 0])):
         for columns in (torch.arange(6)[:, None], torch.arange(6).view(3, 2)):
             by_taps = contribution_gram(layer.double(), v, columns)
             with monkeypatch.context() as patch:
-                patch.setattr('lbyl_nb.layerwise._MOST_TAPS', 1)
+                patch.setattr(MODULE, '_MOST_TAPS', 1)
                 torch.testing.assert_close(contribution_gram(layer, v, columns), by_taps)
 
 
 def test_hrank_by_hand():
-    """Ranks of conv, batch norm and ReLU before the pooling, of a depthwise convolution behind
-    them, and the mean over the branches of a stream."""
+    """Ranks of conv, batch norm and ReLU before the pooling.
+
+    And of a depthwise convolution behind them, and the mean over the branches of a stream.
+    """
     net = randomised(initialised(Joined, 0), 3).double()
     x = torch.randn(5, 2, 8, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     x[:, :, 3:] = x[:, :, 2:3]
-    rank = lambda z: (
-        torch.stack([torch.stack([torch.linalg.matrix_rank(c) for c in image]) for image in z])
-        .double()
-        .mean(0)
-    )
+
+    def rank(z):
+        ranks = [[torch.linalg.matrix_rank(channel).item() for channel in image] for image in z]
+        return torch.tensor(ranks, dtype=torch.float64).mean(0)
+
     with torch.no_grad():
         stem = F.relu(net.stem(x))
         added = F.relu(net.a(stem) + net.b(stem))
@@ -226,30 +246,37 @@ def test_hrank_by_hand():
 
 @pytest.mark.parametrize('make', [thinet, hrank])
 def test_criteria_in_plan_and_restore(make):
-    """With ratio and dict, in `plan` and in `restore`, for streams, on tensors, tuples and dicts;
-    the network and the caller's random numbers stay."""
+    """With ratio and dict, in `plan` and in `restore`, on tensors, tuples and dicts.
+
+    The network and the caller's random numbers stay.
+    """
     net, x = randomised(initialised(resnet20, 0)), torch.randn(4, 3, 8, 8)
     before, drawn = copy.deepcopy(net.state_dict()), torch.get_rng_state()
     kept = plan(net, x[:1], 0.5, make(x))
     assert {len(v) for k, v in kept.items() if k.startswith('layer1')} == {8}
-    assert (
-        plan(net, x[:1], 0.5, make((x,))) == plan(net, dict(x=x[:1]), 0.5, make(dict(x=x))) == kept
-    )
-    r = restore(
-        net,
-        x[:1],
-        ratio={'layer1.0.conv1': 0.25, 'layer2.1.conv1': 0.75},
-        criterion=make(x),
-        restorer=layerwise(calibration(x)),
-    )
-    assert {k: len(v) for k, v in r.plan.items()} == {'layer1.0.conv1': 12, 'layer2.1.conv1': 8}
-    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and torch.equal(
-        torch.get_rng_state(), drawn
-    )
-    joined, v = randomised(Joined()), torch.randn(4, 2, 8, 8)
-    maps = {g.name: 0.5 for g in find_groups(trace(joined, v), streams=True) if not g.reason}
-    streams = restore(joined, v, ratio=maps, criterion=make(v), restorer=prune_only(), streams=True)
-    assert len(streams.plan['a.0']) == 3 and streams.model(v).shape == (4, 10)
+    assert plan(net, x[:1], 0.5, make((x,))) == kept
+    assert plan(net, dict(x=x[:1]), 0.5, make(dict(x=x))) == kept
+    ratio = {'layer1.0.conv1': 0.25, 'layer2.1.conv1': 0.75}
+    how = dict(criterion=make(x), restorer=layerwise(calibration(x)))
+    r = restore(net, x[:1], ratio=ratio, **how)
+    assert sizes(r.plan) == {'layer1.0.conv1': 12, 'layer2.1.conv1': 8}
+    assert kept_as(net, before)
+    assert torch.equal(torch.get_rng_state(), drawn)
+
+
+@pytest.mark.parametrize('make', [thinet, hrank])
+def test_criteria_for_streams(make):
+    net, x = randomised(Joined()), torch.randn(4, 2, 8, 8)
+    ratio = {g.name: 0.5 for g in find_groups(trace(net, x), streams=True) if not g.reason}
+    how = dict(criterion=make(x), restorer=prune_only(), streams=True)
+    r = restore(net, x, ratio=ratio, **how)
+    assert len(r.plan['a.0']) == 3
+    assert r.model(x).shape == (4, 10)
+
+
+@pytest.mark.parametrize('make', [thinet, hrank])
+def test_criteria_name_what_is_wrong_with_images(make):
+    net, x = randomised(initialised(resnet20, 0)), torch.randn(4, 3, 8, 8)
     with pytest.raises(ValueError, match='images: there are none'):
         make(x[:0])
     with pytest.raises(ValueError, match='NaN or infinity met on the images'):
@@ -270,53 +297,52 @@ def test_thinet_keeps_repetitions_and_least_lost_does_not():
             t[:3] *= 4
             t[3:] *= 0.1
             t[1] = t[0]
-        net[4].weight.view(7, 6, 9)[:, 1] = net[4].weight.view(7, 6, 9)[:, 0]
-    assert plan(net, x, {'0': 0.5}, thinet(x))['0'] == [0, 1, 2]
-    assert len({0, 1} & {*plan(net, x, {'0': 0.5}, least_lost(calibration(x), 1e-4))['0']}) == 1
+        by_channel = net[4].weight.view(7, 6, 9)
+        by_channel[:, 1] = by_channel[:, 0]
+    kept = lambda criterion: plan(net, x, {'0': 0.5}, criterion)['0']
+    assert kept(thinet(x)) == [0, 1, 2]
+    assert len({0, 1} & {*kept(least_lost(calibration(x), 1e-4))}) == 1
+
+
+def normalised(y, norm):
+    "What a batch norm in training mode makes of a batch."
+    deviation = (y.var((0, 2, 3), correction=0, keepdim=True) + norm.eps).sqrt()
+    y = (y - y.mean((0, 2, 3), keepdim=True)) / deviation
+    return y * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1)
 
 
 @pytest.mark.parametrize('batch, parts', [(30, 1), (10, 3), (11, 3), (8, 4)])
 def test_adaptive_bn_by_hand(batch, parts):
     "Statistics of all images, the second norm reading what the first makes of each batch."
-    net = randomised(
-        nn.Sequential(
-            nn.Conv2d(2, 4, 3),
-            nn.BatchNorm2d(4),
-            nn.ReLU(),
-            nn.Conv2d(4, 3, 3),
-            nn.BatchNorm2d(3),
-            nn.Dropout(0.9),
-        )
-    ).double()
+    front = [nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU()]
+    behind = [nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3), nn.Dropout(0.9)]
+    net = randomised(nn.Sequential(*front, *behind)).double()
     x = torch.randn(30, 2, 8, 8)
     net.train()
     before, modes = copy.deepcopy(net.state_dict()), [m.training for m in net.modules()]
     done, ys, zs = adaptive_bn(net, x, batch), [], []
     pieces = x.double().tensor_split(parts)
-    assert max(map(len, pieces)) <= batch and max(map(len, pieces)) - min(map(len, pieces)) <= 1
+    lengths = [len(v) for v in pieces]
+    assert max(lengths) <= batch
+    assert max(lengths) - min(lengths) <= 1
     for v in pieces:
         y = net[0](v)
-        deviation = (y.var((0, 2, 3), correction=0, keepdim=True) + net[1].eps).sqrt()
-        normed = (y - y.mean((0, 2, 3), keepdim=True)) / deviation
-        z = net[3](F.relu(normed * net[1].weight.view(-1, 1, 1) + net[1].bias.view(-1, 1, 1)))
+        z = net[3](F.relu(normalised(y, net[1])))
         ys.append(y.detach())
         zs.append(z.detach())
     for norm, seen in ((done[1], torch.cat(ys)), (done[4], torch.cat(zs))):
         torch.testing.assert_close(norm.running_mean, seen.mean((0, 2, 3)))
         torch.testing.assert_close(norm.running_var, seen.var((0, 2, 3)))
-    assert not any(m.training for m in done.modules()) and done[1].momentum == net[1].momentum
-    assert (
-        all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
-        and [m.training for m in net.modules()] == modes
-    )
+    assert not any(m.training for m in done.modules())
+    assert done[1].momentum == net[1].momentum
+    assert kept_as(net, before)
+    assert [m.training for m in net.modules()] == modes
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), done.parameters()))
 
 
 def test_adaptive_bn_without_batch_norm_and_with_bad_input():
     net, x = plain(), torch.randn(4, 2, 8, 8)
-    assert all(
-        torch.equal(v, net.state_dict()[k]) for k, v in adaptive_bn(net, x).state_dict().items()
-    )
+    assert kept_as(adaptive_bn(net, x), net.state_dict())
     for bad in (dict(images=x[:1]), dict(images=x, batch=1)):
         with pytest.raises(ValueError, match='images, batch: statistics need at least 2 samples'):
             adaptive_bn(net, **bad)
@@ -341,8 +367,10 @@ def test_macs_are_those_of_the_cut_network(case):
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 5), st.floats(0.1, 0.95), st.floats(0.3, 0.95), st.integers(0, 999))
 def test_candidates_meet_the_budget(n, budget, most, seed):
-    """At most the budget; nearly all of it is used: a channel less removed in every group would
-    exceed it. Something stays of every group."""
+    """At most the budget; nearly all of it is used; something stays of every group.
+
+    A channel less removed in every group would exceed the budget.
+    """
     gen = torch.Generator().manual_seed(seed)
     widths = torch.randint(1, 40, (n,), generator=gen).double()
     u = 1 - torch.rand(20, n, generator=gen, dtype=torch.float64)
@@ -350,17 +378,14 @@ def test_candidates_meet_the_budget(n, budget, most, seed):
     try:
         gone = _within_budget(u, widths, count, budget, most)
     except ValueError as e:
-        assert (
-            'budget, most' in str(e)
-            and count(torch.minimum((widths * most).round(), widths - 1)[None]) > budget
-        )
+        assert 'budget, most' in str(e)
+        all_that_may_go = torch.minimum((widths * most).round(), widths - 1)
+        assert count(all_that_may_go[None]) > budget
         return
-    assert (
-        (count(gone) <= budget).all()
-        and (gone >= 0).all()
-        and (gone <= widths - 1).all()
-        and (gone <= widths * most + 0.5).all()
-    )
+    assert (count(gone) <= budget).all()
+    assert (gone >= 0).all()
+    assert (gone <= widths - 1).all()
+    assert (gone <= widths * most + 0.5).all()
     assert (count((gone - 1).clamp(min=0))[gone.sum(1) > 0] > budget).all()
 
 
@@ -368,174 +393,146 @@ def test_candidates_meet_the_budget(n, budget, most, seed):
 def trained():
     "A network that can read digits, and its sets."
     train_set, test_set = digits()
-    return (
-        train(
-            initialised(lambda: digits_net(4, offset=0.0), 0), train_set, epochs=6, lr=0.1, batch=64
-        ).eval(),
-        train_set,
-        test_set,
-    )
+    net = initialised(lambda: digits_net(4, offset=0.0), 0)
+    net = train(net, train_set, epochs=6, lr=0.1, batch=64).eval()
+    return net, train_set, test_set
 
 
 IMAGE = torch.zeros(1, 1, 8, 8)
 
 
 def test_eagleeye(trained):
-    """The best candidate by held-out accuracy, which is that of the network really cut; the same
-    again; model and random numbers stay."""
+    """The best candidate by held-out accuracy, which is that of the network really cut.
+
+    The same again; model and random numbers stay.
+    """
     net, train_set, _ = trained
     before, drawn = copy.deepcopy(net.state_dict()), torch.get_rng_state()
     how = dict(candidates=8, statistics=100, held_out=400, seed=3)
     found = eagleeye(net, IMAGE, train_set, 0.4, **how)
     rows = found.candidates
-    assert len(rows) == 8 and (rows.macs <= 0.4).all() and rows.accuracy.nunique() > 1
+    assert len(rows) == 8
+    assert (rows.macs <= 0.4).all()
+    assert rows.accuracy.nunique() > 1
     best = rows.iloc[rows.accuracy.argmax()]
-    assert {k: len(v) for k, v in found.plan.items()} == {
-        k: round(w * (1 - best[k]))
-        for k, w in (('features.0', 4), ('features.3', 16), ('features.7', 16))
-    }
+    widths = {'features.0': 4, 'features.3': 16, 'features.7': 16}
+    assert sizes(found.plan) == {k: round(w * (1 - best[k])) for k, w in widths.items()}
     part = subset(train_set, 500, 3)
     cut = restore(net, IMAGE, keep=found.plan, restorer=prune_only()).model
     right, n = accuracy(adaptive_bn(cut, normalise(part[:100].images)), part[100:])
     assert n == 400 and best.accuracy == pytest.approx(100 * right / n, abs=0.3)
     again = eagleeye(net, IMAGE, train_set, 0.4, **how)
     assert again.plan == found.plan and again.candidates.equals(rows)
-    assert not eagleeye(net, IMAGE, train_set, 0.4, **{**how, 'seed': 4}).candidates.equals(rows)
-    assert (
-        all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
-        and torch.equal(torch.get_rng_state(), drawn)
-        and not net.training
-    )
-    small = eagleeye(
-        net,
-        IMAGE,
-        train_set,
-        0.4,
-        criterion=thinet(normalise(part.images)),
-        **{**how, 'candidates': 2},
-    )
+    how['seed'] = 4
+    assert not eagleeye(net, IMAGE, train_set, 0.4, **how).candidates.equals(rows)
+    assert kept_as(net, before)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert not net.training
+    how.update(seed=3, candidates=2, criterion=thinet(normalise(part.images)))
+    small = eagleeye(net, IMAGE, train_set, 0.4, **how)
     assert len(small.candidates) == 2
 
 
-def test_eagleeye_names_what_is_wrong(trained):
+TOO_MANY = 'statistics, held_out: 1200 and 98 images from a set of 1297'
+WRONG_FOR_EAGLEEYE = [
+    (dict(budget=0.0), 'budget must be in'),
+    (dict(budget=1.5), 'budget must be in'),
+    (dict(most=1.0), 'most must be in'),
+    (dict(candidates=0), 'candidates: 0'),
+    (dict(held_out=0), 'held_out'),
+    (dict(statistics=1200, held_out=98), TOO_MANY),
+    (dict(budget=0.001), 'budget, most'),
+    (dict(statistics=1), 'statistics, held_out: 1 and 50'),
+]
+
+
+@pytest.mark.parametrize('bad, says', WRONG_FOR_EAGLEEYE)
+def test_eagleeye_names_what_is_wrong(trained, bad, says):
     net, train_set, _ = trained
-    for bad, says in (
-        (dict(budget=0.0), 'budget must be in'),
-        (dict(budget=1.5), 'budget must be in'),
-        (dict(most=1.0), 'most must be in'),
-        (dict(candidates=0), 'candidates: 0'),
-        (dict(held_out=0), 'held_out'),
-        (
-            dict(statistics=1200, held_out=98),
-            'statistics, held_out: 1200 and 98 images from a set of 1297',
-        ),
-        (dict(budget=0.001), 'budget, most'),
-        (dict(statistics=1), 'statistics, held_out: 1 and 50'),
-    ):
-        with pytest.raises(ValueError, match=says):
-            eagleeye(
-                net,
-                IMAGE,
-                train_set,
-                **{**dict(budget=0.4, candidates=2, statistics=50, held_out=50), **bad},
-            )
+    how = dict(budget=0.4, candidates=2, statistics=50, held_out=50)
+    how.update(bad)
+    with pytest.raises(ValueError, match=says):
+        eagleeye(net, IMAGE, train_set, **how)
+
+
+def test_eagleeye_with_nothing_to_prune():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     with pytest.raises(ValueError, match='nothing to prune'):
-        eagleeye(
-            nn.Sequential(nn.Flatten(), nn.Linear(64, 10)),
-            IMAGE,
-            train_set,
-            0.5,
-            statistics=50,
-            held_out=50,
-        )
+        eagleeye(net, IMAGE, digits()[0], 0.5, statistics=50, held_out=50)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 6), st.integers(1, 4), st.data())
 def test_projection_is_the_nearest(m, d, data):
     t = data.draw(st.integers(1, m))
-    A = torch.randn(
-        m,
-        d,
-        generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))),
-        dtype=torch.float64,
-    )
+    gen = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    A = torch.randn(m, d, generator=gen, dtype=torch.float64)
     Z = _projected(A, t)
     rows = [torch.tensor(i) for i in itertools.combinations(range(m), t)]
-    assert (Z - A).norm().item() == pytest.approx(
-        min((torch.zeros_like(A).index_copy(0, i, A[i]) - A).norm() for i in rows).item()
-    )
-    assert (Z.norm(dim=1) > 0).sum() == t and torch.equal(_projected(Z, t), Z)
+    others = [torch.zeros_like(A).index_copy(0, i, A[i]) for i in rows]
+    nearest = min((B - A).norm() for B in others).item()
+    assert (Z - A).norm().item() == pytest.approx(nearest)
+    assert (Z.norm(dim=1) > 0).sum() == t
+    assert torch.equal(_projected(Z, t), Z)
 
 
 def test_rows_of_zeros_are_channels_of_zeros(case):
-    """What `joined` collects is all that makes a channel: set to zero through it, cutting the
-    channel changes nothing, whatever joins in a group."""
+    """What `joined_parameters` collects is all that makes a channel, whatever joins in a group.
+
+    Set to zero through it, cutting the channel changes nothing.
+    """
     net, x, traced, groups = case
     for g in groups:
         zero, gone = copy.deepcopy(net), list(range(0, g.channels - 1, 2))
-        entries = torch.autograd.grad(
-            joined_parameters(zero, g)[gone].sum(), [*zero.parameters()], allow_unused=True
-        )
+        left = [i for i in range(g.channels) if i not in gone]
+        read = joined_parameters(zero, g)[gone].sum()
+        entries = torch.autograd.grad(read, [*zero.parameters()], allow_unused=True)
         with torch.no_grad():
             for p, grad in zip(zero.parameters(), entries):
                 if grad is not None:
                     p[grad != 0] = 0
-        assert (
-            not joined_parameters(zero, g)[gone].any()
-            and joined_parameters(zero, g)[[i for i in range(g.channels) if i not in gone]].any()
-        )
-        keep = {g.name: [i for i in range(g.channels) if i not in gone]}
-        small = restore(zero, x, keep=keep, restorer=prune_only())
-        assert {k: len(v) for k, v in small.plan.items()} == {g.name: g.channels - len(gone)}
+        assert not joined_parameters(zero, g)[gone].any()
+        assert joined_parameters(zero, g)[left].any()
+        small = restore(zero, x, keep={g.name: left}, restorer=prune_only())
+        assert sizes(small.plan) == {g.name: len(left)}
         torch.testing.assert_close(small.model(x), zero(x), rtol=1e-6, atol=1e-8)
 
 
+HISTORY = ['step', 'epoch', 'lr', 'loss', 'penalty', 'accuracy', 'primal', 'dual']
+
+
 def test_admm_trains_towards_its_plan(trained):
-    """Residuals fall, rows outside the plan come to be nearly nothing and can go; counts are those
-    of `plan`; the model passed in stays."""
+    """Residuals fall, rows outside the plan come to be nearly nothing and can go.
+
+    Counts are those of `plan`; the model passed in stays.
+    """
     net, train_set, test_set = trained
     before, drawn = copy.deepcopy(net.state_dict()), torch.get_rng_state()
     ratio = {'features.3': 0.5, 'features.7': 0.75}
-    done = admm(
-        net, IMAGE, train_set, ratio, recipe=Recipe(epochs=10, lr=0.05, milestones=(8,), batch=64)
-    )
-    assert (
-        {k: len(v) for k, v in done.plan.items()}
-        == {k: len(v) for k, v in plan(net, IMAGE, ratio).items()}
-        == {'features.3': 8, 'features.7': 4}
-    )
+    recipe = Recipe(epochs=10, lr=0.05, milestones=(8,), batch=64)
+    done = admm(net, IMAGE, train_set, ratio, recipe=recipe)
+    by_plan = plan(net, IMAGE, ratio)
+    assert sizes(done.plan) == sizes(by_plan) == {'features.3': 8, 'features.7': 4}
     primal = done.history.primal
-    assert (
-        len(done.history) == 10
-        and primal.iloc[-1] < 0.3 * primal.iloc[0]
-        and primal.iloc[5:].mean() < primal.iloc[:5].mean()
-    )
-    assert done.history.columns.tolist() == [
-        'step',
-        'epoch',
-        'lr',
-        'loss',
-        'penalty',
-        'accuracy',
-        'primal',
-        'dual',
-    ]
+    assert len(done.history) == 10
+    assert primal.iloc[-1] < 0.3 * primal.iloc[0]
+    assert primal.iloc[5:].mean() < primal.iloc[:5].mean()
+    assert done.history.columns.tolist() == HISTORY
     for g in find_groups(trace(done.model, IMAGE)):
         if g.name not in ratio:
             continue
         norms = joined_parameters(done.model, g).detach().norm(dim=1)
         out = [i for i in range(g.channels) if i not in done.plan[g.name]]
         assert norms[out].max() < 0.5 * norms[done.plan[g.name]].min()
-    right = lambda m: accuracy(m, test_set)[0]
-    cut = lambda m, keep: restore(m, IMAGE, keep=keep, restorer=prune_only()).model
-    assert right(cut(done.model, done.plan)) > right(cut(net, plan(net, IMAGE, ratio))) + 50
-    assert (
-        all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
-        and torch.equal(torch.get_rng_state(), drawn)
-        and not net.training
-        and not done.model.training
-    )
+
+    def right_without(net, keep):
+        return accuracy(restore(net, IMAGE, keep=keep, restorer=prune_only()).model, test_set)[0]
+
+    assert right_without(done.model, done.plan) > right_without(net, by_plan) + 50
+    assert kept_as(net, before)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert not net.training
+    assert not done.model.training
 
 
 def test_admm_in_streams():
@@ -546,9 +543,9 @@ def test_admm_in_streams():
     assert any(len(g.producers) > 1 for g in groups)
     split = _Split(net, groups, {g.name: g.channels // 2 for g in groups}, 0.3)
     X = {g.name: joined_parameters(net, g).detach() for g in groups}
-    assert split.penalty().item() == pytest.approx(
-        0.15 * sum((X[k] - _projected(X[k], split.keep[k])).square().sum().item() for k in X)
-    )
+    missed = {k: X[k] - _projected(X[k], split.keep[k]) for k in X}
+    squares = sum(v.square().sum().item() for v in missed.values())
+    assert split.penalty().item() == pytest.approx(0.15 * squares)
     stream = next(g for g in groups if len(g.producers) > 1)
     out = [i for i in range(stream.channels) if i not in split.plan[stream.name]]
     for name in stream.producers:
@@ -558,45 +555,47 @@ def test_admm_in_streams():
         assert not grad[split.plan[stream.name]].any()
     seen = split.update()
     for k in X:
-        torch.testing.assert_close(split.U[k], X[k] - _projected(X[k], split.keep[k]))
+        torch.testing.assert_close(split.U[k], missed[k])
     assert 0 < seen['primal'] < 1 and seen['dual'] == 0
-    assert {k: len(v) for k, v in split.plan.items()} == split.keep
+    assert sizes(split.plan) == split.keep
 
 
 def test_admm_whole_in_streams(trained):
     _, train_set, _ = trained
     build = lambda: nn.Sequential(nn.Conv2d(1, 2, 1), Joined())
     net = initialised(build, 0).eval()
-    done = admm(
-        net,
-        IMAGE,
-        subset(train_set, 64),
-        0.5,
-        streams=True,
-        recipe=Recipe(epochs=1, batch=32, milestones=()),
-    )
-    assert len(done.plan['1.a.0']) == 3 and len(done.history) == 1
-    assert restore(done.model, IMAGE, keep=done.plan, restorer=prune_only()).model(IMAGE).shape == (
-        1,
-        10,
-    )
+    recipe = Recipe(epochs=1, batch=32, milestones=())
+    done = admm(net, IMAGE, subset(train_set, 64), 0.5, streams=True, recipe=recipe)
+    assert len(done.plan['1.a.0']) == 3
+    assert len(done.history) == 1
+    small = restore(done.model, IMAGE, keep=done.plan, restorer=prune_only()).model
+    assert small(IMAGE).shape == (1, 10)
 
 
-def test_admm_names_what_is_wrong(trained):
+SHORT = Recipe(epochs=1, lr=0.05, milestones=(), batch=64)
+WRONG_FOR_ADMM = [
+    (dict(rho=0), 'rho must be a positive number'),
+    (dict(rho=float('nan')), 'rho must be'),
+    (dict(every=0), 'every: 0 steps'),
+    (dict(ratio=1.0), 'ratio must be'),
+    (dict(ratio={'nothing': 0.5}), "ratio: the model has no prunable layer 'nothing'"),
+    (dict(recipe=Recipe(batch=2000)), 'batch: 2000 images'),
+]
+
+
+@pytest.mark.parametrize('bad, says', WRONG_FOR_ADMM)
+def test_admm_names_what_is_wrong(trained, bad, says):
     net, train_set, _ = trained
-    short = Recipe(epochs=1, lr=0.05, milestones=(), batch=64)
-    for bad, says in (
-        (dict(rho=0), 'rho must be a positive number'),
-        (dict(rho=float('nan')), 'rho must be'),
-        (dict(every=0), 'every: 0 steps'),
-        (dict(ratio=1.0), 'ratio must be'),
-        (dict(ratio={'nothing': 0.5}), "ratio: the model has no prunable layer 'nothing'"),
-        (dict(recipe=Recipe(batch=2000)), 'batch: 2000 images'),
-    ):
-        with pytest.raises(ValueError, match=says):
-            admm(net, IMAGE, train_set, **{**dict(ratio=0.5, recipe=short), **bad})
+    how = dict(ratio=0.5, recipe=SHORT)
+    how.update(bad)
+    with pytest.raises(ValueError, match=says):
+        admm(net, IMAGE, train_set, **how)
+
+
+def test_admm_diverges_by_name(trained):
+    net, train_set, _ = trained
     with pytest.raises(FloatingPointError, match='learning rate or rho may be too large'):
-        admm(net, IMAGE, train_set, 0.5, rho=1e5, recipe=short)
+        admm(net, IMAGE, train_set, 0.5, rho=1e5, recipe=SHORT)
 
 
 class Calls:
@@ -619,9 +618,8 @@ def leaky():
     return net
 
 
-SMALL = dict(
-    ratio=0.5, rho=0.3, every=3, recipe=Recipe(epochs=3, lr=0.05, milestones=(2,), batch=64)
-)
+RECIPE = Recipe(epochs=3, lr=0.05, milestones=(2,), batch=64)
+SMALL = dict(ratio=0.5, rho=0.3, every=3, recipe=RECIPE)
 
 
 @pytest.fixture
@@ -631,87 +629,84 @@ def small_set():
 
 @pytest.mark.parametrize('fails, left', [(2, 12), (4, 9), (8, 6), (12, 3)])
 def test_admm_goes_on_from_its_checkpoint(tmp_path, one_thread, small_set, fails, left):
-    """Killed at any step: weights, plan and history are those of a run that never was. Once
-    complete, nothing is trained any more."""
+    """Killed at any step: weights, plan and history are those of a run that never was.
+
+    Once complete, nothing is trained any more.
+    """
     path, net = tmp_path / 'c.safetensors', leaky()
     whole = admm(net, IMAGE, small_set, augment=Calls(), **SMALL)
     with pytest.raises(KeyboardInterrupt):
         admm(net, IMAGE, small_set, augment=Calls(fails), checkpoint=path, **SMALL)
     for n in (left, 0):
-        rest = admm(
-            net, IMAGE, small_set, augment=(counting := Calls()), checkpoint=str(path), **SMALL
-        )
-        assert (
-            counting.calls == n and rest.plan == whole.plan and rest.history.equals(whole.history)
-        )
-        assert all(
-            torch.equal(v, whole.model.state_dict()[k]) for k, v in rest.model.state_dict().items()
-        )
+        counting = Calls()
+        rest = admm(net, IMAGE, small_set, augment=counting, checkpoint=str(path), **SMALL)
+        assert counting.calls == n
+        assert rest.plan == whole.plan
+        assert rest.history.equals(whole.history)
+        assert kept_as(rest.model, whole.model.state_dict())
     assert [p.name for p in tmp_path.iterdir()] == ['c.safetensors']
 
 
 def test_admm_holds_its_variables(tmp_path, one_thread, small_set):
     "Z and U are in the file; with zeros in their place another run comes out."
-    path = tmp_path / 'c.safetensors'
-    net = leaky()
-    how = dict(checkpoint=tmp_path / 'c.safetensors', **SMALL)
+    path, net = tmp_path / 'c.safetensors', leaky()
     whole = admm(net, IMAGE, small_set, augment=Calls(), **SMALL)
     with pytest.raises(KeyboardInterrupt):
-        admm(net, IMAGE, small_set, augment=Calls(5), **how)
+        admm(net, IMAGE, small_set, augment=Calls(5), checkpoint=path, **SMALL)
     tensors, meta = read_safetensors(path)
-    Z, U = (
-        {
-            k.removeprefix(f'penalty/{v}/'): t
-            for k, t in tensors.items()
-            if k.startswith(f'penalty/{v}/')
-        }
-        for v in 'ZU'
-    )
-    assert (
-        Z.keys() == U.keys() == {'features.0', 'features.3', 'features.7'} and meta['step'] == '3'
-    )
-    for k in Z:
-        assert (Z[k].norm(dim=1) > 0).sum() == len(Z[k]) / 2 and U[k].any()
-    for v in 'ZU':
-        write_safetensors(
-            {k: 0 * t if k.startswith(f'penalty/{v}/') else t for k, t in tensors.items()},
-            path,
-            meta,
-        )
-        rest = admm(net, IMAGE, small_set, augment=Calls(), **how).model.state_dict()
-        assert not torch.equal(
-            rest['features.3.weight'], whole.model.state_dict()['features.3.weight']
-        )
+    assert meta['step'] == '3'
+    layers = 'features.0', 'features.3', 'features.7'
+    of_variable = {v: [k for k in tensors if k.startswith(f'penalty/{v}/')] for v in 'ZU'}
+    for v, names in of_variable.items():
+        assert {*names} == {f'penalty/{v}/{k}' for k in layers}
+    for k in layers:
+        Z, U = tensors[f'penalty/Z/{k}'], tensors[f'penalty/U/{k}']
+        assert (Z.norm(dim=1) > 0).sum() == len(Z) / 2
+        assert U.any()
+    for names in of_variable.values():
+        zeros = {k: 0 * tensors[k] for k in names}
+        write_safetensors({**tensors, **zeros}, path, meta)
+        rest = admm(net, IMAGE, small_set, augment=Calls(), checkpoint=path, **SMALL)
+        weight = 'features.3.weight'
+        assert not torch.equal(rest.model.state_dict()[weight], whole.model.state_dict()[weight])
 
 
 def test_admm_refuses_checkpoints(tmp_path, small_set):
-    """Of another run, of fine-tuning, truncated, none at all, without a folder; and fine-tuning
-    refuses those of ADMM. The files stay as they are."""
+    """Of another run, of fine-tuning, truncated, none at all, without a folder.
+
+    And fine-tuning refuses those of ADMM. The files stay as they are.
+    """
     path = tmp_path / 'c.safetensors'
     other = tmp_path / 'f.safetensors'
     net = initialised(lambda: digits_net(4), 0).eval()
-    fit = lambda net=net, data=small_set, checkpoint=path, **how: admm(
-        net, IMAGE, data, checkpoint=checkpoint, **SMALL | how
-    )
-    fit(), finetune(net, small_set, recipe=SMALL['recipe'], every=3, checkpoint=other)
+    usual = dict(model=net, train_set=small_set, checkpoint=path, **SMALL)
+
+    def fit(**how):
+        return admm(example_inputs=IMAGE, **{**usual, **how})
+
+    fit()
+    finetune(net, small_set, recipe=RECIPE, every=3, checkpoint=other)
     before = path.read_bytes()
-    for how, says in (
+    later = replace(RECIPE, milestones=(2.5,))
+    other_weights = initialised(lambda: digits_net(4), 1).eval()
+    refused = [
         (dict(rho=0.2), 'whose rho is 0.3 and not 0.2'),
         (dict(ratio=0.75), "whose keep is {'features.0': 2,.* and not {'features.0': 1"),
         (dict(ratio={'features.0': 0.5}), 'whose keep is'),
         (dict(every=4), 'whose every is 3 and not 4'),
         (dict(seed=1), 'whose seed is 0 and not 1'),
-        (dict(recipe=Recipe(epochs=3, lr=0.05, milestones=(2.5,), batch=64)), 'whose milestones'),
+        (dict(recipe=later), 'whose milestones'),
         (dict(augment=Calls()), 'whose augment is unchanged and not Calls'),
-        (dict(data=subset(digits()[0], 255)), 'whose images is 256 and not 255'),
-        (dict(net=initialised(lambda: digits_net(4), 1).eval()), 'with other weights: start'),
-        (dict(net=digits_net(8)), 'another architecture: features.0.weight is'),
+        (dict(train_set=subset(digits()[0], 255)), 'whose images is 256 and not 255'),
+        (dict(model=other_weights), 'with other weights: start'),
+        (dict(model=digits_net(8)), 'another architecture: features.0.weight is'),
         (dict(checkpoint=other), "not a checkpoint of admm .format 'lbyl_nb.finetune.1'"),
-    ):
+    ]
+    for how, says in refused:
         with pytest.raises(ValueError, match=says):
             fit(**how)
     with pytest.raises(ValueError, match="not a checkpoint of finetune .format 'lbyl_nb.admm.1'"):
-        finetune(net, small_set, recipe=SMALL['recipe'], every=3, checkpoint=path)
+        finetune(net, small_set, recipe=RECIPE, every=3, checkpoint=path)
     assert path.read_bytes() == before
     for n in (0, 7, 100, len(before) // 2, len(before) - 1):
         other.write_bytes(before[:n])
@@ -726,18 +721,21 @@ def test_admm_refuses_checkpoints(tmp_path, small_set):
 
 
 def test_admm_keeps_the_checkpoint_before_a_nan(tmp_path, one_thread, small_set):
-    """The message names the step and the file, the file holds the last good projection, and from
-    there the run can be finished."""
+    """The message names the step and the file, the file holds the last good projection.
+
+    From there the run can be finished.
+    """
     path, net = tmp_path / 'c.safetensors', leaky()
-    fit = lambda **how: admm(net, IMAGE, small_set, augment=Calls(**how), checkpoint=path, **SMALL)
+
+    def fit(**how):
+        return admm(net, IMAGE, small_set, augment=Calls(**how), checkpoint=path, **SMALL)
+
     said = '^step 2: the loss is nan, the penalty .*; the learning rate or rho may be too large$'
     with pytest.raises(FloatingPointError, match=said):
         fit(nan=2)
     assert not path.exists()
-    with pytest.raises(
-        FloatingPointError,
-        match='step 8: the loss is nan, .* rho may be too large; .*c.safetensors holds step 6',
-    ):
+    said = 'step 8: the loss is nan, .* rho may be too large; .*c.safetensors holds step 6'
+    with pytest.raises(FloatingPointError, match=said):
         fit(nan=8)
     assert read_safetensors(path)[1]['step'] == '6'
     whole = admm(net, IMAGE, small_set, augment=Calls(), **SMALL)
@@ -758,9 +756,8 @@ def test_grouped_convolutions():
     ).eval()
     data, x = digits()[0], torch.randn(16, 1, 8, 8)
     found = eagleeye(net, x[:1], data, 0.7, candidates=3, statistics=32, held_out=32)
-    assert all({(i + 4) % 8 for i in v} == {*v} for v in found.plan.values()) and restore(
-        net, x[:1], keep=found.plan
-    ).model(x).shape == (16, 10)
+    assert all({(i + 4) % 8 for i in v} == {*v} for v in found.plan.values())
+    assert restore(net, x[:1], keep=found.plan).model(x).shape == (16, 10)
     with pytest.raises(ValueError, match='0: ThiNet removes channels one by one'):
         plan(net, x[:1], 0.5, thinet(x))
     with pytest.raises(ValueError, match='0: ADMM removes channels one by one'):

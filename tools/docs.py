@@ -17,9 +17,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LINK = re.compile(
-    r'(\]\(|(?:src|href)=")([^)"\s#][^)"\s]*)'
-)  # the target of a Markdown link or image, or of an HTML one
+# the target of a Markdown link or image, or of an HTML one
+LINK = re.compile(r'(\]\(|(?:src|href)=")([^)"\s#][^)"\s]*)')
 FENCE = re.compile(r'(^```.*?^```)', re.M | re.S)
 
 
@@ -34,14 +33,15 @@ def relink(
             return m[0]
         return m[1] + posixpath.normpath(posixpath.join(folder, m[2]))
 
-    return ''.join(
-        part if part.startswith('```') else LINK.sub(target, part) for part in FENCE.split(text)
-    )
+    parts = FENCE.split(text)
+    return ''.join(p if p.startswith('```') else LINK.sub(target, p) for p in parts)
 
 
 def shown(output):
     """A stored output as Markdown: its own Markdown or HTML, else its plain text as a code block.
-    Warnings and progress bars are left out."""
+
+    Warnings and progress bars are left out.
+    """
     if output['output_type'] == 'stream':
         data = {'text/plain': output['text']} if output['name'] == 'stdout' else {}
     else:
@@ -64,20 +64,20 @@ def shown(output):
 def cell_md(cell):
     "The blocks of Markdown that one cell contributes. A cell marked `#| hide` contributes none."
     source = ''.join(cell['source'])
-    marks = (
-        {m.replace(' ', '') for m in re.findall(r'^#\|(.*)$', source, re.M)}
-        if cell['cell_type'] == 'code'
-        else set()
-    )
     if cell['cell_type'] == 'markdown':
         return [relink(source.strip())]
-    if cell['cell_type'] != 'code' or 'hide' in marks:
+    if cell['cell_type'] != 'code':
+        return []
+    marks = {m.replace(' ', '') for m in re.findall(r'^#\|(.*)$', source, re.M)}
+    if 'hide' in marks:
         return []
     code = re.sub(r'^#\|.*\n?', '', source, flags=re.M).strip()
-    outputs = [] if 'output:false' in marks else [shown(o) for o in cell['outputs']]
-    return ([f'```python\n{code}\n```'] if code and 'echo:false' not in marks else []) + [
-        o for o in outputs if o
-    ]
+    blocks = []
+    if code and 'echo:false' not in marks:
+        blocks.append(f'```python\n{code}\n```')
+    if 'output:false' not in marks:
+        blocks += [shown(o) for o in cell['outputs']]
+    return [b for b in blocks if b]
 
 
 def readme(
@@ -91,15 +91,13 @@ def readme(
 def pages(
     root=ROOT,  # the project
 ):
-    """Process every notebook for the website into `root`/_proc, executing nothing; the folder's
-    path."""
+    "Process every notebook for the website into `root`/_proc, executing nothing; its path."
     from nbdev.serve import proc_nbs
 
     os.chdir(root)
     made = proc_nbs(str(root / 'nbs'), n_workers=0)
-    missing = [
-        p.name for p in sorted((root / 'nbs').glob('*.ipynb')) if not (made / p.name).exists()
-    ]
+    notebooks = sorted(p.name for p in (root / 'nbs').glob('*.ipynb'))
+    missing = [n for n in notebooks if not (made / n).exists()]
     if missing:
         ignored = 'it ignores whatever lies below a folder whose name begins with a dot.'
         raise SystemExit(f'nbdev left out {", ".join(missing)}; {ignored}')
