@@ -524,6 +524,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'lbyl_nb.plans._choose_units': ('plans.html#_choose_units', 'lbyl_nb/plans.py'),
                                'lbyl_nb.plans._groups_of': ('plans.html#_groups_of', 'lbyl_nb/plans.py'),
                                'lbyl_nb.plans._indices': ('plans.html#_indices', 'lbyl_nb/plans.py'),
+                               'lbyl_nb.plans._kept_of': ('plans.html#_kept_of', 'lbyl_nb/plans.py'),
+                               'lbyl_nb.plans._mean_scores': ('plans.html#_mean_scores', 'lbyl_nb/plans.py'),
                                'lbyl_nb.plans._near': ('plans.html#_near', 'lbyl_nb/plans.py'),
                                'lbyl_nb.plans._nearest': ('plans.html#_nearest', 'lbyl_nb/plans.py'),
                                'lbyl_nb.plans._ratios': ('plans.html#_ratios', 'lbyl_nb/plans.py'),
