@@ -21,7 +21,8 @@ def _labels(net, groups):
     below = {k: width(net.model.get_submodule(k)) for k in net.calls}
     for g in groups:
         if g.units < g.channels:
-            below |= dict.fromkeys(g.producers, f'{g.units} × {g.channels // g.units}')
+            units = f'{g.units} × {g.channels // g.units}'
+            below.update(dict.fromkeys(g.producers, units))
     return [f'{k}\n{below[k]}' for k in net.calls]
 
 # %% ../nbs/19_any_network.ipynb #68827900
@@ -35,7 +36,9 @@ def _arc(ax, i, j, side, n, **style):
     "Half an ellipse from place i to place j of n, above (side 1) or below (-1)."
     t = np.linspace(0, np.pi)
     middle, radius = (i + j) / 2, (j - i) / 2
-    ax.plot(middle - radius * np.cos(t), side * ((j - i) / n) ** 0.5 * np.sin(t), lw=1.2, **style)
+    x = middle - radius * np.cos(t)
+    y = side * ((j - i) / n) ** 0.5 * np.sin(t)
+    ax.plot(x, y, lw=1.2, **style)
 
 
 def _plain_axes(ax, ticks):
@@ -53,18 +56,19 @@ def draw_groups(
     net: Traced,  # from `trace`
     groups: list,  # of it, from `find_groups`
     ax: Axes | None = None,  # where to draw; None: a new figure, for a dozen layers or so
-) -> Axes:
+) -> Axes:  # `ax`, or those of the new figure
     """Layers in the order of their calls, with arcs between them; grey is left alone.
 
     Above are those who read each other's channels, below those who share channels."""
     at = {k: i for i, k in enumerate(net.calls)}
     if ax is None:
         _, ax = plt.subplots(figsize=(0.54 * len(at) + 0.8, 1.5))
-    colours, palette = dict.fromkeys(at, '.7'), cycle(plt.get_cmap('Dark2').colors[:7])
+    palette = cycle(plt.get_cmap('Dark2').colors[:7])
+    colours = dict.fromkeys(at, '.7')
     for g in groups:
         colour = '.7' if g.reason else next(palette)
         same = [k for k in at if k in g.producers or k in dict(g.cut)]
-        colours |= dict.fromkeys(same, colour)
+        colours.update(dict.fromkeys(same, colour))
         for k, reader in _reads(g):
             if at[k] < at[reader]:
                 _arc(ax, at[k], at[reader], 1, len(at), ls='-', color=colour)

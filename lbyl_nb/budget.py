@@ -35,18 +35,26 @@ class _Bill:
         """Parameters and multiply-accumulates when each group loses so many channels.
 
         Numbers, or tensors of numbers for many cases at once."""
-        out, inn = {}, {}
-        for g, n in lost.items():
-            for d, spans in zip((out, inn), self.tied[g]):
-                for name, span in spans:
-                    d[name] = d.get(name, 0) + n * span
+        out, inn = self._gone(lost)
         params, macs = self.rest, 0
         for r in self.rows:
             o = r['out'] - out.get(r['name'], 0)
-            w = o * (r['inn'] - inn.get(r['name'], 0) / r['groups']) * r['taps']
+            i = r['inn'] - inn.get(r['name'], 0) / r['groups']
+            w = o * i * r['taps']
             params = params + w + o * r['extra']
             macs = macs + w * r['positions']
         return dict(params=params, macs=macs)
+
+    def _gone(self, lost: dict) -> tuple:
+        "How many outputs and how many inputs each module loses, {name: number} twice."
+        out, inn = {}, {}
+        for g, n in lost.items():
+            made, read = self.tied[g]
+            for name, span in made:
+                out[name] = out.get(name, 0) + n * span
+            for name, span in read:
+                inn[name] = inn.get(name, 0) + n * span
+        return out, inn
 
 # %% ../nbs/17_budget.ipynb #e3c46cb1
 def _uses(m, x, y) -> float:
@@ -57,16 +65,19 @@ def _uses(m, x, y) -> float:
 # %% ../nbs/17_budget.ipynb #a2599676
 def _positions(net):
     "How often one sample uses each weight of every layer, {layer name: positions}."
-    used, hooks, n = {}, [], _sample_count(net.args)
-    for name, m in net.model.named_modules():
-        if not isinstance(m, LAYERS):
-            continue
+    n = _sample_count(net.args)
+    used, hooks = {}, []
 
-        def see(m, args, kwargs, y, name=name):
+    def hook(name):
+        def see(m, args, kwargs, y):
             x = next(iter((*args, *kwargs.values())))
             used[name] = used.get(name, 0) + _uses(m, x, y) / n
 
-        hooks.append(m.register_forward_hook(see, with_kwargs=True))
+        return see
+
+    for name, m in net.model.named_modules():
+        if isinstance(m, LAYERS):
+            hooks.append(m.register_forward_hook(hook(name), with_kwargs=True))
     try:
         _dry_run(net.model, net.args)
     finally:
@@ -101,37 +112,43 @@ def _held(name, t):
     return dict(name=name, out=t.numel(), inn=0, groups=1, taps=0, extra=1, positions=0)
 
 
+def _rows(net, groups) -> list:
+    "Rows of a bill: layers, modules between them, and parameters that modules hold themselves."
+    module, used = net.model.get_submodule, _positions(net)
+    rows = [_row(k, module(k), n) for k, n in sorted(used.items())]
+    cut = {k for g in groups for k, _ in g.cut}
+    for k in sorted(cut - used.keys()):
+        weight = getattr(module(k), 'weight', None)
+        if weight is not None and len(weight) > 1:
+            rows.append(_between(k, module(k)))
+    held = {f'{k}.{a}': getattr(module(k), a) for g in groups for k, a, _ in g.parameters}
+    return rows + [_held(k, t) for k, t in held.items() if isinstance(t, nn.Parameter)]
+
+
+def _spans(g) -> tuple:
+    "How many places a channel has in each thing that is cut, and in each consumer; pairs by name."
+    made = [(k, c.shape[1]) for k, c in g.cut]
+    made += [(f'{k}.{a}', c.shape[1]) for k, a, c in g.parameters]
+    read = [(c.name, c.columns.shape[1]) for c in g.consumers]
+    return made, read
+
+
 def bill(
     net: Traced,  # from `trace`
     groups: list,  # of it, from `find_groups`: those that may lose channels
 ) -> _Bill:  # parameters and multiply-accumulates for each number of channels
     "What a traced network costs: its convolutions and linear layers, for one sample."
-    module, used = net.model.get_submodule, _positions(net)
-    own = lambda k: getattr(module(k), 'weight', None)
-    cut = sorted({k for g in groups for k, _ in g.cut} - used.keys())
-    between = [k for k in cut if own(k) is not None and len(own(k)) > 1]
-    rows = [_row(k, module(k), n) for k, n in sorted(used.items())]
-    rows += [_between(k, module(k)) for k in between]
-    held = {f'{k}.{a}': getattr(module(k), a) for g in groups for k, a, _ in g.parameters}
-    rows += [_held(k, t) for k, t in held.items() if isinstance(t, nn.Parameter)]
-
-    def spans(g):
-        made = [(k, c.shape[1]) for k, c in g.cut]
-        made += [(f'{k}.{a}', c.shape[1]) for k, a, c in g.parameters]
-        return made, [(c.name, c.columns.shape[1]) for c in g.consumers]
-
-    all_rows = _Bill(rows, {g.name: spans(g) for g in groups}, 0)
-    all_rows.rest = sum(p.numel() for p in net.model.parameters()) - all_rows.total({})['params']
-    return all_rows
+    made = _Bill(_rows(net, groups), {g.name: _spans(g) for g in groups}, rest=0)
+    every = sum(p.numel() for p in net.model.parameters())
+    made.rest = every - made.total({})['params']
+    return made
 
 # %% ../nbs/17_budget.ipynb #3332d438
 def _relative(name, scores):
     "Scores of a group in units of their mean; ValueError where that says nothing."
     if not torch.isfinite(scores).all() or (scores < 0).any():
-        raise ValueError(
-            f'{name}: the criterion gives scores that are not finite, or negative, '
-            'and cannot be compared across layers'
-        )
+        what = 'the criterion gives scores that are not finite, or negative'
+        raise ValueError(f'{name}: {what}, and cannot be compared across layers')
     return scores / scores.mean().clamp(min=torch.finfo(scores.dtype).tiny)
 
 # %% ../nbs/17_budget.ipynb #bfe97f1b
@@ -149,13 +166,13 @@ def _ranking(scores: dict, least: dict) -> list:
 def _kept_after(n, order, families, limits):
     "Units that the cells of each family keep after the first n removals, within the limits."
     gone = Counter(order[:n])
-
-    def kept(f):
+    kept = {}
+    for f in families:
         cells = cells_of(f)
         wanted = [limits.units(c, c.units - gone[c.name]) for c in cells]
-        return _balance(f, wanted, [limits.units(c, 0) for c in cells])
-
-    return {f.name: kept(f) for f in families}
+        least = [limits.units(c, 0) for c in cells]
+        kept[f.name] = _balance(f, wanted, least)
+    return kept
 
 
 def _lost(kept, families):
@@ -173,7 +190,10 @@ def _first(holds, n):
     low, high = 0, n
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if holds(middle) else (middle + 1, high)
+        if holds(middle):
+            high = middle
+        else:
+            low = middle + 1
     return low
 
 # %% ../nbs/17_budget.ipynb #18f6a249
@@ -188,27 +208,32 @@ def _within(share: float, what: str, criterion, limits: Limits) -> Callable:
         groups = [g for g in groups if g.name in chosen]
         scores = unit_scores(model, net, groups, criterion)
         costs = bill(net, groups)
-        cells = [c for f in families for c in cells_of(f)]
-        own = {c.name: scores[c.family.name][c.at] for c in cells}
-        order = _ranking(own, {c.name: limits.units(c, 0) for c in cells})
+        order = _order(families, scores, limits)
 
         def left(n):
+            "Share that is left after the first n removals."
             lost = _lost(_kept_after(n, order, families, limits), families)
             return costs.total(lost)[what] / costs.total({})[what]
 
         least = left(len(order))
         if least > share:
-            raise ValueError(
-                f'{what}: {share} of them cannot be reached, {least:.3f} are left '
-                'when everything is removed that may be'
-            )
+            why = f'{least:.3f} are left when everything is removed that may be'
+            raise ValueError(f'{what}: {share} of them cannot be reached, {why}')
         n = _first(lambda n: left(n) <= share, len(order))
-        kept, plan = _kept_after(n, order, families, limits), {}
+        kept = _kept_after(n, order, families, limits)
+        plan = {}
         for f in families:
-            plan |= _choose_units(scores[f.name], f, kept[f.name], limits)
+            plan.update(_choose_units(scores[f.name], f, kept[f.name], limits))
         return {g.name: plan[g.name] for g in groups}
 
     return choose
+
+
+def _order(families, scores, limits):
+    "Names of the cells of all families, in the order in which they lose units."
+    cells = [c for f in families for c in cells_of(f)]
+    own = {c.name: scores[c.family.name][c.at] for c in cells}
+    return _ranking(own, {c.name: limits.units(c, 0) for c in cells})
 
 # %% ../nbs/17_budget.ipynb #f674dec5
 def budget(

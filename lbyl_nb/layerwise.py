@@ -60,11 +60,12 @@ _MOST_TAPS = 8192  # unknowns for one output; beyond, the Gram matrix is too lar
 def taps_fit(
     layer: nn.Module,  # that reads
     columns: Tensor,  # (channels, span) of its input
-) -> bool:
-    "Can all taps of these columns be free: are the layer's patches known, and few enough?"
+) -> bool:  # may every tap of these columns be free?
+    "Are the patches of a layer known, and the taps of one of its outputs few enough?"
     if not isinstance(layer, (nn.Conv2d, nn.Linear)):
         return False
-    return columns.numel() // conv_groups(layer) * layer.weight[0, 0].numel() <= _MOST_TAPS
+    taps = layer.weight[0, 0].numel()  # for each column
+    return columns.numel() // conv_groups(layer) * taps <= _MOST_TAPS
 
 # %% ../nbs/14_layerwise.ipynb #d4f1e782
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ class _Site:
     free: bool = True  # is every tap free, or shall one delivery matrix serve all?
 
     @property
-    def read(self):
+    def read(self) -> Tensor:
+        "The columns that it will read."
         return self.columns[self.keep].flatten()
 
 # %% ../nbs/14_layerwise.ipynb #6aa820a5
@@ -90,20 +92,21 @@ def _site(
     model: nn.Module,  # in which the layer is found
     reader: Reader,  # the layer
     tied: list,  # pairs of a `Consumer` of this name and the kept channels of its pruned group
-    taps: bool = True,  # shall taps be free?
+    taps: bool = True,  # shall taps be free, where there are no more than `_MOST_TAPS`?
 ) -> _Site:
-    """The site of a layer; it reads all columns that belong to no pruned group.
-
-    Taps are not free where there would be more than `_MOST_TAPS` of them."""
+    "The site of a layer; it reads all columns that belong to no pruned group."
     layer = model.get_submodule(reader.name)
     every = torch.arange(by_output(layer).shape[1] * conv_groups(layer))
+    of_groups = [c.columns for c, _ in tied]
     lost = _joined(c.columns[removed(keep, len(c.columns))] for c, keep in tied)
-    rest = every[~torch.isin(every, _joined(c.columns for c, _ in tied))]
-    parts = [c.columns for c, _ in tied] + ([rest[:, None]] if len(rest) else [])
-    equal = len({p.shape[1] for p in parts}) == 1  # else each column by itself
-    columns = torch.cat(parts) if equal else every[:, None]
+    rest = every[~torch.isin(every, _joined(of_groups))]
+    parts = [*of_groups, rest[:, None]] if len(rest) else of_groups
+    spans = {p.shape[1] for p in parts}
+    # where channels have unequally many columns, each column stands by itself
+    columns = torch.cat(parts) if len(spans) == 1 else every[:, None]
     keep = (~torch.isin(columns[:, 0], lost)).nonzero().flatten().tolist()
-    return _Site(reader, columns, keep, taps and taps_fit(layer, columns[keep]))
+    free = taps and taps_fit(layer, columns[keep])
+    return _Site(reader, columns, keep, free)
 
 # %% ../nbs/14_layerwise.ipynb #94f9b6b9
 def _channel_rows(
@@ -113,13 +116,15 @@ def _channel_rows(
 ) -> Tensor:  # (positions, m)
     "Channels as columns: one row for each sample and position."
     x = x.movedim(channel_dim(layer), -1)
-    return x[..., columns.to(x.device)].movedim(-2, -1).reshape(-1, len(columns))
+    picked = x[..., columns.to(x.device)]  # (..., m, span)
+    return picked.movedim(-2, -1).reshape(-1, len(columns))
 
 # %% ../nbs/14_layerwise.ipynb #024cc5b2
 def _rows_in_blocks(layer, x, y, name):
     "`row_moments` of channels (positions, m), of each group of a layer, stacked."
     n = conv_groups(layer)
-    return _stacked([row_moments(*v, name) for v in zip(x.chunk(n, 1), y.chunk(n, 1))])
+    blocks = zip(x.chunk(n, 1), y.chunk(n, 1))
+    return _stacked([row_moments(*block, name) for block in blocks])
 
 # %% ../nbs/14_layerwise.ipynb #5de822dd
 def _site_moments(
@@ -133,10 +138,11 @@ def _site_moments(
     name = s.reader.name
     if s.free:
         return layer_moments(layer, read, y, name)
-    kept = torch.arange(len(s.read)).view(len(s.keep), -1)
-    out = s.columns[removed(s.keep, len(s.columns))]
-    rows = _channel_rows(layer, read, kept), _channel_rows(layer, dense, out)
-    return _rows_in_blocks(layer, *rows, name)
+    kept = torch.arange(len(s.read)).view(len(s.keep), -1)  # places in what is read
+    gone = s.columns[removed(s.keep, len(s.columns))]
+    regressors = _channel_rows(layer, read, kept)
+    targets = _channel_rows(layer, dense, gone)
+    return _rows_in_blocks(layer, regressors, targets, name)
 
 # %% ../nbs/14_layerwise.ipynb #3eabe3ae
 def _site_fit(
@@ -150,28 +156,36 @@ def _site_fit(
         raise ValueError(f'{s.reader.name}: reads nothing when the probes pass the network')
     if not s.free:
         return _channel_fit(s, layer, halves, ridge)
-    W, n = by_output(layer).detach(), conv_groups(layer)
+    W = by_output(layer).detach()
+    n = conv_groups(layer)
     prior = W[:, in_weight(layer, s.read).to(W.device)].flatten(1)
-    fit = regress(halves, prior if n == 1 else prior.view(n, len(W) // n, -1), ridge)
+    if n > 1:
+        prior = prior.view(n, len(W) // n, -1)
+    fit = regress(halves, prior, ridge)
     # in its final precision: the taps of all layers are held at once
     return replace(fit, V=fit.V.flatten(0, -2).to(layer.weight), c=fit.c.flatten())
 
 
 def _channel_fit(s: _Site, layer: nn.Module, halves: list, ridge: float | None) -> Fit:
     "`_site_fit` where all taps of a channel are delivered together, by one matrix."
-    W, n = by_output(layer).detach(), conv_groups(layer)
-    m, at = len(s.columns) // n, in_weight(layer, s.columns).to(W.device)
+    W = by_output(layer).detach()
+    n = conv_groups(layer)
+    m = len(s.columns) // n  # channels of each group of a grouped convolution
     keep = [k for k in s.keep if k < m]
-    S = regress(halves, W.new_zeros(n, m - len(keep), len(keep), dtype=torch.float64), ridge)
+    prior = W.new_zeros(n, m - len(keep), len(keep), dtype=torch.float64)
+    fit = regress(halves, prior, ridge)
+    at = in_weight(layer, s.columns).to(W.device)
     taps, constants = [], []
-    for S_n, c_n, w in zip(S.V, S.c, W.chunk(n)):
-        for part in w.split(512):  # of the outputs: a large layer is not copied in double precision
+    for S, shift, of_group in zip(fit.V, fit.c, W.chunk(n)):
+        delivery = Delivery(S, shift)
+        # some outputs at a time: a large layer is not copied in double precision
+        for part in of_group.split(512):
             read = part[:, at].double().unflatten(1, (m, -1))  # (outputs, m, span, taps)
-            V, c = Delivery(S_n, c_n).absorb(read, keep)
+            V, c = delivery.absorb(read, keep)
             taps.append(V.flatten(1).to(layer.weight))
             constants.append(c)
     own = 0 if layer.bias is None else layer.bias.detach().double()
-    return replace(S, V=torch.cat(taps), c=torch.cat(constants) + own)
+    return replace(fit, V=torch.cat(taps), c=torch.cat(constants) + own)
 
 # %% ../nbs/14_layerwise.ipynb #149ce089
 @torch.no_grad()
@@ -200,7 +214,8 @@ def find_sites(
             pruned.setdefault(c.name, []).append((c, chosen[g.name]))
     for r in find_readers(net):
         mixes = not is_depthwise(net.model.get_submodule(r.name))
-        if r.name in pruned or (every and found and mixes):
+        changed = found and mixes  # its input is not what it was
+        if r.name in pruned or (every and changed):
             found[r.name] = _site(net.model, r, pruned.get(r.name, []), taps)
     return {k: s for k, s in found.items() if s.free or k in pruned}
 
@@ -209,7 +224,8 @@ def _look_at_sites(probes: Probes, sites: dict, batch: int = 64) -> dict:
     "`_site_moments` of each site in the dense network, two halves."
 
     def measure(layer, x, y, name):
-        return _site_moments(sites[name], layer, selected(layer, x, sites[name].read), x, y)
+        s = sites[name]
+        return _site_moments(s, layer, selected(layer, x, s.read), x, y)
 
     return look(probes, sites, measure, batch)
 
@@ -224,12 +240,14 @@ class _Probe:
 
     def rewrite(self, net, groups, chosen):
         "Put all consumers right, in place; returns what fraction of the variance each fit misses."
-        sites, missed = find_sites(net, groups, chosen, self.taps), {}
+        sites = find_sites(net, groups, chosen, self.taps)
         probes = self.source(net.model, net.args)
         _check_halves(probes, self.ridge)
         seen = _look_at_sites(probes, sites)
+        missed = {}
         for name, s in tqdm(sites.items(), 'restoring', delay=2, leave=False):
-            fit = _site_fit(s, net.model.get_submodule(name), seen.pop(name), self.ridge)
+            layer = net.model.get_submodule(name)
+            fit = _site_fit(s, layer, seen.pop(name), self.ridge)
             _rewrite(net.model, s, fit)
             missed[name] = fit.error
         return missed
@@ -240,7 +258,7 @@ def probe(
     *,
     taps: bool = True,  # every tap is free; False: channels are fitted, by a delivery matrix
     ridge: float | None = None,  # fraction of the mean variance; None: chosen on held-out probes
-) -> _Probe:
+) -> _Probe:  # for `restore`
     """A restorer: regression on what consumers read when probes pass the dense network.
 
     It sees what lies behind the activation. ValueError for ridge <= 0."""
@@ -249,7 +267,14 @@ def probe(
     return _Probe(source, taps, ridge)
 
 # %% ../nbs/14_layerwise.ipynb #7cb67822
-_ADDITIONS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__}
+_ADDITIONS = {
+    torch.add,
+    Tensor.add,
+    Tensor.add_,
+    Tensor.__add__,
+    Tensor.__iadd__,
+    Tensor.__radd__,
+}
 _SUBTRACTIONS = {
     torch.sub,
     torch.subtract,
@@ -269,20 +294,25 @@ def _factors(f, alpha) -> tuple:
         return 1, alpha
     if f in _SUBTRACTIONS:
         return 1, -alpha
-    return (-alpha, 1) if f in _REVERSED else ()
+    if f in _REVERSED:
+        return -alpha, 1
+    return ()
 
 # %% ../nbs/14_layerwise.ipynb #20668db4
 def _summands(f, args, kwargs) -> list:
     "Of a sum: each summand, the other one, and the other's factor divided by its own."
     alpha = kwargs.get('alpha', 1)
-    known = _factors(f, alpha) if len(args) == 2 and isinstance(alpha, (int, float)) else ()
-    pairs = zip(args, args[::-1], known, known[::-1])
+    if len(args) != 2 or not isinstance(alpha, (int, float)):
+        return []
+    factors = _factors(f, alpha)
+    pairs = zip(args, args[::-1], factors, factors[::-1])
     return [(a, b, other / own) for a, b, own, other in pairs if own]
 
 # %% ../nbs/14_layerwise.ipynb #012bbf45
 def _apply_fit(layer: nn.Module, V: Tensor, c: Tensor, read: Tensor) -> Tensor:
     "Output of a layer with new taps V (o, columns x taps) and constants c (o,) for what it reads."
-    V, c = V.to(read).view(len(V), -1, *layer.weight.shape[2:]), c.to(read)
+    V = V.to(read).view(len(V), -1, *layer.weight.shape[2:])
+    c = c.to(read)
     if isinstance(layer, nn.Linear):
         return F.linear(read, V, c)
     if isinstance(layer, nn.modules.conv._ConvTransposeNd):
@@ -295,7 +325,8 @@ def _apply_fit(layer: nn.Module, V: Tensor, c: Tensor, read: Tensor) -> Tensor:
 @torch.no_grad()
 def _walk(model: nn.Module, args, hooks: dict):
     "One forward pass with forward hooks, {name of a module: hook}, that come before all others."
-    handles, gpus = [], [v.device for v in tensors(args) if v.is_cuda][:1]
+    gpus = [v.device for v in tensors(args) if v.is_cuda][:1]
+    handles = []
     try:
         for name, hook in hooks.items():
             module = model.get_submodule(name)
@@ -314,7 +345,12 @@ def _carries(v: Tensor, n: int) -> bool:
 # %% ../nbs/14_layerwise.ipynb #5929c72c
 def _layer_hook(road, s: _Site):
     "A forward hook that stops at a layer."
-    return lambda layer, inputs, out: road.meet(s, *as_called(layer, inputs[0]), out)
+
+    def hook(layer, inputs, out):
+        plain, x = as_called(layer, inputs[0])
+        road.meet(s, plain, x, out)
+
+    return hook
 
 # %% ../nbs/14_layerwise.ipynb #8c43b22f
 def _norm_hook(road, name: str):
@@ -333,11 +369,15 @@ class _Pass(TorchFunctionMode):
     def __init__(self, model: nn.Module, sites: dict):
         super().__init__()
         self.model, self.sites = model, sites
-        self.waiting, self.pending = {}, {}  # summands: by name of the batch norm, by identity
+        # summands on their way to an addition
+        self.waiting = {}  # in front of a batch norm, by its name
+        self.pending = {}  # behind it, by identity
 
     def is_summand(self, s):
+        "Is what a layer gives added to something, by itself or through a batch norm?"
         norm = s.reader.norm and self.model.get_submodule(s.reader.norm)
-        return s.reader.added and s.free and not (norm and norm.running_var is None)
+        of_batch = norm and norm.running_var is None
+        return s.reader.added and s.free and not of_batch
 
     def expect(self, s, out, what):
         "Keep something until the addition that takes what a layer gives."
@@ -347,18 +387,27 @@ class _Pass(TorchFunctionMode):
             self.pending[id(out)] = out, what
 
     def forward(self, args):
-        norms = {s.reader.norm for s in self.sites.values() if s.reader.norm and self.is_summand(s)}
+        "The pass, with a hook on each layer of interest and on batch norms behind summands."
         hooks = {k: _layer_hook(self, s) for k, s in self.sites.items()}
+        for s in self.sites.values():
+            if s.reader.norm and self.is_summand(s):
+                hooks[s.reader.norm] = _norm_hook(self, s.reader.norm)
         with self:
-            _walk(self.model, args, hooks | {k: _norm_hook(self, k) for k in norms})
+            _walk(self.model, args, hooks)
+
+    def see(self, f, args, kwargs):
+        "Stop at a function if it adds one of the summands to something of its shape."
+        for a, other, factor in _summands(f, args, kwargs):
+            expected = id(a) in self.pending and isinstance(other, Tensor)
+            if expected and a.shape == other.shape:
+                out, what = self.pending.pop(id(a))
+                self.join(out, what, other, factor)
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
-        for a, other, factor in _summands(f, args, kwargs or {}) if self.pending else ():
-            if id(a) not in self.pending or not isinstance(other, Tensor):
-                continue
-            if a.shape == other.shape:
-                self.join(*self.pending.pop(id(a)), other, factor)
-        return f(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if self.pending:
+            self.see(f, args, kwargs)
+        return f(*args, **kwargs)
 
 # %% ../nbs/14_layerwise.ipynb #095e2dc2
 @dataclass
@@ -376,13 +425,13 @@ class _Pending:
 def _solve_again(pair, p: _Pending, out: Tensor, lack: Tensor):
     "Solve again with what the shortcut lacks, and put the restored summand right, in place."
     r = p.site.reader
-    layer, norm = p.layer, r.norm and pair.model.get_submodule(r.norm)
-    target = lambda x, y: _target_moments(layer, x, y)
-    targets = pair.halves(p.site, target, p.read, p.y + _missing(lack, norm))
+    norm = r.norm and pair.model.get_submodule(r.norm)
+    measure = lambda x, y: _target_moments(p.layer, x, y)
+    targets = pair.halves(p.site, measure, p.read, p.y + _missing(lack, norm))
     changed = [replace(M, **t) for M, t in zip(p.halves, targets)]
-    fit = _site_fit(p.site, layer, changed, pair.ridge)
+    fit = _site_fit(p.site, p.layer, changed, pair.ridge)
     pair.take(p.site, fit)
-    new = _apply_fit(layer, fit.V, fit.c, p.read)
+    new = _apply_fit(p.layer, fit.V, fit.c, p.read)
     pair.own(out).copy_(norm.forward(new) if norm else new)
 
 # %% ../nbs/14_layerwise.ipynb #05fb340d
@@ -396,7 +445,9 @@ class _Restoring(_Pass):
         self.bar = tqdm(total=len(sites), desc='restoring', delay=2, leave=False)
 
     def solve(self, s, layer, read, dense, y, out):
-        halves = self.halves(s, lambda *v: _site_moments(s, layer, *v), read, dense, y)
+        "Find new weights for a layer, and go on with what it gives by them."
+        measure = lambda *v: _site_moments(s, layer, *v)
+        halves = self.halves(s, measure, read, dense, y)
         fit = _site_fit(s, layer, halves, self.ridge)
         self.own(out).copy_(_apply_fit(layer, fit.V, fit.c, read))
         if self.is_summand(s):
@@ -405,14 +456,18 @@ class _Restoring(_Pass):
             self.take(s, fit)
 
     def join(self, out, p, shortcut, factor):
+        "Solve for a summand once more, now that the shortcut is known."
         dense, restored = self.both(p.site, shortcut)
         if dense is None or dense.shape != restored.shape:
-            return self.take(p.site, p.fit)
-        _solve_again(self, p, out, factor * (dense - restored))
+            self.take(p.site, p.fit)
+        else:
+            _solve_again(self, p, out, factor * (dense - restored))
 
     def take(self, s, fit):
+        "The final weights of a layer."
         _rewrite(self.target, s, fit)
-        self.missed[s.reader.name], self.constants[s.reader.name] = fit.error, fit.c
+        name = s.reader.name
+        self.missed[name], self.constants[name] = fit.error, fit.c
         self.bar.update()
 
     def finish(self):
@@ -438,7 +493,8 @@ def _missing(
     if norm is None:
         return lack
     scale = norm_scale(norm)
-    back = torch.where(scale.abs() > 1e-3 * scale.abs().max(), 1 / scale, 0)
+    large = scale.abs() > 1e-3 * scale.abs().max()
+    back = torch.where(large, 1 / scale, 0)
     return lack * back.view(-1, *[1] * (lack.ndim - 2))
 
 # %% ../nbs/14_layerwise.ipynb #8fabef5e
@@ -447,14 +503,17 @@ def _fingerprint(t: Tensor, n: int) -> Tensor:
     if not n or t.numel() % n:
         return t.new_full((n,), torch.nan)
     rows = t.reshape(n, -1)
-    return rows @ torch.arange(rows.shape[1], dtype=torch.float64, device=t.device).cos().to(rows)
+    weights = torch.arange(rows.shape[1], dtype=torch.float64, device=t.device).cos()
+    return rows @ weights.to(rows)
 
 # %% ../nbs/14_layerwise.ipynb #b407f5e2
 class _SideBySide(_Restoring):
     "Dense and restored network as two halves of one batch."
 
     def run(self) -> dict:
-        n, self.prints, self.tables = len(self.probes), {}, set()
+        "Restore; what each fit misses."
+        n = len(self.probes)
+        self.prints, self.tables = {}, set()
         double = lambda v: torch.cat([v, v]) if _carries(v, n) else v
         try:
             self.forward(map_tensors(self.probes.args, double))
@@ -465,46 +524,39 @@ class _SideBySide(_Restoring):
         return self.missed
 
     def meet(self, s, layer, x, out):
+        "Solve for a layer: the first half of what it reads and gives is the dense network's."
         name, n = s.reader.name, len(self.probes)
         if len(out) == 1:
-            return self.table(s, layer, x, out)
+            self.table(s, layer, x, out)
+            return
         if len(out) % (2 * n):
             shape = tuple(out.shape)
             raise ValueError(f'{name}: gives {shape} for {2 * n} samples, not the samples first')
-        (dense, x), y = x.chunk(2), out.chunk(2)[0]
-        read = selected(layer, x, s.read)
+        dense, restored = x.chunk(2)
+        y = out.chunk(2)[0]
+        read = selected(layer, restored, s.read)
         self.prints[name] = _fingerprint(y, n), _fingerprint(read, n)
         self.solve(s, layer, read, dense, y, out)
 
     def table(self, s, layer, x, out):
         "Fit a layer that reads the same for all samples."
-        read = selected(layer, x, s.read)
-        self.tables.add(s.reader.name)
-        self.prints[s.reader.name] = _fingerprint(out, 1), _fingerprint(read, 1)
-        halves = self.halves(s, lambda *v: _site_moments(s, layer, *v), read, x, out)
+        name, read = s.reader.name, selected(layer, x, s.read)
+        self.tables.add(name)
+        self.prints[name] = _fingerprint(out, 1), _fingerprint(read, 1)
+        measure = lambda *v: _site_moments(s, layer, *v)
+        halves = self.halves(s, measure, read, x, out)
         self.take(s, _site_fit(s, layer, halves, self.ridge))
 
-    def attempt(self) -> str:
-        "Why this cannot be done, with the target as it was; empty where it is done."
-        means = _running_means(self.target)
-        try:
-            self.run()
-            why = _unlike(self)
-        except Exception as e:
-            why = str(e) if isinstance(e, ValueError) else repr(e)
-        if why:
-            _put_back(self.target, self.model, self.sites, means)
-            self.waiting.clear()
-            self.pending.clear()
-        return why
-
     def own(self, out):
+        "The restored network's part of what a layer gives."
         return out.chunk(2)[1]
 
     def both(self, s, shortcut):
+        "What the dense network adds to what a layer gives, and what the restored one does."
         return shortcut.chunk(2)
 
     def halves(self, s, f, *v):
+        "A function of even samples, and of odd ones."
         return in_turn(f, *v)
 
 # %% ../nbs/14_layerwise.ipynb #481ea795
@@ -514,19 +566,25 @@ def _same_print(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).norm() <= allowed)
 
 # %% ../nbs/14_layerwise.ipynb #c1a99412
-def _unlike(pair: _SideBySide) -> str:
-    "The first layer that is not what it was side by side, and what that means; empty without one."
-    n, seen = len(pair.probes), {}
-    some = map_tensors(pair.probes.args, lambda v: v[::2] if _carries(v, n) else v)
+def _seen_alone(pair: _SideBySide, args, hook: Callable) -> dict:
+    "Fingerprints {layer: print} of one network by itself on every other probe."
+    seen = {}
 
     def see(s, t):
         count = len(pair.prints[s.reader.name][0])
         seen[s.reader.name] = _fingerprint(t, (count + 1) // 2)
 
-    def dense(s):
+    _walk(pair.model, args, {k: hook(pair.sites[k], see) for k in pair.prints})
+    return seen
+
+
+def _unlike(pair: _SideBySide) -> str:
+    "The first layer that is not what it was side by side, and what that means; empty without one."
+
+    def dense(s, see):
         return lambda layer, inputs, out: see(s, out)
 
-    def restored(s):
+    def restored(s, see):
         def hook(layer, inputs, out):
             layer, x = as_called(layer, inputs[0])
             see(s, selected(layer, x, s.read))
@@ -535,9 +593,10 @@ def _unlike(pair: _SideBySide) -> str:
 
         return hook
 
+    n = len(pair.probes)
+    args = map_tensors(pair.probes.args, lambda v: v[::2] if _carries(v, n) else v)
     for half, hook in enumerate((dense, restored)):
-        seen.clear()
-        _walk(pair.model, some, {k: hook(pair.sites[k]) for k in pair.prints})
+        seen = _seen_alone(pair, args, hook)
         for k, prints in pair.prints.items():
             if k not in seen or not _same_print(seen[k], prints[half][::2]):
                 return f'{k}: its samples are not in the first dimension, or depend on each other'
@@ -563,6 +622,21 @@ def _put_back(target: nn.Module, dense: nn.Module, sites: dict, means: dict):
     for name, mean in means.items():
         target.get_submodule(name).running_mean.copy_(mean)
 
+# %% ../nbs/14_layerwise.ipynb #3d7a90c2
+def _attempt(pair: _SideBySide) -> str:
+    "Why this cannot be done, with the target as it was; empty where it is done."
+    means = _running_means(pair.target)
+    try:
+        pair.run()
+        why = _unlike(pair)
+    except Exception as e:
+        why = str(e) if isinstance(e, ValueError) else repr(e)
+    if why:
+        _put_back(pair.target, pair.model, pair.sites, means)
+        pair.waiting.clear()
+        pair.pending.clear()
+    return why
+
 # %% ../nbs/14_layerwise.ipynb #0655ec36
 _RECORD = 2**28  # bytes of the dense network's record that are held at once
 
@@ -584,10 +658,12 @@ class _Recording(_Pass):
         self.seen, self.size = {}, 0
 
     def keep(self, v):
+        "A copy of a tensor, whose bytes are counted."
         self.size += v.numel() * v.element_size()
         return v.clone()
 
     def meet(self, s, layer, x, out):
+        "Record a layer, if there is room."
         if self.size > _RECORD:
             return
         seen = _Seen(None if s.free else self.keep(x), self.keep(out))
@@ -596,6 +672,7 @@ class _Recording(_Pass):
             self.expect(s, out, seen)
 
     def join(self, out, seen, shortcut, factor):
+        "Record what a summand is added to."
         seen.shortcut = self.keep(shortcut)
 
 # %% ../nbs/14_layerwise.ipynb #ec4aafb3
@@ -614,16 +691,20 @@ def _samples_first(layer, a: int, n: int, t: Tensor) -> Tensor:
 # %% ../nbs/14_layerwise.ipynb #925290f3
 def _rows_before(here: tuple, turned: tuple, n: int) -> int | None:
     """Rows (a, n, b) that follow n samples when these are turned round: a; None where they do not.
+
     Given are `_row_prints` of the probes and of the probes turned round."""
-    (leading, f), (other, g) = here, turned
+    leading, f = here
+    other, g = turned
     if leading != other or not len(f) or len(f) % n:
         return None
 
     def gap(a):
         "How much of what varies among samples does not follow."
-        here, there = (v.view(a, n, -1) for v in (f, g))
-        here, there = (v - v.mean(1, keepdim=True) for v in (here, there))
-        return ((here.flip(1) - there).square().sum() / here.square().sum().clamp(min=1e-30)).item()
+        x, y = f.view(a, n, -1), g.view(a, n, -1)
+        x = x - x.mean(1, keepdim=True)
+        y = y - y.mean(1, keepdim=True)
+        unlike = (x.flip(1) - y).square().sum()
+        return (unlike / x.square().sum().clamp(min=1e-30)).item()
 
     sized = [math.prod(leading[:i]) for i, d in enumerate(leading) if d == n]
     best = min((*sized, 1, len(f) // n), key=gap)
@@ -632,18 +713,19 @@ def _rows_before(here: tuple, turned: tuple, n: int) -> int | None:
 # %% ../nbs/14_layerwise.ipynb #a0738a57
 def _find_samples(probes: Probes, sites: dict) -> dict:
     "`_rows_before` of what each layer gives in the dense network."
-    n = len(probes)
 
     def prints(args):
+        "{layer: `_row_prints` of what it gives}."
         seen = {}
 
         def hook(name):
-            return lambda layer, i, out: seen.update({name: _row_prints(layer, out)})
+            return lambda layer, inputs, out: seen.update({name: _row_prints(layer, out)})
 
         _walk(probes.model, args, {k: hook(k) for k in sites})
         _check_called(sites, seen)
         return seen
 
+    n = len(probes)
     turned = map_tensors(probes.args, lambda v: v.flip(0) if _carries(v, n) else v)
     here, there = prints(probes.args), prints(turned)
     return {k: _rows_before(here[k], there[k], n) for k in sites}
@@ -653,6 +735,7 @@ class _OneByOne(_Restoring):
     "Dense and restored network one after the other."
 
     def run(self) -> dict:
+        "Restore; what each fit misses."
         self.place = _find_samples(self.probes, self.sites)
         try:
             self.by_dense({k: s for k, s in self.sites.items() if self.place[k] is None})
@@ -663,6 +746,7 @@ class _OneByOne(_Restoring):
         return self.missed
 
     def portion(self, todo):
+        "Record the dense network at as many of these layers as there is room for; restore them."
         dense = _Recording(self.model, todo)
         dense.forward(self.probes.args)
         self.record = dense.seen
@@ -673,6 +757,7 @@ class _OneByOne(_Restoring):
         self.by_dense({k: todo[k] for k in self.record if k not in self.missed})
 
     def meet(self, s, layer, x, out):
+        "Let a restored layer work with its new weights, and solve for a recorded one."
         name = s.reader.name
         if name in self.missed:
             out.copy_(self.again(s, layer, x))
@@ -681,6 +766,7 @@ class _OneByOne(_Restoring):
             self.solve(s, layer, read, read if s.free else seen.x, seen.y, out)
 
     def by_dense(self, sites):
+        "Put layers right for what they read in the dense network."
         if not sites:
             return
         for name, halves in _look_at_sites(self.probes, sites, len(self.probes)).items():
@@ -688,14 +774,18 @@ class _OneByOne(_Restoring):
             self.take(sites[name], _site_fit(sites[name], layer, halves, self.ridge))
 
     def halves(self, s, f, *v):
+        "A function of even samples, and of odd ones."
         layer, place = self.model.get_submodule(s.reader.name), self.place[s.reader.name]
         ordered = [_samples_first(layer, place, len(self.probes), t) for t in v]
-        return in_turn(lambda *part: f(*(t.flatten(0, 2) for t in part)), *ordered)
+        of_rows = lambda *part: f(*(t.flatten(0, 2) for t in part))
+        return in_turn(of_rows, *ordered)
 
     def own(self, out):
+        "All that a layer gives is the restored network's."
         return out
 
     def both(self, s, shortcut):
+        "What the dense network adds to what a layer gives, and what the restored one does."
         return self.record[s.reader.name].shortcut, shortcut
 
 # %% ../nbs/14_layerwise.ipynb #d85057d2
@@ -715,13 +805,12 @@ class _Layerwise:
             probes = replace(probes, model=copy.deepcopy(net.model))
         sites = find_sites(net, groups, chosen, every=self.refit)
         pair = _SideBySide(probes, net.model, sites, self.ridge)
-        why = pair.attempt()
+        why = _attempt(pair)
         if not why:
             return pair.missed
         missed = _OneByOne(probes, net.model, sites, self.ridge).run()
-        warnings.warn(
-            f'{why}; dense and restored network were run one after the other', stacklevel=2
-        )
+        what = 'dense and restored network were run one after the other'
+        warnings.warn(f'{why}; {what}', stacklevel=2)
         return missed
 
 # %% ../nbs/14_layerwise.ipynb #b8fbadf5
@@ -730,10 +819,11 @@ def layerwise(
     *,
     refit: bool = True,  # rewrite every layer for its changed input, or consumers alone?
     ridge: float | None = None,  # fraction of the mean variance; None: chosen by held-out probes
-) -> _Layerwise:
-    """A restorer: dense and restored network side by side on probes, each layer rewritten for what
-    it will really read. ValueError for ridge <= 0. It warns, naming a layer, where samples are not
-    in the first dimension or depend on each other: then one network is run after the other."""
+) -> _Layerwise:  # for `restore`
+    """A restorer: dense and restored network side by side, each layer rewritten for what it reads.
+
+    Where samples are not in the first dimension, or depend on each other, one network is run after
+    the other, with a warning that names a layer. ValueError for ridge <= 0."""
     if ridge is not None:
         check_ridge(ridge)
     return _Layerwise(source, refit, ridge)
@@ -750,9 +840,11 @@ def _missed_channels(
 ) -> float:
     "Mean square of what a consumer misses."
     out = removed(keep, len(M))
-    E = torch.cat([-S, torch.eye(len(out), dtype=S.dtype, device=S.device)], 1)
-    at = torch.cat([torch.tensor(keep), out])
-    return ((E @ M[at][:, at] @ E.T) * weight).sum().item()
+    eye = torch.eye(len(out), dtype=S.dtype, device=S.device)
+    E = torch.cat([-S, eye], 1)
+    order = torch.cat([torch.tensor(keep), out])
+    error = E @ M[order][:, order] @ E.T
+    return (error * weight).sum().item()
 
 # %% ../nbs/14_layerwise.ipynb #d6d44377
 def _tap_products(
@@ -786,8 +878,11 @@ def look_at_consumers(
     for g in groups:
         for c in g.consumers:
             read.setdefault(c.name, []).append((g.name, c))
-    every = lambda layer, x, y, name: _Several([measure(c, layer, x, y) for _, c in read[name]])
-    seen = look(probes, read, every)
+
+    def measure_all(layer, x, y, name):
+        return _Several([measure(c, layer, x, y) for _, c in read[name]])
+
+    seen = look(probes, read, measure_all)
     out = {}
     for name, tied in read.items():
         for i, (g, _) in enumerate(tied):
@@ -802,6 +897,14 @@ def _scaled_grid(ch) -> list:
     return [(float(l1 * size / offset), float(l2 * size)) for l1, l2 in _GRID]
 
 
+def _best_of_grid(ch, keep, consumer, layer, M: Moments) -> Delivery:
+    "By which delivery of the grid a consumer misses least, given the moments of its channels."
+    weight = _tap_products(layer, consumer.columns[removed(keep, len(ch))])
+    n = conv_groups(layer)
+    made = [_in_blocks(lbyl(*pair), ch, keep, n) for pair in _scaled_grid(ch)]
+    return min(made, key=lambda d: _missed_channels(d.S, M.G / M.n, keep, weight))
+
+
 @dataclass(frozen=True)
 class _ProbedLbyl:
     "The restorer that `probed_lbyl` makes."
@@ -810,23 +913,24 @@ class _ProbedLbyl:
 
     def rewrite(self, net, groups, chosen):
         "Put all consumers right, in place, by the weights that miss least; nothing to report."
-        probes, original = self.source(net.model, net.args), copy.deepcopy(net.model)
-        rows = lambda c, layer, x, y: row_moments(_channel_rows(layer, x, c.columns), name=c.name)
-        seen = look_at_consumers(probes, groups, rows)
+        probes = self.source(net.model, net.args)
+        original = copy.deepcopy(net.model)
+
+        def measure(c, layer, x, y):
+            return row_moments(_channel_rows(layer, x, c.columns), name=c.name)
+
+        seen = look_at_consumers(probes, groups, measure)
         for g in groups:
             ch, keep = channels(original, g), chosen[g.name]
             for c in g.consumers:
                 layer, M = original.get_submodule(c.name), total(seen[g.name, c.name])
-                weight = _tap_products(layer, c.columns[removed(keep, g.channels)])
-                missed = lambda d: _missed_channels(d.S, M.G / M.n, keep, weight)
-                n = conv_groups(layer)
-                made = [_in_blocks(lbyl(*pair), ch, keep, n) for pair in _scaled_grid(ch)]
-                _absorb(net.model, c, min(made, key=missed), keep)
+                best = _best_of_grid(ch, keep, c, layer, M)
+                _absorb(net.model, c, best, keep)
         return {}
 
 # %% ../nbs/14_layerwise.ipynb #871606d6
 def probed_lbyl(
     source: Callable = noise(),  # of probes
-) -> _ProbedLbyl:
+) -> _ProbedLbyl:  # for `restore`
     "A restorer: LBYL (arXiv 2502.08474), its two weights chosen layer by layer on probes."
     return _ProbedLbyl(source)

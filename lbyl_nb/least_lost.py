@@ -48,7 +48,8 @@ class _Columns:
         "Take channels (positions among those left) away; the others take over."
         m = len(self.A) // self.k
         gone = torch.zeros(m, dtype=torch.bool, device=self.A.device)
-        gone = gone.index_fill_(0, channels.to(gone.device), True).repeat_interleave(self.k)
+        gone[channels.to(gone.device)] = True
+        gone = gone.repeat_interleave(self.k)  # columns
         c, r = gone.nonzero().flatten(), (~gone).nonzero().flatten()
         K = torch.linalg.solve(self.A[c][:, c], self.A[c][:, r])
         self.V = self.V[:, r] - self.V[:, c] @ K
@@ -60,14 +61,16 @@ def _elimination(
     m: int,  # channels
 ) -> Tensor:  # (m,) 0 for the channel removed first, m - 1 for the one that stays last
     "Greedy elimination of channels, the cheapest first."
-    left, rank = torch.arange(m), torch.empty(m, dtype=torch.float64)
-    step, done = math.ceil(m / 64), 0
+    left = torch.arange(m)
+    rank = torch.empty(m, dtype=torch.float64)
+    step = math.ceil(m / 64)
     while len(left):
         cost = sum(c.costs().cpu() for c in consumers)
         go = cost.argsort(stable=True)[:step]
+        done = m - len(left)
         rank[left[go]] = torch.arange(done, done + len(go), dtype=torch.float64)
-        done += len(go)
-        stay = torch.ones(len(left), dtype=torch.bool).index_fill_(0, go, False)
+        stay = torch.ones(len(left), dtype=torch.bool)
+        stay[go] = False
         if stay.any():
             for c in consumers:
                 c.remove(go)
@@ -77,8 +80,8 @@ def _elimination(
 # %% ../nbs/15_least_lost.ipynb #3952ac67
 def _output_scale(model, consumer):
     "(o,) scale that the batch norm behind a consumer puts on its outputs; ones without one."
-    norm = consumer.norm and model.get_submodule(consumer.norm)
     weight = by_output(model.get_submodule(consumer.name))
+    norm = consumer.norm and model.get_submodule(consumer.norm)
     if not norm or norm.running_var is None:
         return weight.new_ones(len(weight)).double()
     return norm_scale(norm).double()
@@ -86,7 +89,8 @@ def _output_scale(model, consumer):
 # %% ../nbs/15_least_lost.ipynb #90276624
 def _by_unit(n: int, unit: Tensor) -> Tensor:  # (n,)
     "Order of n columns, equally many a channel, in which columns of a unit are neighbours."
-    return torch.arange(n).view(len(unit), -1)[unit.argsort(stable=True)].flatten()
+    of_channels = torch.arange(n).view(len(unit), -1)
+    return of_channels[unit.argsort(stable=True)].flatten()
 
 # %% ../nbs/15_least_lost.ipynb #f62f468c
 def _columns_of(
@@ -98,12 +102,14 @@ def _columns_of(
 ) -> list:  # a `_Columns` for each group of the consumer
     "What a consumer reads, unit by unit."
     layer = model.get_submodule(consumer.name)
-    W, n = by_output(layer).detach().double(), conv_groups(layer)
-    W = W * _output_scale(model, consumer).view(-1, *[1] * (W.ndim - 1))
-    W = W[:, in_weight(layer, consumer.columns).to(W.device)]
-    m, G = len(consumer.columns) // n, M.centred().G
-    parts = zip(G.view(-1, *G.shape[-2:]), W.view(len(W), m, -1).chunk(n), unit.split(m))
+    n = conv_groups(layer)
+    m = len(consumer.columns) // n  # channels that each group of the layer reads
     units = len(unit.unique())
+    W = by_output(layer).detach().double()
+    W = W * _output_scale(model, consumer).view(-1, *[1] * (W.ndim - 1))
+    W = W[:, in_weight(layer, consumer.columns).to(W.device)].view(len(W), m, -1)
+    G = M.centred().G
+    parts = zip(G.view(-1, *G.shape[-2:]), W.chunk(n), unit.split(m))
     out = []
     for G_n, V, its_units in parts:
         of_taps = len(G_n) == V[0].numel()
@@ -130,7 +136,8 @@ class _LeastLost:
 
     def scores(self, net, groups) -> dict:
         "Ranks of the channels of every group, {producer: (m,)}."
-        seen = look_at_consumers(self.source(net.model, net.args), groups, _read_by)
+        probes = self.source(net.model, net.args)
+        seen = look_at_consumers(probes, groups, _read_by)
         out = {}
         for g in tqdm(groups, 'choosing channels', delay=2, leave=False):
             unit = g.unit.unique(return_inverse=True)[1]

@@ -30,7 +30,9 @@ def _near(name, names):
 
 def _groups_of(name, groups, argument):
     "The group of this name, or those that a layer writes to; ValueError if none is prunable."
-    found = [g for g in groups if g.name == name] or [g for g in groups if name in g.producers]
+    found = [g for g in groups if g.name == name]
+    if not found:
+        found = [g for g in groups if name in g.producers]
     if not found:
         near = _near(name, [p for g in groups for p in (g.name, *g.producers)])
         raise ValueError(f'{argument}: the model has no prunable layer {name!r}{near}')
@@ -44,7 +46,8 @@ def check_ratio(
     ratio: float | dict,  # of channels to remove, or {layer: ratio}
 ):
     "ValueError unless every ratio, one or a dict of them, is a number in [0, 1)."
-    for r in ratio.values() if isinstance(ratio, dict) else [ratio]:
+    ratios = ratio.values() if isinstance(ratio, dict) else [ratio]
+    for r in ratios:
         number = isinstance(r, (int, float)) and not isinstance(r, bool)
         if not number or not 0 <= r < 1:
             raise ValueError(f'ratio must be a number in [0, 1), got {r!r}')
@@ -86,14 +89,15 @@ def unit_scores(
         scores = criterion.scores(net, groups)
     else:
         scores = {g.name: criterion(channels(model, g, dtype)) for g in groups}
+    return {f.name: _mean_scores(f, scores) for f in families_of(groups)}
 
-    def mean(f):
-        s = torch.cat([scores[name].cpu() for name, _ in f.members])
-        units = torch.cat([u for _, u in f.members])
-        sums = torch.zeros(f.units, dtype=s.dtype).index_add_(0, units, s)
-        return sums / units.bincount(minlength=f.units)
 
-    return {f.name: mean(f) for f in families_of(groups)}
+def _mean_scores(f: Family, scores: dict) -> torch.Tensor:
+    "(units,) means of the scores {group: (m,)} of the channels in each unit."
+    s = torch.cat([scores[name].cpu() for name, _ in f.members])
+    units = torch.cat([u for _, u in f.members])
+    sums = torch.zeros(f.units, dtype=s.dtype).index_add_(0, units, s)
+    return sums / units.bincount(minlength=f.units)
 
 
 def whole_units(
@@ -106,7 +110,7 @@ def whole_units(
 # %% ../nbs/16_plans.ipynb #1d437f67
 @dataclass(frozen=True)
 class Limits:
-    "What a choice must respect. ValueError for numbers out of range."
+    "What a choice must respect. ValueError for numbers out of range, TypeError for one name."
 
     ignore: tuple = ()  # names of layers that keep all channels; * and ? stand for anything
     round_to: int = 1  # groups keep a multiple of so many channels, all if they have fewer
@@ -117,27 +121,40 @@ class Limits:
             raise TypeError(f'ignore must be a list of names, got the string {self.ignore!r}')
         if not (isinstance(self.round_to, int) and self.round_to >= 1):
             raise ValueError(f'round_to must be a positive integer, got {self.round_to!r}')
-        if not self.at_least > 0 or self.at_least > 1 and self.at_least != int(self.at_least):
+        fraction = 0 < self.at_least <= 1
+        number = self.at_least > 1 and self.at_least == int(self.at_least)
+        if not fraction and not number:
             what = 'at_least must be a number of channels, or a fraction in (0, 1)'
             raise ValueError(f'{what}, got {self.at_least!r}')
 
-    def units(self, c, wanted: float) -> int:
+    def units(
+        self,
+        c,  # a cell, one of `cells_of`
+        wanted: float,  # how many units it would keep without limits
+    ) -> int:
         "Number of units that a cell keeps if so many are wanted."
-        span = c.channels // c.units * c.alike
+        span = c.channels // c.units * c.alike  # channels that go with one unit
         all_channels = c.channels * c.alike
         step = math.lcm(self.round_to, span) // span  # so many units make a multiple
         least = self.at_least if self.at_least >= 1 else self.at_least * all_channels
         low = math.ceil(max(least, 1) / span / step) * step
-        return min(max(round(wanted / step) * step, low), c.units)
+        nearest = round(wanted / step) * step
+        return min(max(nearest, low), c.units)
 
-    def prunable(self, groups) -> list:
+    def prunable(
+        self,
+        groups: list,  # from `find_groups`
+    ) -> list:  # some of them
         "Groups that may be pruned and are not ignored; ValueError for a pattern that no layer has."
         names = [p for g in groups for p in (*g.producers, g.name)]
         for p in self.ignore:
             if not fnmatch.filter(names, p):
                 raise ValueError(f'ignore: the model has no prunable layer {p!r}{_near(p, names)}')
-        kept = lambda g: any(fnmatch.filter((*g.producers, g.name), p) for p in self.ignore)
-        return [g for g in groups if not g.reason and not kept(g)]
+
+        def ignored(g):
+            return any(fnmatch.filter((*g.producers, g.name), p) for p in self.ignore)
+
+        return [g for g in groups if not g.reason and not ignored(g)]
 
 # %% ../nbs/16_plans.ipynb #4c964188
 @dataclass(frozen=True)
@@ -149,6 +166,7 @@ class _Cell:
 
     @property
     def units(self) -> int:
+        "How many there are."
         return len(self.at)
 
     @functools.cached_property
@@ -158,6 +176,7 @@ class _Cell:
 
     @property
     def channels(self) -> int:
+        "Channels of all its units, in the group that has most of them."
         return self.units * max(self.rows.values())
 
     @functools.cached_property
@@ -165,11 +184,12 @@ class _Cell:
         "Cells like this one that must keep as many units: those of a group norm's groups."
         if not self.family.balances:
             return 1
-        same = lambda c: c.units == self.units and c.rows == self.rows
-        return sum(map(same, cells_of(self.family)))
+        same = [c.units == self.units and c.rows == self.rows for c in cells_of(self.family)]
+        return sum(same)
 
     @property
     def name(self) -> str:
+        "The family's name, and where the cell begins if it is not all of it."
         whole = self.units == self.family.units
         return self.family.name if whole else f'{self.family.name}, units {self.at[0]}...'
 
@@ -185,7 +205,9 @@ def cells_of(
 def _unbalanced(family: Family) -> torch.Tensor:
     "(conditions, cells) how much more a unit of a cell takes from a piece than from the first."
     first = [int(c.at[0]) for c in cells_of(family)]
-    more = [w[first] - pieces[0][first] for pieces in family.balances for w in pieces[1:]]
+    more = []
+    for pieces in family.balances:
+        more += [w[first] - pieces[0][first] for w in pieces[1:]]
     return torch.stack(more).double() if more else torch.zeros(0, len(first)).double()
 
 
@@ -197,7 +219,10 @@ def _balance(
     "Numbers of units that are balanced."
     size = torch.tensor([c.units for c in cells_of(family)])
     rows = _unbalanced(family)
-    even = lambda k: not (rows @ (size - torch.tensor(k)).double()).any()
+
+    def even(k):
+        return not (rows @ (size - torch.tensor(k)).double()).any()
+
     if even(kept):
         return kept
     new = _nearest(rows, size, torch.tensor(kept).double(), torch.tensor(least))
@@ -210,7 +235,7 @@ def _nearest(rows, size, kept, least) -> list:
 
     n = len(kept)
     eye, zero, most = torch.eye(n), torch.zeros(n), torch.full((n,), math.inf)
-    # unknowns: the numbers, and how far each of them is from what is wanted
+    # unknowns: the numbers k, and distances d with k - d <= kept <= k + d
     A = torch.cat([torch.cat(v, 1) for v in ([rows, 0 * rows], [eye, -eye], [eye, eye])])
     balanced = rows @ size.double()
     low, high = torch.cat([balanced, -most, kept]), torch.cat([balanced, kept, most])
@@ -220,17 +245,20 @@ def _nearest(rows, size, kept, least) -> list:
         bounds=Bounds(torch.cat([least, zero]), torch.cat([size, most])),
         constraints=LinearConstraint(A, low, high),
     )
-    return size.tolist() if found.x is None else [round(v) for v in found.x[:n]]
+    if found.x is None:
+        return size.tolist()
+    return [round(v) for v in found.x[:n]]
 
 # %% ../nbs/16_plans.ipynb #917b88db
 def _choose_units(scores, family: Family, wanted: list, limits: Limits) -> dict:
     "The best units of a family, if so many are wanted of each of its cells: {group: channels}."
     cells = cells_of(family)
     allowed = [limits.units(c, w) for c, w in zip(cells, wanted)]
-    kept = _balance(family, allowed, [limits.units(c, 0) for c in cells])
+    least = [limits.units(c, 0) for c in cells]
     best = []
-    for c, k in zip(cells, kept):
-        best += c.at[list(keep_best(scores[c.at], k, family.name))].tolist()
+    for c, k in zip(cells, _balance(family, allowed, least)):
+        places = list(keep_best(scores[c.at], k, family.name))
+        best += c.at[places].tolist()
     return family.rows(best)
 
 # %% ../nbs/16_plans.ipynb #7892f995
@@ -244,12 +272,13 @@ def by_ratio(
     check_ratio(ratio)
 
     def choose(model, net, groups):
-        ratios, plan = _ratios(ratio, groups), {}
+        ratios = _ratios(ratio, groups)
         groups = [g for g in limits.prunable(groups) if g.family.name in ratios]
         scores = unit_scores(model, net, groups, criterion, dtype)
+        plan = {}
         for f in families_of(groups):
             wanted = [c.units * (1 - ratios[f.name]) for c in cells_of(f)]
-            plan |= _choose_units(scores[f.name], f, wanted, limits)
+            plan.update(_choose_units(scores[f.name], f, wanted, limits))
         return {g.name: plan[g.name] for g in groups if g.name in plan}
 
     return choose
@@ -277,19 +306,24 @@ def _split(name, kept, groups):
         yield found[0], _indices(name, kept, found[0].channels)
         return
     places = {g.name: dict(g.cut)[name] for g in found}
-    whole = [g for g in groups if name in g.producers and g.reason]
-    m = sum(p.numel() for p in places.values()) + sum(g.channels for g in whole)
+    tied = [g for g in groups if name in g.producers and g.reason]
+    m = sum(p.numel() for p in places.values()) + sum(g.channels for g in tied)
     kept = set(_indices(name, kept, m))
     free = {i for p in places.values() for i in p.flatten().tolist()}
     lost = sorted(set(range(m)) - free - kept)
     if lost:
-        raise ValueError(f'keep: {name}: channels {lost[:5]} cannot be removed: {whole[0].reason}')
+        raise ValueError(f'keep: {name}: channels {lost[:5]} cannot be removed: {tied[0].reason}')
     for g in found:
-        rows = torch.isin(places[g.name], torch.tensor(sorted(kept)))
-        if (rows.any(1) != rows.all(1)).any():
-            what = f'it writes each channel of {g.name} several times'
-            raise ValueError(f'keep: {name}: {what}, but the plan keeps some of them only')
-        yield g, rows.all(1).nonzero().flatten().tolist()
+        yield g, _kept_of(g, name, kept, places[g.name])
+
+
+def _kept_of(g, name, kept, places):
+    "Channels of a group of which a layer's kept channels hold every copy; ValueError for some."
+    rows = torch.isin(places, torch.tensor(sorted(kept)))
+    if (rows.any(1) != rows.all(1)).any():
+        what = f'it writes each channel of {g.name} several times'
+        raise ValueError(f'keep: {name}: {what}, but the plan keeps some of them only')
+    return rows.all(1).nonzero().flatten().tolist()
 
 # %% ../nbs/16_plans.ipynb #2b9af6b2
 def check_plan(
@@ -311,8 +345,9 @@ def check_plan(
             if out.setdefault(g.name, kept) != kept:
                 what = f'{other} and {name} share their channels'
                 raise ValueError(f'keep: {what}, but the plan keeps different ones')
+    size = {g.name: g.channels for g in groups}
     for f in families_of([g for g in groups if not g.reason]):
-        _check_family(out, f, {g.name: g.channels for g in groups})
+        _check_family(out, f, size)
     return out
 
 # %% ../nbs/16_plans.ipynb #d9d6dab5
@@ -326,9 +361,8 @@ def _check_family(plan, f, size):
         kept = (~gone[u]).nonzero().flatten().tolist()
         if name in plan and plan[name] != kept:
             what = 'channels that must be kept or removed together, as those of a grouped'
-            raise ValueError(
-                f'keep: {name}: {what} convolution, are not all in the plan, or not all out of it'
-            )
+            how = 'convolution, are not all in the plan, or not all out of it'
+            raise ValueError(f'keep: {name}: {what} {how}')
         if named and len(kept) < len(u):
             plan[name] = kept
         if not kept:

@@ -33,7 +33,8 @@ def _masks_of(model) -> dict:
 def _kept_filters(layer, mask, name) -> list:
     "Filters that a mask on a layer's weight keeps; ValueError naming the layer if it is no choice."
     rows = by_output(layer, mask).flatten(1)
-    if not ((rows == 0).all(1) | (rows == 1).all(1)).all():
+    gone, whole = (rows == 0).all(1), (rows == 1).all(1)
+    if not (gone | whole).all():
         raise ValueError(f'{name}: its mask removes parts of filters, not whole ones')
     if not rows.any():
         raise ValueError(f'{name}: its mask leaves no filter')
@@ -45,7 +46,8 @@ def _check_others(masks: dict, plan: dict):
     for (name, what), mask in masks.items():
         full = f'{name}.{what}' if name else what
         gone = (mask != 1).nonzero().flatten().tolist()
-        if not gone or what == 'weight' and name in plan:
+        planned = what == 'weight' and name in plan
+        if planned or not gone:
             continue
         if what != 'bias' or name not in plan:
             raise ValueError(f'{full}: its mask removes something else than filters of a layer')
@@ -58,16 +60,18 @@ def from_masks(
     model: nn.Module,  # with masks of `torch.nn.utils.prune`; not changed
 ) -> tuple:  # the dense network without masks, and the plan {layer: kept channels}
     "What structured masks remove. ValueError naming a layer whose masks do not say which filters."
-    masks, plan = _masks_of(model), {}
+    masks = _masks_of(model)
     layers = dict(model.named_modules())
+    plan = {}
     for (name, what), mask in masks.items():
         if what == 'weight' and isinstance(layers[name], LAYERS):
             plan[name] = _kept_filters(layers[name], mask, name)
     _check_others(masks, plan)
     if not plan:
         raise ValueError(f'{type(model).__name__} has no mask on any weight')
+    # masked weights are computed from others, and such tensors cannot be copied
     computed = [getattr(layers[name], what) for name, what in masks]
-    dense = copy.deepcopy(model, {id(v): v.detach() for v in computed})  # they can't be copied
+    dense = copy.deepcopy(model, {id(v): v.detach() for v in computed})
     for name, what in masks:
         unmask(dense.get_submodule(name), what)
     return dense, plan
@@ -87,12 +91,12 @@ def _signature(model, name, norm, columns=None):
     "(m, d) what belongs to each channel of a layer: filters on some inputs, bias, batch norm."
     layer = model.get_submodule(name)
     W = by_output(layer)
-    vectors = [layer.bias]
+    parts = [W if columns is None else W[:, columns], layer.bias]
     if norm:
         norm = model.get_submodule(norm)
-        vectors += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
-    parts = [W if columns is None else W[:, columns], *(v for v in vectors if v is not None)]
-    return torch.cat([v.detach().double().reshape(len(v), -1) for v in parts], 1)
+        parts += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+    rows = [v.detach().double().reshape(len(v), -1) for v in parts if v is not None]
+    return torch.cat(rows, 1)
 
 # %% ../nbs/18_pruned_elsewhere.ipynb #de8c6f58
 def _match(small: Tensor, dense: Tensor, name: str) -> list:
@@ -114,6 +118,7 @@ def _match(small: Tensor, dense: Tensor, name: str) -> list:
 
 # %% ../nbs/18_pruned_elsewhere.ipynb #8617f4f0
 def _has(model, name):
+    "Has a model a module of this name?"
     return name in dict(model.named_modules())
 
 
@@ -125,6 +130,16 @@ def _check_kinds(small, dense, groups):
             raise ValueError(f'{k}: missing in the pruned network, or of another kind')
 
 
+def _kept_rows(dense, small, name, own, lost) -> list:
+    "Filters of a layer that the smaller network has; `lost` are inputs that the layer has lost."
+    of_producer = [b[0] for g in own for b in g.branches if b[0][0] == name]
+    norm = of_producer[0][1]
+    columns = torch.arange(by_output(dense.get_submodule(name)).shape[1])
+    columns = columns[~torch.isin(columns, torch.tensor(lost))]
+    before = _signature(dense, name, norm, columns)
+    return sorted(_match(_signature(small, name, norm), before, name))
+
+
 def from_pruned(
     dense: nn.Module,  # the network before
     small: nn.Module,  # the same one after another tool removed channels; weights as they were
@@ -133,19 +148,15 @@ def from_pruned(
     """Which channels a smaller network has kept, by matching filters.
 
     ValueError naming the layer where that is ambiguous or impossible."""
-    net, plan, lost = trace(dense, example_inputs), {}, {}
+    net = trace(dense, example_inputs)
     groups = [g for g in find_groups(net, streams=True) if not g.reason]
     small = _private_copy(small)
     _check_kinds(small, net.model, groups)
+    plan, lost = {}, {}
     for name in dict.fromkeys(g.producers[0] for g in groups):
         own = [g for g in groups if g.producers[0] == name]
-        norm = next(b[0][1] for g in own for b in g.branches if b[0][0] == name)
-        weight = by_output(net.model.get_submodule(name))
-        columns = torch.arange(weight.shape[1])
-        columns = columns[~torch.isin(columns, torch.tensor(lost.get(name, [])))]
-        before = _signature(net.model, name, norm, columns)
-        kept = sorted(_match(_signature(small, name, norm), before, name))
-        if len(kept) < len(weight):
+        kept = _kept_rows(net.model, small, name, own, lost.get(name, []))
+        if len(kept) < len(by_output(net.model.get_submodule(name))):
             plan[name] = kept
         for g in own:
             gone = ~torch.isin(dict(g.cut)[name], torch.tensor(kept)).all(1)
@@ -156,9 +167,11 @@ def from_pruned(
 # %% ../nbs/18_pruned_elsewhere.ipynb #1c9338f6
 def _called_with(model, name, args):
     "Arguments of the first call of a submodule; ValueError without one, or with both kinds."
-    positional, named = _first_calls(model, args).get(model.get_submodule(name), (None, None))
-    if positional is None:
+    part = model.get_submodule(name)
+    calls = _first_calls(model, args)
+    if part not in calls:
         raise ValueError(f'{name}: not called when the model runs on example_inputs')
+    positional, named = calls[part]
     if positional and named:
         how = 'called with positional and keyword arguments, of which only one kind can be given'
         raise ValueError(f'{name}: {how}')

@@ -42,7 +42,8 @@ def load_restored(
 ) -> nn.Module:  # the smaller network
     """Rebuild a restored network.
 
-    ValueError where the file is damaged, not ours, or belongs to another architecture."""
+    ValueError where the file is damaged, not ours, or belongs to another architecture;
+    FileNotFoundError where there is none."""
     tensors, meta = read_safetensors(path)
     if meta.get('format') != _RESTORED_FORMAT:
         raise ValueError(f'{path}: not written by save_restored (format {meta.get("format")!r})')
@@ -53,7 +54,7 @@ def load_restored(
     except (ValueError, TypeError) as e:
         raise ValueError(f'{path}: made for another architecture ({meta["network"]}): {e}') from e
     width = {g.name: g.channels for g in groups}
-    gone = {k: removed(v, width[k]).tolist() for k, v in keep.items()}
+    gone = {k: removed(kept, width[k]).tolist() for k, kept in keep.items()}
     small = remove_channels(net, groups, gone)
     follow_sizes(net, net.args, lost(groups, gone))
     return _load_tensors(_dress(small, model), tensors, path)
@@ -68,21 +69,27 @@ def _new_biases(model: nn.Module, tensors: dict) -> dict:
     return {k: b for k, b in biases.items() if len(b) == len(layers[k].weight)}
 
 
+def _misfits(own: dict, tensors: dict) -> list:
+    "Names, sorted, that only one of two states has, or that have another shape in the other."
+    common = own.keys() & tensors.keys()
+    of_another_shape = {k for k in common if own[k].shape != tensors[k].shape}
+    return sorted((own.keys() ^ tensors.keys()) | of_another_shape)
+
+
 def _load_tensors(model: nn.Module, tensors: dict, path) -> nn.Module:
     """Load tensors into a model; a bias that constants made is added.
 
     ValueError naming the first that do not fit, with the model unchanged."""
     new = _new_biases(model, tensors)
     own = model.state_dict() | {f'{k}.bias': b for k, b in new.items()}
-    common = own.keys() & tensors.keys()
-    wrong = (own.keys() ^ tensors.keys()) | {k for k in common if own[k].shape != tensors[k].shape}
+    wrong = _misfits(own, tensors)
     if wrong:
-        names = ', '.join(sorted(wrong)[:3])
+        names = ', '.join(wrong[:3])
         what = f'{names} missing, unknown or of another shape'
         raise ValueError(f'{path}: made for another architecture: {what}')
     for k, b in new.items():
-        weight = model.get_submodule(k).weight
-        empty = torch.empty_like(b, dtype=weight.dtype, device=weight.device)
-        model.get_submodule(k).bias = nn.Parameter(empty)
+        layer = model.get_submodule(k)
+        empty = torch.empty_like(b, dtype=layer.weight.dtype, device=layer.weight.device)
+        layer.bias = nn.Parameter(empty)
     model.load_state_dict(tensors)
     return model
