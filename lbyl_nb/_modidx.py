@@ -457,6 +457,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'lbyl_nb.least_lost._by_unit': ('least_lost.html#_by_unit', 'lbyl_nb/least_lost.py'),
                                     'lbyl_nb.least_lost._columns_of': ('least_lost.html#_columns_of', 'lbyl_nb/least_lost.py'),
                                     'lbyl_nb.least_lost._elimination': ('least_lost.html#_elimination', 'lbyl_nb/least_lost.py'),
+                                    'lbyl_nb.least_lost._equal_units': ('least_lost.html#_equal_units', 'lbyl_nb/least_lost.py'),
                                     'lbyl_nb.least_lost._output_scale': ('least_lost.html#_output_scale', 'lbyl_nb/least_lost.py'),
                                     'lbyl_nb.least_lost._read_by': ('least_lost.html#_read_by', 'lbyl_nb/least_lost.py'),
                                     'lbyl_nb.least_lost.least_lost': ('least_lost.html#least_lost', 'lbyl_nb/least_lost.py')},

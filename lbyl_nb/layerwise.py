@@ -49,7 +49,7 @@ from lbyl_nb.moments import (
     total,
 )
 from .probes import Probes, noise
-from .recover import _absorb, _in_blocks
+from .recover import _absorb, _delivered, _in_blocks
 from .restorers import lbyl
 from .trace import Traced
 
@@ -901,7 +901,8 @@ def _best_of_grid(ch, keep, consumer, layer, M: Moments) -> Delivery:
     "By which delivery of the grid a consumer misses least, given the moments of its channels."
     weight = _tap_products(layer, consumer.columns[removed(keep, len(ch))])
     n = conv_groups(layer)
-    made = [_in_blocks(lbyl(*pair), ch, keep, n) for pair in _scaled_grid(ch)]
+    pairs = _scaled_grid(ch)
+    made = [_delivered(_in_blocks(lbyl(*p), ch, keep, n), consumer, keep) for p in pairs]
     return min(made, key=lambda d: _missed_channels(d.S, M.G / M.n, keep, weight))
 
 

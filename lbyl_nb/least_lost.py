@@ -127,6 +127,13 @@ def _read_by(c, layer, x, y) -> Moments:
     return _rows_in_blocks(layer, rows, rows[:, : conv_groups(layer)], c.name)
 
 # %% ../nbs/15_least_lost.ipynb #3c6290f1
+def _equal_units(unit: Tensor) -> Tensor:
+    "Units of a group, from 0 on; where they are of unequal sizes, each channel by itself."
+    unit = unit.unique(return_inverse=True)[1]
+    equal = len(unit.bincount().unique()) == 1
+    return unit if equal else torch.arange(len(unit))
+
+
 @dataclass(frozen=True)
 class _LeastLost:
     "The criterion that `least_lost` makes."
@@ -140,12 +147,12 @@ class _LeastLost:
         seen = look_at_consumers(probes, groups, _read_by)
         out = {}
         for g in tqdm(groups, 'choosing channels', delay=2, leave=False):
-            unit = g.unit.unique(return_inverse=True)[1]
+            unit = _equal_units(g.unit)
             consumers = []
             for c in g.consumers:
                 M = total(seen[g.name, c.name])
                 consumers += _columns_of(net.model, c, M, self.ridge, unit)
-            out[g.name] = _elimination(consumers, g.units)[unit]
+            out[g.name] = _elimination(consumers, int(unit.max()) + 1)[unit]
         return out
 
 # %% ../nbs/15_least_lost.ipynb #28d6aca6

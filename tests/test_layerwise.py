@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torchvision.models import shufflenet_v2_x0_5
 
 from lbyl_nb.graph import find_groups
 from lbyl_nb.layerwise import layerwise, probe
@@ -667,3 +668,15 @@ def test_a_source_may_give_the_model_itself():
         apart = lbyl_restore(net, x, keep=keep, restorer=layerwise(calibration(x)))
     for k, v in own.state_dict().items():
         assert torch.equal(v, apart.state_dict()[k]), k
+
+
+@pytest.mark.parametrize('seed', [0, 1])
+def test_channels_that_are_spared_in_a_shuffle(seed):
+    "Units of a shuffle may be of unequal sizes; a plan of whole ones comes out, and is accepted."
+    torch.manual_seed(seed)
+    net, x = shufflenet_v2_x0_5(num_classes=10).eval(), torch.randn(8, 3, 32, 32)
+    chosen = plan(net, x[:1], 0.5, least_lost(calibration(x)), streams=True)
+    by_size = plan(net, x[:1], 0.5, streams=True)
+    assert {k: len(v) for k, v in chosen.items()} == {k: len(v) for k, v in by_size.items()}
+    small = restore(net, x[:1], keep=chosen, restorer=prune_only())
+    assert small.plan == chosen

@@ -18,7 +18,7 @@ from torch import nn
 
 from lbyl_nb import recover
 from lbyl_nb.budget import budget
-from lbyl_nb.layerwise import layerwise, probe
+from lbyl_nb.layerwise import layerwise, probe, probed_lbyl
 from lbyl_nb.probes import calibration, noise
 from lbyl_nb.recover import plan, restore
 from lbyl_nb.restorers import lbyl, merging, prune_only
@@ -397,7 +397,8 @@ def check_constants(first, steps, name, seed, value=None):
         small = restore(net, x, keep=dict(a=[0, 1, 3, 4, 6, 7]), restorer=restorer).model
         return gap(out(small, x), out(net, x))
 
-    found = far(dict(lbyl=lbyl(), merging=merging())[name])
+    probed = probed_lbyl(calibration(x))
+    found = far(dict(lbyl=lbyl(), merging=merging(), probed=probed)[name])
     if set(steps) <= {*SCALES, 'layer_scale'}:
         assert found < 1e-4
     else:
@@ -415,10 +416,11 @@ def test_constants_on_their_way(first, steps, name, seed):
     check_constants(first, steps, name, seed)
 
 
+@pytest.mark.parametrize('name', ['lbyl', 'probed'])
 @pytest.mark.parametrize('step', STEPS)
-def test_constants_behind_one_step(step):
+def test_constants_behind_one_step(step, name):
     for seed in range(3):
-        check_constants('leaky', [step], 'lbyl', seed)
+        check_constants('leaky', [step], name, seed)
 
 
 ONE_AND_ANOTHER = [
