@@ -10,7 +10,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'lbyl_nb.bench._distinct': ('bench.html#_distinct', 'lbyl_nb/bench.py'),
                                'lbyl_nb.bench._ends_process': ('bench.html#_ends_process', 'lbyl_nb/bench.py'),
                                'lbyl_nb.bench._evaluating': ('bench.html#_evaluating', 'lbyl_nb/bench.py'),
-                               'lbyl_nb.bench._find': ('bench.html#_find', 'lbyl_nb/bench.py'),
+                               'lbyl_nb.bench._find_all': ('bench.html#_find_all', 'lbyl_nb/bench.py'),
                                'lbyl_nb.bench._noting': ('bench.html#_noting', 'lbyl_nb/bench.py'),
                                'lbyl_nb.bench._read_rows': ('bench.html#_read_rows', 'lbyl_nb/bench.py'),
                                'lbyl_nb.bench._run': ('bench.html#_run', 'lbyl_nb/bench.py'),

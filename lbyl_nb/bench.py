@@ -157,20 +157,22 @@ def _same_columns(
         raise ValueError(f'{path} is a results file of another schema: {"; ".join(said)}')
 
 # %% ../nbs/32_bench.ipynb #3fd61333
-def _find(
+def _find_all(
     path: Path,  # the results file
-    setting: dict,  # name -> value
+    settings: list,  # dicts, name -> value
     env: dict,  # as from `environment`
-) -> dict | None:  # the row, or None
-    "The row of a setting in a results file; `ValueError` if the file is of another schema"
+) -> list:  # for each setting its row, or None
+    "The rows of settings in a results file; `ValueError` if the file is of another schema"
     columns, rows = _read_rows(path)
-    if columns:
-        _same_columns(path, columns[: len(setting) + len(env)], [*setting, *env])
-    wanted = {k: _to_text(v) for k, v in setting.items()}
-    for row in rows:
-        found = dict(zip(columns, row))
-        if wanted.items() <= found.items():
-            return {k: _to_value(v) for k, v in found.items()}
+    found = [dict(zip(columns, row)) for row in rows]
+    out = []
+    for setting in settings:
+        if columns:
+            _same_columns(path, columns[: len(setting) + len(env)], [*setting, *env])
+        wanted = {k: _to_text(v) for k, v in setting.items()}
+        row = next((r for r in found if wanted.items() <= r.items()), None)
+        out.append(None if row is None else {k: _to_value(v) for k, v in row.items()})
+    return out
 
 # %% ../nbs/32_bench.ipynb #069e1299
 def _append(path: Path, row: dict) -> dict:
@@ -211,13 +213,14 @@ def trial(
 
     `ValueError` on a file of another schema."""
     path, env = Path(path), environment(device)
-    row = _find(path, setting, env)
+    [row] = _find_all(path, [setting], env)
     if row is not None:
         return row
     measured = dict(measure())
     _distinct(setting, env, measured)
     with locked(path):
-        return _find(path, setting, env) or _append(path, setting | env | measured)
+        [row] = _find_all(path, [setting], env)  # another may have measured it in the meantime
+        return row or _append(path, setting | env | measured)
 
 # %% ../nbs/32_bench.ipynb #ac9d8ab3
 def _run(path: Path, measure: Callable, device, setting: dict) -> dict:
@@ -281,13 +284,14 @@ def sweep(
     `parallel` is `n_jobs` of `joblib.Parallel`; `measure` must then be fit for pickling.
     `RuntimeError` naming trials that ended their process, after all others are measured."""
     settings, path = list(settings), Path(path)
-    if parallel is not None:
-        env = environment(device)
-        missing = [s for s in settings if _find(path, s, env) is None]
-        run = partial(_run, path.absolute(), measure, device)
-        _side_by_side(run, missing, parallel, path.stem)
-    bar = tqdm(settings, path.stem, delay=2)
-    return pd.DataFrame([_run(path, measure, device, s) for s in bar])
+    if parallel is None:
+        bar = tqdm(settings, path.stem, delay=2)
+        return pd.DataFrame([_run(path, measure, device, s) for s in bar])
+    find = partial(_find_all, path, settings, environment(device))
+    missing = [s for s, row in zip(settings, find()) if row is None]
+    run = partial(_run, path.absolute(), measure, device)
+    _side_by_side(run, missing, parallel, path.stem)
+    return pd.DataFrame(find())
 
 # %% ../nbs/32_bench.ipynb #05afc06c
 def results(
