@@ -754,49 +754,64 @@ def _differing(
     return None if same else ''
 
 # %% ../nbs/10_graph.ipynb #3555a5cf
-def _expected(net, gone):
-    "Labels that the cut network should have, by layer and by parameter."
-    given = {k: v[_stays(net, v, gone)] for k, v in net.seen.out.items()}
-    for k, v in net.seen.param.items():
-        for d, stays in enumerate(_along(_stays(net, v, gone))):
-            v = v.index_select(d, stays.nonzero().flatten())
-        given[k] = v
-    return given
+class _Left:
+    "What should be left of a traced network without some classes."
 
+    def __init__(self, net: Traced, gone: Tensor):
+        self.net, self.size, given = net, net.seen.same.size, {}
+        self.roots = net.seen.same.roots(torch.arange(self.size))
+        self.stays = ~torch.isin(self.roots, gone)
+        for k, v in net.seen.out.items():
+            given[k] = v[self.stays[v]]
+        for k, v in net.seen.param.items():
+            for d, stays in enumerate(_along(self.stays[v])):
+                v = v.index_select(d, stays.nonzero().flatten())
+            given[k] = v
+        self.given = given  # labels of layers' outputs and of parameters
+        self.made = torch.zeros(self.size, dtype=torch.bool)
+        for v in (*net.seen.out.values(), *net.seen.param.values()):
+            self.made[self.roots[v]] = True
+        self.nodes = [self.signature(n, cut=False) for n in net.seen.nodes]
 
-def _first_fault(net, again, gone):
-    "The first operation with other labels than the dense network's that stay, or where it ended."
-    seen, size = net.seen, net.seen.same.size
-    labels = (*seen.out.values(), *seen.param.values())
-    made = torch.cat([seen.same.roots(v).flatten() for v in labels]).unique()
-
-    def plain(v):  # what neither a layer nor a parameter made has labels of its own in each pass
+    def plain(self, v, cut):
+        "What neither a layer nor a parameter made has labels of its own in each pass."
         v = v.flatten()
-        roots = seen.same.roots(v.where(v < size, 0))
-        return roots.where(torch.isin(roots, made), (v > 0).long())
+        inside = v.where(v < self.size, 0)
+        plain = self.roots[inside].where(self.made[self.roots[inside]], (v > 0).long())
+        return plain if cut else plain[self.stays[plain]]
 
-    def same(v, w):
-        if v is None or w is None:
-            return v is w
-        v = plain(v)
-        return torch.equal(v[~torch.isin(v, gone)], plain(w))
+    def signature(self, n, cut):
+        "An operation's kind, and what its labels are, or should be, without the classes."
+        labels = (*n.labels, n.read)
+        return n.kind, [None if v is None else self.plain(v, cut) for v in labels]
 
-    for a, b in zip(seen.nodes, again.nodes):
-        if a.kind != b.kind or not all(map(same, (*a.labels, a.read), (*b.labels, b.read))):
-            return a
-    return seen.nodes[len(again.nodes)] if len(again.nodes) < len(seen.nodes) else None
+    def first_fault(self, again):
+        "The first operation of another pass that is not as it should be, or where it ended."
+        dense = self.net.seen.nodes
+        for node, expected, other in zip(dense, self.nodes, again.nodes):
+            if not _same(expected, self.signature(other, cut=True)):
+                return node
+        return dense[len(again.nodes)] if len(again.nodes) < len(dense) else None
+
+
+def _same(a, b):
+    "Are two signatures of operations the same?"
+    if a[0] != b[0]:
+        return False
+    pairs = zip(a[1], b[1])
+    return all(v is w if v is None or w is None else torch.equal(v, w) for v, w in pairs)
 
 # %% ../nbs/10_graph.ipynb #a1943968
-def _once_more(net, args, gone):
+def _once_more(left, args):
     "The first operation of the cut network that is not as it should be, or None; and the error."
-    again, error = _Recorder(net.model, _expected(net, gone)), ''
+    again, error = _Recorder(left.net.model, left.given), ''
     for c in (again.same, again.together):
-        c.new(net.seen.same.size)
+        c.new(left.size)
     try:
         _record(again, args)
     except Exception as e:
         error = f'{type(e).__name__}: {e}'
-    return _first_fault(net, again, gone), error
+    return left.first_fault(again), error
 
 # %% ../nbs/10_graph.ipynb #a2186732
 def _culprits(
@@ -806,7 +821,7 @@ def _culprits(
     gone: Tensor,  # classes of the channels that were removed
 ) -> dict:  # {group: why it should not have been cut}
     "Groups whose channels are not where they should be in the cut network; empty if nothing shows."
-    at, error = _once_more(net, args, gone)
+    at, error = _once_more(_Left(net, gone), args)
     if at is None:
         return {}
     labels = [v.flatten() for n in _on_line(net, at) for v in _passing(n) if v is not None]
@@ -833,25 +848,25 @@ def _passing(n):
     return [*n.labels, n.read, *(w for k in n.inputs for w in k.labels)]
 
 # %% ../nbs/10_graph.ipynb #9291b8a2
-def _sizes(net, name, gone):
+def _sizes(left, name):
     "{number of channels: what is left of it}, of all that a module and its children handle."
     found = defaultdict(set)
-    inside = [n for n in net.seen.nodes if name in (n.module, n.module.rpartition('.')[0])]
+    inside = [n for n in left.net.seen.nodes if name in (n.module, n.module.rpartition('.')[0])]
     labels = [v for n in inside for k in (n, *n.inputs) for v in k.labels if v is not None]
     for v in labels:
-        stays = _along(_stays(net, v, gone))
+        stays = _along(left.stays[v])
         for d in _varying(v):
             found[v.shape[d]].add(int(stays[d].sum()))
     return found
 
 # %% ../nbs/10_graph.ipynb #bb8353d9
-def _changes(net, name, gone):
+def _changes(left, name):
     "What may be tried in a module: new values of attributes, for one number alone, then for all."
-    module = net.model.get_submodule(name)
+    module = left.net.model.get_submodule(name)
     if isinstance(module, (*LAYERS, *_NORMS)):
         return []
-    sizes = _sizes(net, name, gone)
-    single = [{old: new} for old, left in sizes.items() for new in sorted(left - {old})]
+    sizes = _sizes(left, name)
+    single = [{old: new} for old, after in sizes.items() for new in sorted(after - {old})]
     together = {old: new for one in single for old, new in one.items()}
     changes = []
     for new in [*single, together]:
@@ -871,24 +886,24 @@ def _put(value, new: dict):
     return new.get(value, value) if type(value) is int else value
 
 # %% ../nbs/10_graph.ipynb #a2aeef10
-def _reached(net, args, gone):
+def _reached(left, args):
     "How many operations of the cut network are as they should be, and one more if it ends well."
-    at, error = _once_more(net, args, gone)
-    if at is not None:
-        return net.seen.nodes.index(at)
-    return len(net.seen.nodes) + (not error)
+    at, error = _once_more(left, args)
+    nodes = left.net.seen.nodes
+    return len(nodes) + (not error) if at is None else nodes.index(at)
 
 # %% ../nbs/10_graph.ipynb #7a9f5070
-def _one_further(net, args, gone, far):
+def _one_further(left, args, far):
     "Set attributes so that the cut network comes further: how far, or None where nothing helps."
+    net = left.net
     parts = net.seen.nodes[far].module.split('.')
     around = dict.fromkeys('.'.join(parts[:i]) for i in range(len(parts), -1, -1))
-    changes = [(k, change) for k in around for change in _changes(net, k, gone)]
+    changes = [(k, change) for k in around for change in _changes(left, k)]
     for module, change in changes:
         held = vars(net.model.get_submodule(module))
         before = {k: held[k] for k in change}
         held.update(change)
-        new = _reached(net, args, gone)
+        new = _reached(left, args)
         if new > far:
             return new
         held.update(before)
@@ -901,9 +916,10 @@ def follow_sizes(
     gone: Tensor,  # classes of the channels that were removed
 ) -> bool:  # was anything set?
     "Set numbers of channels that modules keep to what is left, where the network needs it."
-    start = far = _reached(net, args, gone)
+    left = _Left(net, gone)
+    start = far = _reached(left, args)
     while far < len(net.seen.nodes):
-        new = _one_further(net, args, gone, far)
+        new = _one_further(left, args, far)
         if new is None:
             break
         far = new
