@@ -6,9 +6,11 @@
 __all__ = ['bill', 'budget']
 
 # %% ../nbs/17_budget.ipynb #4afb8d0e
+import heapq
+import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -30,20 +32,43 @@ class _Bill:
     rows: list  # of dicts, one a module, as `_row` makes them
     tied: dict  # {group: (span of each cut module, span of each consumer)}
     rest: int  # parameters of everything else
+    _near: dict = field(default_factory=dict, repr=False)  # as `_around` found them
 
     def total(self, lost: dict) -> dict:
         """Parameters and multiply-accumulates when each group loses so many channels.
 
         Numbers, or tensors of numbers for many cases at once."""
+        params, macs = self._sums(self.rows, lost)
+        return dict(params=self.rest + params, macs=macs)
+
+    def saved(self, lost: dict, more: dict) -> dict:
+        "What it saves on top if groups lose more, {group: channels}, than they have lost already."
+        rows, groups = self._around(tuple(more))
+        before = {g: lost.get(g, 0) for g in groups}
+        after = {g: k + more.get(g, 0) for g, k in before.items()}
+        pairs = zip(('params', 'macs'), self._sums(rows, before), self._sums(rows, after))
+        return {what: a - b for what, a, b in pairs}
+
+    def _around(self, groups: tuple) -> tuple:
+        "Rows that some groups write or read, and all groups that these rows depend on."
+        if groups not in self._near:
+            touched = lambda g: {k for part in self.tied[g] for k, _ in part}
+            names = set().union(*map(touched, groups))
+            rows = [r for r in self.rows if r['name'] in names]
+            self._near[groups] = rows, [g for g in self.tied if touched(g) & names]
+        return self._near[groups]
+
+    def _sums(self, rows: list, lost: dict) -> tuple:
+        "Parameters and multiply-accumulates of some rows."
         out, inn = self._gone(lost)
-        params, macs = self.rest, 0
-        for r in self.rows:
+        params, macs = 0, 0
+        for r in rows:
             o = r['out'] - out.get(r['name'], 0)
             i = r['inn'] - inn.get(r['name'], 0) / r['groups']
             w = o * i * r['taps']
             params = params + w + o * r['extra']
             macs = macs + w * r['positions']
-        return dict(params=params, macs=macs)
+        return params, macs
 
     def _gone(self, lost: dict) -> tuple:
         "How many outputs and how many inputs each module loses, {name: number} twice."
@@ -162,6 +187,41 @@ def _ranking(scores: dict, least: dict) -> list:
         order += [(v, name) for v in going.tolist()]
     return [name for _, name in sorted(order)]
 
+# %% ../nbs/17_budget.ipynb #8fc7b6d7
+def _cheapest_first(
+    cells: list,  # of all families
+    losses: dict,  # {cell: (units,) what the output loses without each of its units}
+    least: dict,  # {cell: units that have to stay}
+    costs: _Bill,
+    what: str,  # 'params' or 'macs': what shall be saved
+) -> list:  # names of cells, in the order in which they lose units
+    "Units in the order of what the output loses for what each of them saves."
+    lost, order = Counter(), []
+    left = {c.name: losses[c.name].sort().values[: c.units - least[c.name]].tolist() for c in cells}
+
+    def offer(i):
+        "The price of the next units of a cell, the cell, and how many: a sixty-fourth of all."
+        c, going = cells[i], left[cells[i].name]
+        n = min(len(going), -(-c.units // 64))
+        saved = costs.saved(lost, {g: n * rows for g, rows in c.rows.items()})[what]
+        return (sum(going[:n]) / saved if saved > 0 else math.inf), i, n
+
+    heap = [offer(i) for i, c in enumerate(cells) if left[c.name]]
+    heapq.heapify(heap)
+    while heap:
+        now = offer(heap[0][1])  # prices only rise
+        heapq.heapreplace(heap, now)
+        if heap[0] is not now:
+            continue
+        _, i, n = heapq.heappop(heap)
+        c = cells[i]
+        order += [c.name] * n
+        del left[c.name][:n]
+        lost.update({g: n * rows for g, rows in c.rows.items()})
+        if left[c.name]:
+            heapq.heappush(heap, offer(i))
+    return order
+
 # %% ../nbs/17_budget.ipynb #826e9a96
 def _kept_after(n, order, families, limits):
     "Units that the cells of each family keep after the first n removals, within the limits."
@@ -206,18 +266,27 @@ def _within(share: float, what: str, criterion, limits: Limits) -> Callable:
         families = families_of(limits.prunable(groups))
         chosen = {name for f in families for name, _ in f.members}
         groups = [g for g in groups if g.name in chosen]
-        scores = unit_scores(model, net, groups, criterion)
-        costs = bill(net, groups)
-        order = _order(families, scores, limits)
+        costs, cells = bill(net, groups), [c for f in families for c in cells_of(f)]
+        of_output = hasattr(criterion, 'losses')
+        if of_output:
+            scores = criterion.losses(net, groups)
+        else:
+            scores = unit_scores(model, net, groups, criterion)
+        own = {c.name: scores[c.family.name][c.at] for c in cells}
+        least = {c.name: limits.units(c, 0) for c in cells}
+        if of_output:
+            order = _cheapest_first(cells, own, least, costs, what)
+        else:
+            order = _ranking(own, least)
 
         def left(n):
             "Share that is left after the first n removals."
             lost = _lost(_kept_after(n, order, families, limits), families)
             return costs.total(lost)[what] / costs.total({})[what]
 
-        least = left(len(order))
-        if least > share:
-            why = f'{least:.3f} are left when everything is removed that may be'
+        smallest = left(len(order))
+        if smallest > share:
+            why = f'{smallest:.3f} are left when everything is removed that may be'
             raise ValueError(f'{what}: {share} of them cannot be reached, {why}')
         n = _first(lambda n: left(n) <= share, len(order))
         kept = _kept_after(n, order, families, limits)
@@ -227,13 +296,6 @@ def _within(share: float, what: str, criterion, limits: Limits) -> Callable:
         return {g.name: plan[g.name] for g in groups}
 
     return choose
-
-
-def _order(families, scores, limits):
-    "Names of the cells of all families, in the order in which they lose units."
-    cells = [c for f in families for c in cells_of(f)]
-    own = {c.name: scores[c.family.name][c.at] for c in cells}
-    return _ranking(own, {c.name: limits.units(c, 0) for c in cells})
 
 # %% ../nbs/17_budget.ipynb #f674dec5
 def budget(

@@ -7,6 +7,7 @@ __all__ = ['dead_leaves', 'start_like', 'distil', 'distilled']
 
 # %% ../nbs/08_distilled.ipynb #0cac06cb
 import copy
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .layers import call, map_samples, map_tensors, samples, statistics_of
+from .layers import batch_size, call, map_samples, map_tensors, samples, statistics_of
+from .photographs import _is_image, crops, input_range
 from .probes import _spans, calibration, random_args, random_like
 
 # %% ../nbs/08_distilled.ipynb #06cb4bb9
@@ -84,8 +86,11 @@ def start_like(
     n: int,  # how many samples
     generator: torch.Generator,  # on the CPU
     tables=(),  # (integers) where they are looked up, as in `random_like`
+    photographs: bool = False,  # crops of photographs in place of images that have 3 channels or 1
 ) -> Tensor:  # (n, *v.shape[1:])
-    "Dead leaves in place of an image, noise in place of anything else."
+    "Dead leaves in place of an image, or crops; noise in place of anything else."
+    if photographs and _is_image(v):
+        return crops(n, v.shape[2:], generator, v.shape[1]).to(v)
     image = v.ndim == 4 and v.is_floating_point() and min(v.shape[-2:]) > 1
     if image:
         return dead_leaves((n, *v.shape[1:]), generator).to(v)
@@ -96,13 +101,15 @@ def distil(
     model: nn.Module,  # with batch norms; not changed
     args,  # where to start: arguments of its forward, n samples; not changed
     steps: int = 40,  # of Adam
-    lr: float = 0.08,  # first step size, in units of normalised inputs
-    smooth: float = 1e-3,  # weight of the total variation
+    lr: float = 0.08,  # first step size, in units of `scale`
+    smooth: float = 1e-3,  # weight of the total variation, likewise
+    scale: float = 1.0,  # deviation of the network's inputs
     log: list | None = None,  # (step, loss) is appended to it
 ) -> tuple | dict:  # the same arguments, optimised
     """Probes optimised until batch norms see their stored statistics.
 
-    ValueError without batch norms, or without samples that are floating-point."""
+    A warning where 20 steps or more leave them far from it. ValueError without batch norms, or
+    without samples that are floating-point."""
     net, free = copy.deepcopy(model).eval().requires_grad_(False), []
 
     def leaf(v):
@@ -114,8 +121,8 @@ def distil(
     args = map_samples(args, leaf)
     if not free:
         raise ValueError('example_inputs: none is floating-point, so there is nothing to distil')
-    opt = torch.optim.Adam(free, lr)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps, lr / 50)
+    opt = torch.optim.Adam(free, lr * scale)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps, lr * scale / 50)
     bar = tqdm(range(steps), 'distilling', delay=2, leave=False)
     with _divergences(net) as seen, torch.enable_grad(), bar:
         for step in bar:
@@ -123,13 +130,27 @@ def distil(
             call(net, args)
             loss = torch.stack(seen).mean()
             opt.zero_grad()
-            (loss + smooth * sum(map(_total_variation, free))).backward()
+            (loss + smooth / scale * sum(map(_total_variation, free))).backward()
             opt.step()
             cosine.step()
             bar.set_postfix(loss=f'{loss.item():.4f}', refresh=False)
             if log is not None:
                 log.append((step, loss.item()))
+    _warn_if_far(loss.item(), steps)
     return map_tensors(args, torch.detach)
+
+# %% ../nbs/08_distilled.ipynb #e4d7fb34
+_FAR = 0.25  # nats; where distillation works, a tenth of it is left
+
+
+def _warn_if_far(loss: float, steps: int):
+    "A warning where batch norms do not see what they saw in training, though there was time."
+    if steps >= 20 and loss > _FAR:
+        warnings.warn(
+            f'distilled: after {steps} steps batch norms are still {loss:.2f} nats from what they '
+            'saw in training; is the network trained, and are its inputs what it takes?',
+            stacklevel=3,
+        )
 
 # %% ../nbs/08_distilled.ipynb #0be5a7c3
 def _side_by_side(parts):
@@ -138,22 +159,60 @@ def _side_by_side(parts):
     return map_samples(parts[0], lambda v: torch.cat(next(rest)))
 
 # %% ../nbs/08_distilled.ipynb #7239a0c7
+_MEMORY = 4e9  # bytes that a batch may take
+
+
+def _kept_bytes(model: nn.Module, args) -> float:
+    "Bytes of one sample that a forward pass keeps for the backward pass."
+    kept, net = {}, copy.deepcopy(model).eval()
+    weights = {v.untyped_storage().data_ptr() for v in net.parameters()}
+
+    def count(v):
+        kept[v.untyped_storage().data_ptr()] = v.untyped_storage().nbytes(), v
+        return v
+
+    few = map_samples(args, lambda v: v[:2].clone())
+    leaf = lambda v: v.requires_grad_() if v.is_floating_point() else v
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda v: v):
+        out = call(net, map_samples(few, leaf))
+    del out
+    total = sum(n for at, (n, _) in kept.items() if at not in weights)
+    return max(total, 1) / batch_size(few)
+
+
+def _affordable(model: nn.Module, args, most: int = 128) -> int:
+    "How many samples fit a backward pass, an even number; the gradients take as much again."
+    fit = int(_MEMORY / (2 * _kept_bytes(model, args))) // 2 * 2
+    return max(2, min(most, fit))
+
+# %% ../nbs/08_distilled.ipynb #8257159d
 def distilled(
     n: int = 256,  # how many probes
     seed: int = 0,  # of the images they start from
     steps: int = 40,  # of Adam
     reflect: bool = False,  # use each probe also mirrored left to right
-    batch: int = 128,  # matched at a time, at most; an even number
+    batch: int | None = None,  # matched at a time, at most; None: 128, or what 4 GB allow
+    photographs: bool = False,  # start from crops of photographs, with steps of half the size
 ) -> Callable:  # (model, args) -> Probes
     "A source of distilled probes: data-free, for networks with batch norms. ValueError for n < 2."
     if n < 2:
         raise ValueError(f'n: statistics need at least 2 probes, got {n}')
+    lr = 0.04 if photographs else 0.08
 
     def source(model, args):
         gen, parts = torch.Generator().manual_seed(seed), []
-        for start, end in _spans(n, batch):
-            draw = lambda v, tables: start_like(v, end - start, gen, tables)
-            parts.append(distil(model, random_args(model, args, draw), steps))
+        net = copy.deepcopy(model).eval()
+
+        def start(k):
+            draw = lambda v, tables: start_like(v, k, gen, tables, photographs)
+            return random_args(model, args, draw)
+
+        first = start(16)  # says what the inputs are like, and what a pass takes
+        scale, offset = input_range(net, first)
+        gen.manual_seed(seed)
+        fit = lambda v: scale * v + offset if v.is_floating_point() else v
+        for i, j in _spans(n, batch or _affordable(net, first)):
+            parts.append(distil(model, map_samples(start(j - i), fit), steps, lr, scale=scale))
         return calibration(_side_by_side(parts), reflect)(model, args)
 
     return source

@@ -34,6 +34,7 @@ class _Columns:
         eye = torch.eye(len(G), dtype=G.dtype, device=G.device)
         mean = G.diagonal().mean().clamp(min=torch.finfo(G.dtype).tiny)
         self.k, self.V = len(G) // m, V.clone()
+        self.left = torch.arange(len(G))  # columns that are there
         self.A = torch.linalg.inv(G + ridge * mean * eye)
 
     def costs(self) -> Tensor:
@@ -54,37 +55,52 @@ class _Columns:
         K = torch.linalg.solve(self.A[c][:, c], self.A[c][:, r])
         self.V = self.V[:, r] - self.V[:, c] @ K
         self.A = self.A[r][:, r] - self.A[r][:, c] @ K
+        self.left = self.left[r.cpu()]
 
 # %% ../nbs/15_least_lost.ipynb #102d166a
 def _elimination(
     consumers: list,  # a `_Columns` for each consumer; used up
     m: int,  # channels
-) -> Tensor:  # (m,) 0 for the channel removed first, m - 1 for the one that stays last
+    watch: Callable = lambda gone: None,  # is told how many are gone, after each step
+) -> tuple:  # channels in the order of their removal, and what each costs then; two lists
     "Greedy elimination of channels, the cheapest first."
-    left = torch.arange(m)
-    rank = torch.empty(m, dtype=torch.float64)
+    left, order, costs = torch.arange(m), [], []
     step = math.ceil(m / 64)
     while len(left):
         cost = sum(c.costs().cpu() for c in consumers)
         go = cost.argsort(stable=True)[:step]
-        done = m - len(left)
-        rank[left[go]] = torch.arange(done, done + len(go), dtype=torch.float64)
+        order += left[go].tolist()
+        costs += cost[go].tolist()
         stay = torch.ones(len(left), dtype=torch.bool)
         stay[go] = False
         if stay.any():
             for c in consumers:
                 c.remove(go)
+            watch(len(order))
         left = left[stay]
-    return rank
+    return order, costs
+
+
+def _scores(order: list, costs: list) -> Tensor:  # (m,)
+    "Costs as scores of channels that rise in the order of removal, without ties."
+    costs = torch.tensor(costs, dtype=torch.float64).clamp(min=1e-300)
+    step = 1e-9 * torch.arange(len(costs), dtype=costs.dtype)
+    rising = costs.cummax(0).values * (1 + step)
+    return torch.empty_like(rising).scatter(0, torch.tensor(order), rising)
 
 # %% ../nbs/15_least_lost.ipynb #3952ac67
-def _output_scale(model, consumer):
-    "(o,) scale that the batch norm behind a consumer puts on its outputs; ones without one."
-    weight = by_output(model.get_submodule(consumer.name))
+def _output_scale(model, consumer) -> list:  # of (o,)
+    """Scale that the batch norm behind a consumer puts on its outputs, for each of its groups.
+
+    Ones without a batch norm."""
+    layer = model.get_submodule(consumer.name)
+    weight = by_output(layer)
     norm = consumer.norm and model.get_submodule(consumer.norm)
     if not norm or norm.running_var is None:
-        return weight.new_ones(len(weight)).double()
-    return norm_scale(norm).double()
+        scale = weight.new_ones(len(weight))
+    else:
+        scale = norm_scale(norm)
+    return scale.double().chunk(conv_groups(layer))
 
 # %% ../nbs/15_least_lost.ipynb #90276624
 def _by_unit(n: int, unit: Tensor) -> Tensor:  # (n,)
@@ -93,29 +109,28 @@ def _by_unit(n: int, unit: Tensor) -> Tensor:  # (n,)
     return of_channels[unit.argsort(stable=True)].flatten()
 
 # %% ../nbs/15_least_lost.ipynb #f62f468c
-def _columns_of(
+def _read_by_unit(
     model,  # the dense network
     consumer,  # a `Consumer`
     M: Moments,  # of taps, or of channels alone
-    ridge: float,  # fraction of the mean diagonal
     unit: Tensor,  # (m,) number of the unit in which each channel is removed
-) -> list:  # a `_Columns` for each group of the consumer
+    counts: list,  # for each group of the consumer how its outputs count: (o,) scales or (r, o)
+) -> list:  # for each group of the consumer: covariance, weights (r, d) and means of its columns
     "What a consumer reads, unit by unit."
     layer = model.get_submodule(consumer.name)
     n = conv_groups(layer)
     m = len(consumer.columns) // n  # channels that each group of the layer reads
-    units = len(unit.unique())
     W = by_output(layer).detach().double()
-    W = W * _output_scale(model, consumer).view(-1, *[1] * (W.ndim - 1))
     W = W[:, in_weight(layer, consumer.columns).to(W.device)].view(len(W), m, -1)
-    G = M.centred().G
-    parts = zip(G.view(-1, *G.shape[-2:]), W.chunk(n), unit.split(m))
+    seen = M.centred()
+    covariances, means = seen.G.view(n, *seen.G.shape[-2:]), seen.p.view(n, -1)
     out = []
-    for G_n, V, its_units in parts:
-        of_taps = len(G_n) == V[0].numel()
+    for G, p, V, its_units, by in zip(covariances, means, W.chunk(n), unit.split(m), counts):
+        V = by.view(-1, 1, 1) * V if by.ndim == 1 else torch.einsum('ro,omk->rmk', by, V)
+        of_taps = len(G) == V[0].numel()
         V = V.flatten(1) if of_taps else V.transpose(1, 2).flatten(0, 1)
-        at = _by_unit(len(G_n), its_units).to(G_n.device)
-        out.append(_Columns(G_n[at][:, at], V[:, at], units, ridge))
+        at = _by_unit(len(G), its_units).to(G.device)
+        out.append((G[at][:, at], V[:, at], p[at]))
     return out
 
 # %% ../nbs/15_least_lost.ipynb #fddc15b8
@@ -134,6 +149,15 @@ def _equal_units(unit: Tensor) -> Tensor:
     return unit if equal else torch.arange(len(unit))
 
 
+def _read_of(model, g, moments: dict, counts: Callable) -> tuple:
+    "What all consumers of a group read, see `_read_by_unit`, and the units of its channels."
+    unit = _equal_units(g.unit)
+    read = []
+    for c in g.consumers:
+        read += _read_by_unit(model, c, moments[g.name, c.name], unit, counts(c))
+    return read, unit
+
+
 @dataclass(frozen=True)
 class _LeastLost:
     "The criterion that `least_lost` makes."
@@ -142,17 +166,17 @@ class _LeastLost:
     ridge: float  # fraction of the mean variance
 
     def scores(self, net, groups) -> dict:
-        "Ranks of the channels of every group, {producer: (m,)}."
+        "What the consumers of every group miss without each of its channels, {producer: (m,)}."
         probes = self.source(net.model, net.args)
         seen = look_at_consumers(probes, groups, _read_by)
+        moments = {k: total(halves) for k, halves in seen.items()}
+        counts = lambda c: _output_scale(net.model, c)
         out = {}
         for g in tqdm(groups, 'choosing channels', delay=2, leave=False):
-            unit = _equal_units(g.unit)
-            consumers = []
-            for c in g.consumers:
-                M = total(seen[g.name, c.name])
-                consumers += _columns_of(net.model, c, M, self.ridge, unit)
-            out[g.name] = _elimination(consumers, int(unit.max()) + 1)[unit]
+            read, unit = _read_of(net.model, g, moments, counts)
+            units = int(unit.max()) + 1
+            consumers = [_Columns(G, V, units, self.ridge) for G, V, _ in read]
+            out[g.name] = _scores(*_elimination(consumers, units))[unit]
         return out
 
 # %% ../nbs/15_least_lost.ipynb #28d6aca6
