@@ -61,14 +61,17 @@ class _Columns:
 def _elimination(
     consumers: list,  # a `_Columns` for each consumer; used up
     m: int,  # channels
+    order: list | None = None,  # in which they shall go; None: the cheapest first
     watch: Callable = lambda gone: None,  # is told how many are gone, after each step
 ) -> tuple:  # channels in the order of their removal, and what each costs then; two lists
-    "Greedy elimination of channels, the cheapest first."
+    "Elimination of channels, greedy where no order is given."
+    place = None if order is None else torch.tensor(order).argsort().double()  # of each channel
     left, order, costs = torch.arange(m), [], []
     step = math.ceil(m / 64)
     while len(left):
         cost = sum(c.costs().cpu() for c in consumers)
-        go = cost.argsort(stable=True)[:step]
+        by = cost if place is None else place[left]
+        go = by.argsort(stable=True)[:step]
         order += left[go].tolist()
         costs += cost[go].tolist()
         stay = torch.ones(len(left), dtype=torch.bool)

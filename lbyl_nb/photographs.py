@@ -176,17 +176,43 @@ def photographs(
     return source
 
 # %% ../nbs/06a_photographs.ipynb #b63c0e91
+def _many(args) -> int:
+    "How many probes for these inputs: 128 images of 224 pixels, more of smaller ones, 512 at most."
+    pixels = max((v.shape[2] * v.shape[3] for v in samples(args) if _is_image(v)), default=224**2)
+    return max(128, min(512, 128 * 224**2 // pixels // 8 * 8))
+
+
+def _in_eights(a: Tensor, b: Tensor) -> Tensor:
+    "Some of one tensor, some of the other, eight together: even and odd ones have both."
+    rows = 8 * len(a) // (len(a) + len(b))
+    parts = a.unflatten(0, (-1, rows)), b.unflatten(0, (-1, 8 - rows))
+    return torch.cat(parts, 1).flatten(0, 1)
+
+
+def _of_noise(args) -> float:
+    "Which share of the probes is noise: half for small images, a quarter for others."
+    sides = [min(v.shape[2:]) for v in samples(args) if _is_image(v)]
+    return 0.5 if min(sides) < 64 else 0.25
+
+
 def stand_ins(
-    n: int = 128,  # how many
+    n: int | None = None,  # how many, a multiple of 8; None: 128 to 512, more of smaller images
     seed: int = 0,  # another seed, other probes
 ) -> Callable:  # (model, args) -> Probes
-    """The source that is taken where nobody names one: photographs, or noise where they do not fit.
+    """The source that is taken where nobody names one: for images, photographs and noise.
 
-    They fit networks with batch norms whose inputs are images. ValueError for n < 2."""
-    sources = photographs(n, seed), noise(n, seed)
+    For other inputs noise. ValueError for n that is no multiple of 8."""
+    if n is not None and (n < 8 or n % 8):
+        raise ValueError(f'n must be a multiple of 8, got {n}')
 
     def source(model, args):
-        fit = bool(statistics_of(model)) and any(map(_is_image, samples(args)))
-        return sources[0 if fit else 1](model, args)
+        many = n or _many(args)
+        if not any(map(_is_image, samples(args))):
+            return noise(many, seed)(model, args)
+        k = int(many * _of_noise(args))
+        parts = photographs(many - k, seed)(model, args).args, noise(k, seed)(model, args).args
+        pairs = iter(list(zip(*map(samples, parts))))
+        given = map_samples(parts[0], lambda v: _in_eights(*next(pairs)))
+        return Probes(pin(model, Probes(model, given).batches()), given)
 
     return source

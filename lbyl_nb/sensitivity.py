@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 
 import pandas as pd
 import torch
@@ -23,6 +24,7 @@ from .graph import add_constant, find_groups
 from .layers import by_output, call, conv_groups, in_weight, map_samples
 from .layerwise import _put_back, _running_means, look_at_consumers
 from .least_lost import _Columns, _elimination, _read_by, _read_of, _scores
+from .moments import total
 from .photographs import stand_ins
 from .plans import check_ratio, families_of
 from .probes import Probes
@@ -95,22 +97,26 @@ def _above(a: tuple, b: tuple, c: tuple) -> bool:
     return (b[1] - a[1]) * (c[0] - a[0]) >= (c[1] - a[1]) * (b[0] - a[0])
 
 # %% ../nbs/15a_sensitivity.ipynb #95d343b8
-def _curve(fit: list, test: list, units: int, ridge: float) -> _Curve:
-    "Elimination on some probes, and what it costs on others; both as `_read_of` gives them."
-    columns = [_Columns(G, V, units, ridge) for G, V, _ in fit]
+def _curve(every: list, fit: list, test: list, units: int, ridge: float) -> _Curve:
+    """The order of elimination on all probes, and what it costs on some, fitted on others.
+
+    All three as `_read_of` gives them."""
+    columns = lambda read: [_Columns(G, V, units, ridge) for G, V, _ in read]
+    order, _ = _elimination(columns(every), units)
+    fitted = columns(fit)
     held = []
-    for c, (_, _, mean), (G, _, other) in zip(columns, fit, test):
+    for c, (_, _, mean), (G, _, other) in zip(fitted, fit, test):
         held.append(_HeldOut(c, G, other - mean))
     gone, loss = [0], [0.0]
-    every = math.ceil(units / _POINTS)
+    step = math.ceil(units / _POINTS)
 
     def watch(k):
-        if k - gone[-1] >= every:
+        if k - gone[-1] >= step:
             gone.append(k)
             loss.append(sum(h.loss() for h in held))
 
-    order, costs = _elimination(columns, units, watch)
-    # the last step leaves nothing: what it adds is known from the probes that decide alone
+    _, costs = _elimination(fitted, units, order, watch)
+    # the last step leaves nothing: what it adds is known from the probes of the fit alone
     last = loss[-1] + sum(costs[gone[-1] :]) / 2
     loss = torch.tensor([*loss, last], dtype=torch.float64).cummax(0).values
     return _Curve(torch.tensor(order), torch.tensor([*gone, units], dtype=torch.float64), loss)
@@ -198,7 +204,6 @@ class _OutputLoss:
 
     source: Callable  # of probes
     ridge: float  # fraction of the mean variance
-    at: float = 0.2  # of the channels are removed for the measurement
 
     def scores(self, net, groups) -> dict:
         "What the output loses without each channel of every group, {producer: (m,)}."
@@ -210,7 +215,7 @@ class _OutputLoss:
 
 
 def output_loss(
-    source: Callable = stand_ins(64),  # of probes: `photographs`, `noise`, `distilled`
+    source: Callable = stand_ins(128),  # of probes: `photographs`, `noise`, `distilled`
     ridge: float = 0.01,  # fraction of the mean variance of what is read; keeps the inverse tame
 ) -> _OutputLoss:  # for `plan`, `restore`, `budget` and `sensitivity`
     """A criterion: keep channels without which the network's output would move most.
@@ -221,6 +226,10 @@ def output_loss(
     return _OutputLoss(source, ridge)
 
 # %% ../nbs/15a_sensitivity.ipynb #46beee4c
+_AT = (0.2, 0.4)  # of the units of a family are removed for the measurements
+_SEEN = 1e-3  # nats: less is not measured
+
+
 class _Losses:
     "What the output of a network loses with channels of its groups."
 
@@ -244,12 +253,12 @@ class _Losses:
         model = self.probes.model
         counts = lambda c: _root(self.fisher[c.name], conv_groups(model.get_submodule(c.name)))
         roots = {c.name: counts(c) for c in g.consumers}
-        sides = []
-        for side in (0, 1):
-            moments = {k: v[side] for k, v in self.halves.items()}
+        reads = []
+        for of in (total, itemgetter(0), itemgetter(1)):  # all probes, even ones, odd ones
+            moments = {(g.name, c.name): of(self.halves[g.name, c.name]) for c in g.consumers}
             read, unit = _read_of(model, g, moments, lambda c: roots[c.name])
-            sides.append(read)
-        return _curve(*sides, int(unit.max()) + 1, self.how.ridge), unit
+            reads.append(read)
+        return _curve(*reads, int(unit.max()) + 1, self.how.ridge), unit
 
     def scores(self) -> dict:
         "Of the channels of each group; they rise in the order of removal."
@@ -260,12 +269,11 @@ class _Losses:
         by_name = {g.name: g for g in self.groups}
         decide = {k: v[0] for k, v in self.halves.items()}
         families = families_of(self.groups)
-        told = _fewer(self.odd, len(families))
+        told = _fewer(self.odd, len(families) * len(_AT))
         trial = _Trial(told, decide, self.how.ridge, 32)
         out = {}
         for f in tqdm(families, 'measuring layers', delay=2, leave=False):
-            loss = self._by_unit(f)
-            out[f.name] = loss * self._factor(f, loss, trial, [by_name[k] for k, _ in f.members])
+            out[f.name] = self._measured(f, trial, [by_name[k] for k, _ in f.members])
         return out
 
     def _by_unit(self, f) -> Tensor:
@@ -277,27 +285,46 @@ class _Losses:
             loss.index_add_(0, unit, of_channel[own])
         return loss
 
-    def _factor(self, f, loss, trial, groups) -> float:
-        "Measured over predicted divergence where a fifth of the units, or more, is gone."
+    def _measured(self, f, trial, groups) -> Tensor:
+        "(units,) losses of the units of a family, with the scale that is measured at two points."
+        loss = self._by_unit(f)
         order = loss.argsort(stable=True)
-        total = loss[order].cumsum(0)
-        k = max(round(self.how.at * f.units), 1)
-        while k < f.units - 1 and total[k - 1] < 1e-4 * total[-1]:
-            k += 1
-        gone = torch.zeros(f.units, dtype=torch.bool)
-        gone[order[:k]] = True
-        if not total[k - 1] or gone.all():
-            return 1.0
-        lost = trial.divergence(groups, {name: gone[unit] for name, unit in f.members})
-        return max(lost / total[k - 1].item(), 1e-3)
+        predicted = torch.cat([loss.new_zeros(1), loss[order].cumsum(0)])
+        at, factors = [], []
+        for part in _AT:
+            k = max(round(part * f.units), 1)
+            if k in at or k == f.units or predicted[k] < _SEEN:
+                continue
+            gone = torch.zeros(f.units, dtype=torch.bool)
+            gone[order[:k]] = True
+            moved = trial.divergence(groups, {name: gone[unit] for name, unit in f.members})
+            at.append(k)
+            factors.append(moved / predicted[k].item())
+        if not at:
+            return loss
+        return _Curve(order, *_scaled(predicted, at, factors)).shares()
+
+# %% ../nbs/15a_sensitivity.ipynb #59f473bd
+def _scaled(predicted: Tensor, at: list, factors: list) -> tuple:
+    """A curve times factors that hold at some points; between them their logarithm is linear.
+
+    Returns numbers of units and losses, ascending."""
+    k = torch.arange(len(predicted), dtype=predicted.dtype)
+    points = torch.tensor(at, dtype=k.dtype)
+    logs = torch.tensor(factors, dtype=k.dtype).clamp(min=0.1).log()
+    if len(at) == 1:
+        return k, predicted * logs.exp()
+    part = ((k - points[0]) / (points[1] - points[0])).clamp(0, 1)
+    factor = (logs[0] + part * (logs[1] - logs[0])).exp()
+    return k, (predicted * factor).cummax(0).values
 
 # %% ../nbs/15a_sensitivity.ipynb #fb9edc93
-_MOST = 8  # forward passes of all probes for the measurements
+_MOST = 24  # forward passes of all probes for the measurements
 
 
 def _fewer(probes: Probes, times: int) -> Probes:
     "Probes, or the first of them, so that so many passes are not too many; eight at least."
-    n = max(8, 2 * _MOST * len(probes) // max(times, 1))
+    n = max(8, _MOST * 2 * len(probes) // max(times, 1))  # these are half of all
     return Probes(probes.model, map_samples(probes.args, lambda v: v[:n]))
 
 
@@ -315,7 +342,7 @@ def sensitivity(
     model: nn.Module,  # the network; not changed
     example_inputs,  # a tensor, tuple or dict that its forward accepts
     ratios: tuple = (0.1, 0.2, 0.3, 0.5, 0.7),  # of the channels of a layer
-    source: Callable = stand_ins(64),  # of probes: `photographs`, `noise`, `distilled`
+    source: Callable = stand_ins(128),  # of probes: `photographs`, `noise`, `distilled`
     streams: bool = False,  # residual streams too
 ) -> pd.DataFrame:  # a row for each layer, a column for each ratio
     """What the output loses when a layer alone loses channels and its consumers are refitted.
