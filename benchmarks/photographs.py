@@ -1,4 +1,4 @@
-"""Trained ImageNet networks, pruned and restored: what nbs/47_photographs.ipynb shows.
+"""Trained ImageNet networks, pruned and restored: what the defaults of the package rest on.
 
     python benchmarks/photographs.py FOLDER LITE0
 
@@ -35,8 +35,9 @@ from lbyl_nb.bench import sweep
 from lbyl_nb.budget import bill
 from lbyl_nb.fisher import divergence
 from lbyl_nb.graph import find_groups
+from lbyl_nb.layerwise import default_restorer
 from lbyl_nb.photographs import photographs
-from lbyl_nb.recover import agreement
+from lbyl_nb.recover import agreement, compared
 from lbyl_nb.sensitivity import output_loss
 from lbyl_nb.trace import trace
 
@@ -142,9 +143,9 @@ CLOSED = dict(
 
 
 def restorer(method, name, probes, folder, seed):
-    "Restorers by name; None is the default."
+    "Restorers by name."
     if method == 'default':
-        return None
+        return default_restorer()
     what, _, mean = method.partition(', ')
     if what in CLOSED:
         made = CLOSED[what]()
@@ -184,12 +185,16 @@ def measure(s, folder, file):
     net, dense, probes, distilling = network(s['network'], folder, file)
     x, y = images(folder, s['network'])[1]
     if s['method'] == 'unpruned':
-        return _row(dense, y, dense)
+        spent = dict.fromkeys(('choosing', 'distilling', 'seconds'), 0.0)
+        return (
+            _row(dense, y, dense) | spent | dict(macs=1.0, told_agreement=1.0, told_divergence=0.0)
+        )
     made, choosing = chosen(s['network'], folder, file, s['share'], s['choice'])
     how = restorer(s['method'], s['network'], probes, folder, s['seed'])
     start = time.perf_counter()
     r = restore(net, X, keep=made, restorer=how)
     seconds = time.perf_counter() - start
+    r = compared(net, X, r)
     left = r.cost.macs.after / r.cost.macs.before
     out = _row(answers(r.model, x), y, dense)
     spent = dict(choosing=choosing, distilling=distilling, seconds=seconds)

@@ -847,7 +847,7 @@ class _Default:
 
 
 def default_restorer() -> _Default:  # for `restore`
-    "What `restore` takes: layer by layer on photographs and noise, or `gaussian` without probes."
+    "For a budget: layer by layer on photographs and noise, or `gaussian` without probes."
     return _Default()
 
 # %% ../nbs/14_layerwise.ipynb #08d1735d
