@@ -79,7 +79,7 @@ def test_notebook_and_module_have_one_name():
     for path in (ROOT / 'nbs').glob('*.ipynb'):
         found = re.search(r'#\| default_exp (\w+)', path.read_text(encoding='utf-8'))
         if found:
-            exported[path.stem[3:]] = found[1]
+            exported[path.stem.partition('_')[2]] = found[1]
     assert all(k == v for k, v in exported.items()), exported
     assert sorted(exported.values()) == [m for m in MODULES if not m.startswith('_')]
 
