@@ -114,7 +114,7 @@ def fisher(
     _check_seen(names, sums)
     return {k: v / (len(probes) * draws) for k, v in sums.items()}
 
-
+# %% ../nbs/08a_fisher.ipynb #bfa6ad6e
 def _with_gradient(v: Tensor) -> Tensor:
     return v.detach().requires_grad_() if v.is_floating_point() else v
 

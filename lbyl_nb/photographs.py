@@ -137,7 +137,7 @@ def _normalised(x: Tensor, mean, std) -> Tensor:
             raise ValueError(f'{name}: {v.shape[1]} numbers for images of {x.shape[1]} channels')
     return ((x - x.amin()) / (x.amax() - x.amin()) - mean) / std
 
-
+# %% ../nbs/06a_photographs.ipynb #bb0c9b02
 def photographs(
     n: int = 128,  # how many
     seed: int = 0,  # of the crops

@@ -226,10 +226,6 @@ def output_loss(
     return _OutputLoss(source, ridge)
 
 # %% ../nbs/15a_sensitivity.ipynb #46beee4c
-_AT = (0.2, 0.4)  # of the units of a family are removed for the measurements
-_SEEN = 1e-3  # nats: less is not measured
-
-
 class _Losses:
     "What the output of a network loses with channels of its groups."
 
@@ -273,7 +269,7 @@ class _Losses:
         trial = _Trial(told, decide, self.how.ridge, 32)
         out = {}
         for f in tqdm(families, 'measuring layers', delay=2, leave=False):
-            out[f.name] = self._measured(f, trial, [by_name[k] for k, _ in f.members])
+            out[f.name] = _measured(f, self._by_unit(f), trial, [by_name[k] for k, _ in f.members])
         return out
 
     def _by_unit(self, f) -> Tensor:
@@ -285,24 +281,28 @@ class _Losses:
             loss.index_add_(0, unit, of_channel[own])
         return loss
 
-    def _measured(self, f, trial, groups) -> Tensor:
-        "(units,) losses of the units of a family, with the scale that is measured at two points."
-        loss = self._by_unit(f)
-        order = loss.argsort(stable=True)
-        predicted = torch.cat([loss.new_zeros(1), loss[order].cumsum(0)])
-        at, factors = [], []
-        for part in _AT:
-            k = max(round(part * f.units), 1)
-            if k in at or k == f.units or predicted[k] < _SEEN:
-                continue
-            gone = torch.zeros(f.units, dtype=torch.bool)
-            gone[order[:k]] = True
-            moved = trial.divergence(groups, {name: gone[unit] for name, unit in f.members})
-            at.append(k)
-            factors.append(moved / predicted[k].item())
-        if not at:
-            return loss
-        return _Curve(order, *_scaled(predicted, at, factors)).shares()
+# %% ../nbs/15a_sensitivity.ipynb #a54f0ecc
+_AT = (0.2, 0.4)  # of the units of a family are removed for the measurements
+_SEEN = 1e-3  # nats: less is not measured
+
+
+def _measured(f, loss: Tensor, trial: _Trial, groups: list) -> Tensor:
+    "(units,) Losses of the units of a family, put on the scale that is measured at two points."
+    order = loss.argsort(stable=True)
+    predicted = torch.cat([loss.new_zeros(1), loss[order].cumsum(0)])
+    at, factors = [], []
+    for part in _AT:
+        k = max(round(part * f.units), 1)
+        if k in at or k == f.units or predicted[k] < _SEEN:
+            continue
+        gone = torch.zeros(f.units, dtype=torch.bool)
+        gone[order[:k]] = True
+        moved = trial.divergence(groups, {name: gone[unit] for name, unit in f.members})
+        at.append(k)
+        factors.append(moved / predicted[k].item())
+    if not at:
+        return loss
+    return _Curve(order, *_scaled(predicted, at, factors)).shares()
 
 # %% ../nbs/15a_sensitivity.ipynb #59f473bd
 def _scaled(predicted: Tensor, at: list, factors: list) -> tuple:
