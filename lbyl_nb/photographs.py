@@ -99,7 +99,8 @@ def input_range(
 
     (1, 0) where they are standardised already, as far as a few images can tell, and where the
     network has no batch norm, or is not affine up to there."""
-    at = lambda f: _at_first_norm(model, map_samples(args, f))
+    real = lambda f: lambda v: f(v) if v.is_floating_point() else v
+    at = lambda f: _at_first_norm(model, map_samples(args, real(f)))
     norm, z = at(lambda v: v)
     if norm is None:
         return 1.0, 0.0
