@@ -195,7 +195,7 @@ def _of_noise(args) -> float:
     sides = [min(v.shape[2:]) for v in samples(args) if _is_image(v)]
     return 0.5 if min(sides) < 64 else 0.25
 
-
+# %% ../nbs/06a_photographs.ipynb #1ca1fc0e
 def stand_ins(
     n: int | None = None,  # how many, a multiple of 8; None: 128 to 512, more of smaller images
     seed: int = 0,  # another seed, other probes

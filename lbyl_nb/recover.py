@@ -575,7 +575,7 @@ def restore(
     done = verified(model, example_inputs, restorer, choose, streams=streams, dtype=dtype)
     return compared(model, example_inputs, done) if of_budget else done
 
-
+# %% ../nbs/13_recover.ipynb #88b22b13
 def _by_budget(what, share, criterion):
     "The choice within a budget of operations or parameters."
     from lbyl_nb.budget import within  # both need this module
