@@ -1,4 +1,4 @@
-"""Trained ImageNet networks, pruned and restored: what the defaults of the package rest on.
+"""Trained ImageNet networks, pruned to a share of their operations and restored.
 
     python benchmarks/photographs.py FOLDER LITE0
 
@@ -46,29 +46,28 @@ RESULTS = Path(__file__).resolve().parent.parent / 'nbs' / 'results' / 'photogra
 X = torch.zeros(1, 3, 224, 224)
 
 
+def _block(inside, outside, size, stride, groups=1):
+    "A convolution with TensorFlow's padding, its batch norm and activation."
+    pad = 0 if stride == 2 else size // 2
+    conv = nn.Conv2d(inside, outside, size, stride, pad, groups=groups, bias=False)
+    layers = [conv, nn.BatchNorm2d(outside, eps=1e-3), nn.ReLU6()]
+    return [nn.ZeroPad2d((0, 1, 0, 1)), *layers] if stride == 2 else layers
+
+
 class MobileNet(nn.Module):
-    "MobileNetV1 of width 0.75, as Keras has it: TensorFlow's padding, batch norms with eps 1e-3."
+    "MobileNetV1 of width 0.75, as Keras has it."
 
     def __init__(self):
         super().__init__()
-        self.layers = []
-        self._conv(3, 24, 3, 2)
-        inside = 24
+        layers, inside = _block(3, 24, 3, 2), 24
         widths = (64, 128, 128, 256, 256, *[512] * 6, 1024, 1024)
         for width, stride in zip(widths, (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1)):
             outside = 3 * width // 4
-            self._conv(inside, inside, 3, stride, groups=inside)
-            self._conv(inside, outside, 1, 1)
+            layers += _block(inside, inside, 3, stride, groups=inside)
+            layers += _block(inside, outside, 1, 1)
             inside = outside
-        self.features = nn.Sequential(*self.__dict__.pop('layers'))
+        self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(inside, 1000)
-
-    def _conv(self, inside, outside, size, stride, groups=1):
-        if stride == 2:
-            self.layers.append(nn.ZeroPad2d((0, 1, 0, 1)))
-        pad = 0 if stride == 2 else size // 2
-        conv = nn.Conv2d(inside, outside, size, stride, pad, groups=groups, bias=False)
-        self.layers += [conv, nn.BatchNorm2d(outside, eps=1e-3), nn.ReLU6()]
 
     def forward(self, x):
         return self.classifier(self.features(x).mean((2, 3)))

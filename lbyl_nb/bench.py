@@ -29,18 +29,14 @@ from tqdm.auto import tqdm
 import lbyl_nb
 from .data import Dataset, normalise
 from .files import locked, writing
+from .layers import evaluating
 
 # %% ../nbs/32_bench.ipynb #a76a5395
 @contextmanager
 def _evaluating(model: nn.Module):
     "Evaluation mode and no gradients inside the block; each module's own mode again after it"
-    modes = {m: m.training for m in model.modules()}
-    try:
-        with torch.inference_mode():
-            yield model.eval()
-    finally:
-        for m, training in modes.items():
-            m.training = training
+    with torch.inference_mode(), evaluating(model):
+        yield model
 
 # %% ../nbs/32_bench.ipynb #268d290e
 def place(

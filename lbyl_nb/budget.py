@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -274,17 +275,15 @@ def within(
         chosen = {name for f in families for name, _ in f.members}
         groups = [g for g in groups if g.name in chosen]
         costs, cells = bill(net, groups), [c for f in families for c in cells_of(f)]
-        of_output = hasattr(criterion, 'losses')
-        if of_output:
+        if hasattr(criterion, 'losses'):
             scores = criterion.losses(net, groups)
+            ordered = partial(_cheapest_first, cells, costs=costs, what=what)
         else:
             scores = unit_scores(model, net, groups, criterion)
+            ordered = _ranking
         own = {c.name: scores[c.family.name][c.at] for c in cells}
         least = {c.name: limits.units(c, 0) for c in cells}
-        if of_output:
-            order = _cheapest_first(cells, own, least, costs, what)
-        else:
-            order = _ranking(own, least)
+        order = ordered(own, least)
 
         def left(n):
             "Share that is left after the first n removals."

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .layers import batch_size, call, map_samples, map_tensors, samples, statistics_of
+from lbyl_nb.layers import (
+    _joined_samples,
+    batch_size,
+    call,
+    map_samples,
+    map_tensors,
+    statistics_of,
+)
 from .photographs import _is_image, crops, input_range
 from .probes import _spans, calibration, random_args, random_like
 
@@ -152,20 +159,14 @@ def _warn_if_far(loss: float, steps: int):
             stacklevel=3,
         )
 
-# %% ../nbs/08_distilled.ipynb #0be5a7c3
-def _side_by_side(parts):
-    "Arguments whose samples are those of several ones, after each other."
-    rest = iter(list(zip(*map(samples, parts))))
-    return map_samples(parts[0], lambda v: torch.cat(next(rest)))
-
 # %% ../nbs/08_distilled.ipynb #7239a0c7
 _MEMORY = 4e9  # bytes that a batch may take
 
 
 def _kept_bytes(model: nn.Module, args) -> float:
-    "Bytes of one sample that a forward pass keeps for the backward pass."
-    kept, net = {}, copy.deepcopy(model).eval()
-    weights = {v.untyped_storage().data_ptr() for v in net.parameters()}
+    "Bytes of one sample that a forward pass, in evaluation mode, keeps for the backward pass."
+    kept = {}
+    weights = {v.untyped_storage().data_ptr() for v in model.parameters()}
 
     def count(v):
         kept[v.untyped_storage().data_ptr()] = v.untyped_storage().nbytes(), v
@@ -174,8 +175,7 @@ def _kept_bytes(model: nn.Module, args) -> float:
     few = map_samples(args, lambda v: v[:2].clone())
     leaf = lambda v: v.requires_grad_() if v.is_floating_point() else v
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda v: v):
-        out = call(net, map_samples(few, leaf))
-    del out
+        call(model, map_samples(few, leaf))
     total = sum(n for at, (n, _) in kept.items() if at not in weights)
     return max(total, 1) / batch_size(few)
 
@@ -213,6 +213,6 @@ def distilled(
         fit = lambda v: scale * v + offset if v.is_floating_point() else v
         for i, j in _spans(n, batch or _affordable(net, first)):
             parts.append(distil(model, map_samples(start(j - i), fit), steps, lr, scale=scale))
-        return calibration(_side_by_side(parts), reflect)(model, args)
+        return calibration(_joined_samples(parts, torch.cat), reflect)(model, args)
 
     return source

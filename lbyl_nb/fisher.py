@@ -8,13 +8,15 @@ __all__ = ['class_logits', 'divergence', 'fisher']
 # %% ../nbs/08a_fisher.ipynb #35c44cc4
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .layers import call, channel_dim, map_samples, tensors
+from .layers import call, channel_dim, map_samples
 from .probes import Probes
+from .trace import _tensors_within
 
 # %% ../nbs/08a_fisher.ipynb #4dc611a7
 def class_logits(
@@ -30,8 +32,7 @@ def class_logits(
 
 def _numbers(out) -> list:
     "Floating-point tensors in an output, at any depth."
-    inside = out if isinstance(out, Tensor | Mapping | list | tuple) else vars(out)
-    return [v for v in tensors(inside) if v.is_floating_point()]
+    return [v for v in _tensors_within(out) if v.is_floating_point()]
 
 # %% ../nbs/08a_fisher.ipynb #d670e36a
 def divergence(
@@ -56,6 +57,24 @@ def divergence(
 def _variance(y: Tensor) -> Tensor:
     "Variance of all numbers of an output, never zero."
     return y.double().var(correction=0).clamp(min=1e-12)
+
+# %% ../nbs/08a_fisher.ipynb #80b0108e
+@torch.no_grad()
+def _answers(model: nn.Module, probes: Probes, batch: int = 16) -> list:
+    "What a network puts out for each batch of probes."
+    return [call(model, args) for args in probes.batches(batch)]
+
+
+def _mean_divergence(dense: list, other: list) -> float:
+    "Divergence of outputs that come in batches of nearly equal size."
+    return sum(map(divergence, dense, other)) / len(dense)
+
+
+def _classes(outputs: list) -> Tensor | None:  # (samples,), or tokens; None for other outputs
+    "To which class each sample belongs, of outputs that come in batches."
+    if class_logits(outputs[0]) is None:
+        return None
+    return torch.cat([class_logits(y).argmax(-1).flatten() for y in outputs])
 
 # %% ../nbs/08a_fisher.ipynb #5d43a13d
 def _drawn_likelihood(out, generator: torch.Generator) -> Tensor:
@@ -88,7 +107,7 @@ def fisher(
     ValueError naming the layer where NaN or infinity is met, or that the output does not depend on.
     """
     gen, names = torch.Generator().manual_seed(seed), list(dict.fromkeys(names))
-    given, sums, hooks = {}, {}, []
+    given, sums = {}, {}
 
     def hook(name):
         def keep(layer, inputs, y):
@@ -97,10 +116,10 @@ def fisher(
 
         return keep
 
-    try:
+    with ExitStack() as hooks:
         for name in names:
             layer = probes.model.get_submodule(name)
-            hooks.append(layer.register_forward_hook(hook(name), prepend=True))
+            hooks.enter_context(layer.register_forward_hook(hook(name), prepend=True))
         for args in tqdm(list(probes.batches(batch)), 'backward passes', delay=2, leave=False):
             given.clear()
             with torch.enable_grad():
@@ -108,9 +127,6 @@ def fisher(
                 for draw in range(draws):
                     s = _drawn_likelihood(out, gen)
                     _add_products(sums, probes.model, given, s, again=draw < draws - 1)
-    finally:
-        for h in hooks:
-            h.remove()
     _check_seen(names, sums)
     return {k: v / (len(probes) * draws) for k, v in sums.items()}
 

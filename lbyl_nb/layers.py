@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['BATCH_NORM', 'LAYERS', 'tensors', 'map_tensors', 'batch_size', 'samples', 'map_samples', 'as_args', 'call',
-           'statistics_of', 'norm_scale', 'is_depthwise', 'width', 'by_output', 'channel_dim', 'selected', 'padded',
-           'conv_groups', 'in_weight', 'as_called', 'is_plain']
+           'evaluating', 'statistics_of', 'norm_scale', 'is_depthwise', 'width', 'by_output', 'channel_dim', 'selected',
+           'padded', 'conv_groups', 'in_weight', 'as_called', 'is_plain']
 
 # %% ../nbs/05_layers.ipynb #94d400c1
 import copy
 import math
 from collections.abc import Mapping, MutableMapping
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +87,12 @@ def map_samples(
     among = {id(v) for v in samples(args)}
     return map_tensors(args, lambda v: f(v) if id(v) in among else v)
 
+
+def _joined_samples(parts, f):
+    "Arguments like the first of several, whose samples are what a function makes of theirs."
+    together = iter(list(zip(*map(samples, parts))))
+    return map_samples(parts[0], lambda v: f(next(together)))
+
 # %% ../nbs/05_layers.ipynb #25c8c684
 def as_args(
     inputs,  # a tensor, a list of positional or a dict of keyword arguments
@@ -120,6 +127,21 @@ def call(
     args = map_tensors(args, Tensor.clone)
     with torch.random.fork_rng({v.device for v in tensors(args) if v.is_cuda}):
         return model(**args) if isinstance(args, Mapping) else model(*args)
+
+# %% ../nbs/05_layers.ipynb #7c255e15
+@contextmanager
+def evaluating(
+    *models: nn.Module,  # whose modules may be in different modes
+):
+    "Evaluation mode inside the block; each module's own mode again after it."
+    modes = {m: m.training for model in models for m in model.modules()}
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for m, training in modes.items():
+            m.training = training
 
 # %% ../nbs/05_layers.ipynb #8baa8de1
 BATCH_NORM = nn.modules.batchnorm._BatchNorm

@@ -8,15 +8,15 @@ __all__ = ['crops', 'input_range', 'photographs', 'stand_ins']
 # %% ../nbs/06a_photographs.ipynb #0beb7ff0
 import copy
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import call, map_samples, samples, statistics_of
-from .probes import Probes, noise, pin, random_args, random_like
+from .layers import _joined_samples, call, map_samples, samples, statistics_of
+from .probes import Probes, _drawn_noise, noise, pinned, random_args, random_like
 
 # %% ../nbs/06a_photographs.ipynb #fec9703c
 @cache
@@ -81,13 +81,10 @@ def _at_first_norm(model, args) -> tuple:  # the batch norm and its input; (None
         seen.append((norm, inputs[0]))
         raise _Reached
 
-    hooks = [m.register_forward_pre_hook(stop) for m in statistics_of(model)]
-    try:
-        with suppress(_Reached):
-            call(model, args)
-    finally:
-        for h in hooks:
-            h.remove()
+    with ExitStack() as hooks, suppress(_Reached):
+        for m in statistics_of(model):
+            hooks.enter_context(m.register_forward_pre_hook(stop))
+        call(model, args)
     return seen[0] if seen else (None, None)
 
 # %% ../nbs/06a_photographs.ipynb #5784b719
@@ -128,6 +125,11 @@ def _is_image(v: Tensor) -> bool:
     return v.is_floating_point() and v.ndim == 4 and v.shape[1] in (1, 3) and min(v.shape[2:]) > 7
 
 
+def _takes_images(args) -> bool:
+    "Are there images among arguments?"
+    return any(map(_is_image, samples(args)))
+
+
 def _normalised(x: Tensor, mean, std) -> Tensor:
     "Crops as a network takes them that normalises images in 0...1 by these; standardised without."
     if mean is None:
@@ -139,6 +141,26 @@ def _normalised(x: Tensor, mean, std) -> Tensor:
     return ((x - x.amin()) / (x.amax() - x.amin()) - mean) / std
 
 # %% ../nbs/06a_photographs.ipynb #bb0c9b02
+def _drawn_photographs(model, args, n: int, seed: int, mean=None, std=None) -> Probes:
+    "Crops of photographs in place of the example inputs, in their range; nothing is pinned."
+    gen, found = torch.Generator().manual_seed(seed), []
+
+    def draw(v, tables):
+        if not _is_image(v):
+            return random_like(v, n, 0.0, gen, tables)
+        made = _normalised(crops(n, v.shape[2:], gen, v.shape[1]), mean, std)
+        found.append(made)
+        return made.to(v)
+
+    given = random_args(model, args, draw)
+    if not found:
+        raise ValueError('photographs: the network takes no images; use noise()')
+    if mean is None:
+        a, b = input_range(copy.deepcopy(model).eval(), given)
+        given = map_samples(given, lambda v: a * v + b if _is_image(v) else v)
+    return Probes(model, given)
+
+# %% ../nbs/06a_photographs.ipynb #e97f94ed
 def photographs(
     n: int = 128,  # how many
     seed: int = 0,  # of the crops
@@ -153,28 +175,7 @@ def photographs(
         raise ValueError(f'n: statistics need at least 2 probes, got {n}')
     if (mean is None) != (std is None):
         raise ValueError('give both of mean and std, or neither')
-
-    def source(model, args):
-        gen = torch.Generator().manual_seed(seed)
-
-        def draw(v, tables):
-            if not _is_image(v):
-                return random_like(v, n, 0.0, gen, tables)
-            made = _normalised(crops(n, v.shape[2:], gen, v.shape[1]), mean, std)
-            found.append(made)
-            return made.to(v)
-
-        found = []
-        given = random_args(model, args, draw)
-        if not found:
-            raise ValueError('photographs: the network takes no images; use noise()')
-        if mean is None:
-            a, b = input_range(copy.deepcopy(model).eval(), given)
-            given = map_samples(given, lambda v: a * v + b if _is_image(v) else v)
-        probes = Probes(model, given)
-        return Probes(pin(model, probes.batches()), given)
-
-    return source
+    return lambda model, args: pinned(_drawn_photographs(model, args, n, seed, mean, std))
 
 # %% ../nbs/06a_photographs.ipynb #b63c0e91
 def _many(args) -> int:
@@ -208,12 +209,12 @@ def stand_ins(
 
     def source(model, args):
         many = n or _many(args)
-        if not any(map(_is_image, samples(args))):
+        if not _takes_images(args):
             return noise(many, seed)(model, args)
         k = int(many * _of_noise(args))
-        parts = photographs(many - k, seed)(model, args).args, noise(k, seed)(model, args).args
-        pairs = iter(list(zip(*map(samples, parts))))
-        given = map_samples(parts[0], lambda v: _in_eights(*next(pairs)))
-        return Probes(pin(model, Probes(model, given).batches()), given)
+        images = _drawn_photographs(model, args, many - k, seed)
+        others = _drawn_noise(model, args, k, seed)
+        given = _joined_samples((images.args, others.args), lambda pair: _in_eights(*pair))
+        return pinned(Probes(model, given))
 
     return source

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from .graph import find_groups
-from .layers import LAYERS, as_args, by_output
+from .layers import LAYERS, as_args, by_output, evaluating
 from .recover import Restoration, restore
 from .trace import _first_calls, _private_copy, trace
 
@@ -188,10 +188,8 @@ def restore_inside(
     if not _has(model, name):
         raise ValueError(f'{type(model).__name__} has no part {name!r}')
     whole = copy.deepcopy(model)
-    mode = {m: m.training for m in whole.modules()}
-    args = _called_with(whole.eval(), name, as_args(example_inputs))
-    for m, training in mode.items():
-        m.training = training
+    with evaluating(whole):
+        args = _called_with(whole, name, as_args(example_inputs))
     part = restore(whole.get_submodule(name), args, **kwargs)
     parent, _, child = name.rpartition('.')
     setattr(whole.get_submodule(parent), child, part.model)

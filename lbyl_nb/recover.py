@@ -22,7 +22,7 @@ from .cost import cost
 from .criteria import l2_norm
 from .delivery import Delivery, removed
 from .errors import bn_error, residual_squares
-from .fisher import class_logits, divergence
+from .fisher import _answers, _classes, _mean_divergence
 from lbyl_nb.graph import (
     _culprits,
     _deaf_norms,
@@ -36,10 +36,10 @@ from lbyl_nb.graph import (
     remove_channels,
     silence,
 )
-from .layers import BATCH_NORM, as_args, by_output, call, conv_groups, samples
-from .photographs import _is_image, photographs
+from .layers import BATCH_NORM, as_args, by_output, conv_groups, evaluating
+from .photographs import _drawn_photographs, _takes_images
 from .plans import Limits, by_ratio, check_plan
-from .probes import noise, random_args, random_like
+from .probes import Probes, _drawn_noise, random_args, random_like
 from .restorers import lbyl, prune_only
 from .trace import _equal_layer, trace
 
@@ -241,9 +241,9 @@ class Restoration:
         touched = int((self.report.kept < self.report.channels).sum())
         parts = [f'{left.params:.1%} of the parameters and {left.macs:.1%} of the operations left']
         parts.append(f'{touched} of {len(self.report)} groups pruned')
-        if self.agreement == self.agreement:
+        if not math.isnan(self.agreement):
             parts.append(f'{self.agreement:.0%} of {_HELD_OUT} held-out probes get the same class')
-        if self.divergence == self.divergence:
+        if not math.isnan(self.divergence):
             parts.append(f'divergence {self.divergence:.3g}')
         return f'Restoration({type(self.model).__name__}: {", ".join(parts)})'
 
@@ -466,24 +466,11 @@ def _guilty(model, example_inputs, plan, left_alone, suspects, **kwargs):
 _HELD_OUT = 64  # probes that are shown to no restorer
 
 
-@contextlib.contextmanager
-def _evaluating(*models):
-    "Inside the block, modules are in evaluation mode."
-    modes = [(m, m.training) for model in models for m in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for m, mode in modes:
-            m.training = mode
-
-
-def _held_out(model, example_inputs):
-    "Arguments that no restorer has seen: crops of photographs, or noise."
+def _held_out(model, example_inputs) -> Probes:
+    "Probes that no restorer has seen: crops of photographs, or noise; nothing is pinned."
     args = as_args(example_inputs)
-    image = any(map(_is_image, samples(args)))
-    return (photographs if image else noise)(_HELD_OUT, seed=7919)(model, args)
+    drawn = _drawn_photographs if _takes_images(args) else _drawn_noise
+    return drawn(model, args, _HELD_OUT, seed=7919)
 
 # %% ../nbs/13_recover.ipynb #4dd39b74
 def agreement(
@@ -491,22 +478,13 @@ def agreement(
     other: list,  # of another network
 ) -> float:  # in [0, 1]; NaN where there are no classes, or all samples have the same one
     "Share of samples (tokens, for texts) that get the same class from two networks."
-    if class_logits(dense[0]) is None:
+    classes = _classes(dense)
+    if classes is None or (classes == classes[0]).all():
         return math.nan
-    classes = lambda outputs: torch.cat([class_logits(y).argmax(-1).flatten() for y in outputs])
-    a, b = classes(dense), classes(other)
-    if (a == a[0]).all():
-        return math.nan
-    return (a == b).double().mean().item()
+    return (classes == _classes(other)).double().mean().item()
 
 # %% ../nbs/13_recover.ipynb #0c5e7c48
 _DESTROYED = 0.3  # of the answers are the same, or fewer
-
-
-@torch.no_grad()
-def _answers(model, probes) -> list:
-    "What a network gives for each batch of probes."
-    return [call(model, args) for args in probes.batches(16)]
 
 
 @_plain_precision
@@ -519,10 +497,10 @@ def compared(
 
     As it was where that cannot be measured. A warning where the network is probably destroyed."""
     try:
-        with _evaluating(model, done.model):
+        with evaluating(model, done.model):
             probes = _held_out(model, example_inputs)
             dense, small = (_answers(m, probes) for m in (model, done.model))
-        moved = sum(map(divergence, dense, small)) / len(dense)
+        moved = _mean_divergence(dense, small)
     except Exception:  # a network that cannot be run on other inputs, or gives no numbers
         return done
     same = agreement(dense, small)
@@ -555,13 +533,12 @@ def restore(
     and `default_restorer`, and the result says how far its output moved, as `compared` does.
     ValueError or TypeError for bad input, naming layer or argument.
     """
-    from lbyl_nb.layerwise import default_restorer  # which needs this module
-
     wanted = dict(macs=macs, params=params, ratio=ratio, keep=keep)
     given = [k for k, v in wanted.items() if v is not None]
     if len(given) != 1:
         raise ValueError(f'give exactly one of {", ".join(wanted)}, not {given or "none"}')
     how = given[0]
+    of_budget = how in ('macs', 'params')
     if how == 'keep':
         choose = lambda model, net, groups: check_plan(keep, groups)
         streams = True
@@ -569,9 +546,8 @@ def restore(
         choose = by_ratio(ratio, criterion or l2_norm, dtype)
     else:
         choose = _by_budget(how, wanted[how], criterion)
-    of_budget = how in ('macs', 'params')
     if restorer is None:
-        restorer = default_restorer() if of_budget else lbyl()
+        restorer = _default() if of_budget else lbyl()
     done = verified(model, example_inputs, restorer, choose, streams=streams, dtype=dtype)
     return compared(model, example_inputs, done) if of_budget else done
 
@@ -582,6 +558,13 @@ def _by_budget(what, share, criterion):
     from lbyl_nb.sensitivity import output_loss
 
     return within(share, what, output_loss() if criterion is None else criterion)
+
+
+def _default():
+    "The restorer that is taken within a budget."
+    from lbyl_nb.layerwise import default_restorer
+
+    return default_restorer()
 
 # %% ../nbs/13_recover.ipynb #9fa1ae63
 def lbyl_restore(

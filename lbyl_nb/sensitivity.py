@@ -19,16 +19,17 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .closed_form import check_ridge
-from .fisher import class_logits, divergence, fisher
+from .delivery import Delivery, removed
+from .fisher import _answers, _classes, _mean_divergence, fisher
 from .graph import add_constant, find_groups
-from .layers import by_output, call, conv_groups, in_weight, map_samples
+from .layers import batch_size, by_output, conv_groups, in_weight, map_samples
 from .layerwise import _put_back, _running_means, look_at_consumers
 from .least_lost import _Columns, _elimination, _read_by, _read_of, _scores
 from .moments import total
 from .photographs import stand_ins
 from .plans import check_ratio, families_of
 from .probes import Probes
-from .recover import check_model
+from .recover import _prunable, check_model
 from .trace import trace
 
 # %% ../nbs/15a_sensitivity.ipynb #dc1dbf4f
@@ -83,7 +84,7 @@ class _Curve:
             while len(corners) > 1 and _above(*corners[-2:], (x, y)):
                 corners.pop()
             corners.append((x, y))
-        gone, loss = torch.tensor(corners, dtype=torch.float64).T
+        gone, loss = (torch.tensor(v, dtype=torch.float64) for v in zip(*corners))
         return _Curve(self.order, gone, loss)
 
     def shares(self) -> Tensor:  # (units,)
@@ -127,51 +128,31 @@ def _leave_out(model: nn.Module, consumer, M, gone: Tensor, ridge: float):
     "Let a consumer do without channels, marked in (m,), by regression on the others; in place."
     layer = model.get_submodule(consumer.name)
     n = conv_groups(layer)
-    m = len(consumer.columns) // n
     at = in_weight(layer, consumer.columns).to(layer.weight.device)
-    weight = by_output(layer)
     seen = M.centred()
     covariances, means = seen.G.view(n, *seen.G.shape[-2:]), seen.p.view(n, -1)
     constants = []
-    for i, (W, G, p) in enumerate(zip(weight.chunk(n), covariances, means)):
-        V = W[:, at].double().view(len(W), m, -1).flatten(1)
-        out = gone[i * m : (i + 1) * m].to(V.device)
-        span = V.shape[1] // m
-        if len(G) == m:  # channels alone: one delivery for all taps
-            G, p = (
-                G.repeat_interleave(span, 0).repeat_interleave(span, 1),
-                p.repeat_interleave(span),
-            )
-            same_tap = torch.arange(m * span, device=G.device) % span
-            G = G * (same_tap[:, None] == same_tap)
-        V, c = _carried(V, G, p, out.repeat_interleave(span), ridge)
-        W[:, at] = V.view_as(W[:, at]).to(W)
+    for W, G, p, out in zip(by_output(layer).chunk(n), covariances, means, gone.chunk(n)):
+        # a row of G is a tap of a channel, or stands for all of its taps
+        keep = (~out.repeat_interleave(len(G) // len(out))).nonzero().flatten().to(G.device)
+        V = W[:, at].double().view(len(W), len(G), -1)
+        carried, c = _carried(G, p, keep, ridge).absorb(V, keep)
+        new = torch.zeros_like(V)
+        new[:, keep] = carried
+        W[:, at] = new.view_as(W[:, at]).to(W)
         constants.append(c)
     add_constant(model, consumer.name, consumer.norm, torch.cat(constants))
 
 
-def _carried(V, G, p, out, ridge) -> tuple:
-    "Weights whose columns `out` are zero, as the others carry them, and constants."
-    K, R = (~out).nonzero().flatten(), out.nonzero().flatten()
+def _carried(G, p, keep, ridge) -> Delivery:
+    "Removed columns as kept ones carry them, with covariance G and means p."
+    K, R = keep, removed(keep, len(G)).to(G.device)
     eye = torch.eye(len(K), dtype=G.dtype, device=G.device)
     A = G[K][:, K] + ridge * G.diagonal().mean().clamp(min=1e-30) * eye
     S = torch.linalg.solve(A, G[K][:, R]).T
-    new = torch.zeros_like(V)
-    new[:, K] = V[:, K] + V[:, R] @ S
-    return new, V[:, R] @ (p[R] - S @ p[K])
+    return Delivery(S, p[R] - S @ p[K])
 
 # %% ../nbs/15a_sensitivity.ipynb #c4187603
-def _outputs(model: nn.Module, probes: Probes, batch: int) -> list:
-    "What a network gives for each batch."
-    with torch.no_grad():
-        return [call(model, args) for args in probes.batches(batch)]
-
-
-def _mean_divergence(dense: list, other: list) -> float:
-    "Divergence of outputs that come in batches of nearly equal size."
-    return sum(map(divergence, dense, other)) / len(dense)
-
-
 @dataclass
 class _Trial:
     "A copy of a network from which the channels of one family after another are taken away."
@@ -184,7 +165,7 @@ class _Trial:
     def __post_init__(self):
         self.copy = copy.deepcopy(self.probes.model)
         self.means = _running_means(self.copy)
-        self.dense = _outputs(self.probes.model, self.probes, self.batch)
+        self.dense = _answers(self.probes.model, self.probes, self.batch)
 
     def divergence(self, groups: list, gone: dict) -> float:
         "What the output loses when these groups lose channels, {group: (m,) which}."
@@ -193,7 +174,7 @@ class _Trial:
             for c in g.consumers:
                 _leave_out(self.copy, c, self.moments[g.name, c.name], gone[g.name], self.ridge)
                 touched.append(c.name)
-        lost = _mean_divergence(self.dense, _outputs(self.copy, self.probes, self.batch))
+        lost = _mean_divergence(self.dense, _answers(self.copy, self.probes, self.batch))
         _put_back(self.copy, self.probes.model, touched, self.means)
         return lost
 
@@ -220,8 +201,8 @@ def output_loss(
 ) -> _OutputLoss:  # for `plan`, `restore`, `budget` and `sensitivity`
     """A criterion: keep channels without which the network's output would move most.
 
-    The others take over as far as they can. ValueError for ridge <= 0; when it is used, for
-    probes that all get the same answer, and for layers that the output does not depend on."""
+    The others take over as far as they can. ValueError for ridge <= 0 and, when it is used, for
+    layers that the output does not depend on; a warning where all probes get the same class."""
     check_ridge(ridge)
     return _OutputLoss(source, ridge)
 
@@ -232,11 +213,7 @@ class _Losses:
     def __init__(self, how: _OutputLoss, net, groups):
         self.how, self.groups = how, groups
         self.probes = how.source(net.model, net.args)
-        self.even, self.odd = (
-            Probes(self.probes.model, map_samples(self.probes.args, lambda v: v[i::2]))
-            for i in (0, 1)
-        )
-        _check_answers(_outputs(self.probes.model, self.probes, 16))
+        _check_answers(_answers(self.probes.model, self.probes))
         self.halves = look_at_consumers(self.probes, groups, _read_by)
         names = dict.fromkeys(c.name for g in groups for c in g.consumers)
         self.fisher = fisher(self.probes, names)
@@ -247,8 +224,8 @@ class _Losses:
     def _curve_of(self, g) -> tuple:
         "The curve of a group, and the units of its channels."
         model = self.probes.model
-        counts = lambda c: _root(self.fisher[c.name], conv_groups(model.get_submodule(c.name)))
-        roots = {c.name: counts(c) for c in g.consumers}
+        groups_of = lambda c: conv_groups(model.get_submodule(c.name))
+        roots = {c.name: _root(self.fisher[c.name], groups_of(c)) for c in g.consumers}
         reads = []
         for of in (total, itemgetter(0), itemgetter(1)):  # all probes, even ones, odd ones
             moments = {(g.name, c.name): of(self.halves[g.name, c.name]) for c in g.consumers}
@@ -265,7 +242,7 @@ class _Losses:
         by_name = {g.name: g for g in self.groups}
         decide = {k: v[0] for k, v in self.halves.items()}
         families = families_of(self.groups)
-        told = _fewer(self.odd, len(families) * len(_AT))
+        told = _telling(self.probes, len(families) * len(_AT))
         trial = _Trial(told, decide, self.how.ridge, 32)
         out = {}
         for f in tqdm(families, 'measuring layers', delay=2, leave=False):
@@ -322,18 +299,17 @@ def _scaled(predicted: Tensor, at: list, factors: list) -> tuple:
 _MOST = 24  # forward passes of all probes for the measurements
 
 
-def _fewer(probes: Probes, times: int) -> Probes:
-    "Probes, or the first of them, so that so many passes are not too many; eight at least."
-    n = max(8, _MOST * 2 * len(probes) // max(times, 1))  # these are half of all
-    return Probes(probes.model, map_samples(probes.args, lambda v: v[:n]))
+def _telling(probes: Probes, times: int) -> Probes:
+    "The odd probes, or the first of them, so that so many passes are not too many; eight at least."
+    odd = map_samples(probes.args, lambda v: v[1::2])
+    n = max(8, _MOST * 2 * batch_size(odd) // max(times, 1))  # these are half of all
+    return Probes(probes.model, map_samples(odd, lambda v: v[:n]))
 
 
 def _check_answers(outputs: list):
     "A warning where all probes are given one and the same class."
-    if class_logits(outputs[0]) is None:
-        return
-    classes = torch.cat([class_logits(v).argmax(-1).flatten() for v in outputs])
-    if len(classes) > 1 and (classes == classes[0]).all():
+    classes = _classes(outputs)
+    if classes is not None and len(classes) > 1 and (classes == classes[0]).all():
         what = f'all {len(classes)} probes are given class {int(classes[0])}'
         warnings.warn(f'{what}, so they say little about the output; try other ones', stacklevel=2)
 
@@ -353,9 +329,9 @@ def sensitivity(
     for r in ratios:
         check_ratio(r)
     net = trace(model, example_inputs)
-    groups = [g for g in find_groups(net, streams) if not g.reason]
-    if not groups:
-        raise ValueError(f'{type(model).__name__} has nothing to prune')
+    every = find_groups(net, streams)
+    _prunable(model, every)
+    groups = [g for g in every if not g.reason]
     rows = {}
     for name, loss in output_loss(source).losses(net, groups).items():
         total = torch.cat([loss.new_zeros(1), loss.sort().values.cumsum(0)])
