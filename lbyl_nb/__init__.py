@@ -9,16 +9,18 @@ from .budget import budget
 from .distilled import distilled
 from .expand import contract, expand
 from .finetune import boost, finetune
-from .layerwise import layerwise, probe
+from .layerwise import default_restorer, layerwise, probe
+from .photographs import photographs
 from .probes import calibration, noise
 from .recover import lbyl_restore, plan, restore
 from .restorers import gaussian, lbyl, merging, prune_only, with_mean
 from .saved import load_restored, save_restored
+from .sensitivity import output_loss, sensitivity
 
 __all__ = [
-    'lbyl_restore', 'restore', 'plan', 'budget',
-    'prune_only', 'merging', 'lbyl', 'gaussian', 'with_mean', 'probe', 'layerwise',
-    'noise', 'distilled', 'calibration',
+    'lbyl_restore', 'restore', 'plan', 'budget', 'output_loss', 'sensitivity',
+    'prune_only', 'merging', 'lbyl', 'gaussian', 'with_mean', 'probe', 'layerwise', 'default_restorer',
+    'noise', 'photographs', 'distilled', 'calibration',
     'expand', 'contract', 'finetune', 'boost',
     'save_restored', 'load_restored',
 ]  # fmt: skip

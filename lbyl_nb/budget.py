@@ -170,11 +170,16 @@ def bill(
     return made
 
 # %% ../nbs/17_budget.ipynb #3332d438
-def _relative(name, scores):
-    "Scores of a group in units of their mean; ValueError where that says nothing."
+def _check_scores(name, scores):
+    "ValueError naming a group whose scores cannot be compared with those of others."
     if not torch.isfinite(scores).all() or (scores < 0).any():
         what = 'the criterion gives scores that are not finite, or negative'
         raise ValueError(f'{name}: {what}, and cannot be compared across layers')
+
+
+def _relative(name, scores):
+    "Scores of a group in units of their mean; ValueError where that says nothing."
+    _check_scores(name, scores)
     return scores / scores.mean().clamp(min=torch.finfo(scores.dtype).tiny)
 
 # %% ../nbs/17_budget.ipynb #bfe97f1b
@@ -196,7 +201,11 @@ def _cheapest_first(
     costs: _Bill,
     what: str,  # 'params' or 'macs': what shall be saved
 ) -> list:  # names of cells, in the order in which they lose units
-    "Units in the order of what the output loses for what each of them saves."
+    """Units in the order of what the output loses for what each of them saves.
+
+    ValueError where losses are not finite or negative."""
+    for name, loss in losses.items():
+        _check_scores(name, loss)
     lost, order = Counter(), []
     left = {c.name: losses[c.name].sort().values[: c.units - least[c.name]].tolist() for c in cells}
 

@@ -39,8 +39,8 @@ from lbyl_nb.moments import (
     Moments,
     _check_called,
     _check_halves,
-    _stacked,
-    _target_moments,
+    _rows_in_blocks,
+    for_target,
     in_turn,
     layer_moments,
     look,
@@ -119,13 +119,6 @@ def _channel_rows(
     x = x.movedim(channel_dim(layer), -1)
     picked = x[..., columns.to(x.device)]  # (..., m, span)
     return picked.movedim(-2, -1).reshape(-1, len(columns))
-
-# %% ../nbs/14_layerwise.ipynb #024cc5b2
-def _rows_in_blocks(layer, x, y, name):
-    "`row_moments` of channels (positions, m), of each group of a layer, stacked."
-    n = conv_groups(layer)
-    blocks = zip(x.chunk(n, 1), y.chunk(n, 1))
-    return _stacked([row_moments(*block, name) for block in blocks])
 
 # %% ../nbs/14_layerwise.ipynb #5de822dd
 def _site_moments(
@@ -424,13 +417,13 @@ class _Pending:
 
 
 def _solve_again(pair, p: _Pending, out: Tensor, lack: Tensor):
-    "Solve again with what the shortcut lacks, and put the restored summand right, in place."
+    "Solve again, with the same ridge, for what the shortcut lacks, in place."
     r = p.site.reader
     norm = r.norm and pair.model.get_submodule(r.norm)
-    measure = lambda x, y: _target_moments(p.layer, x, y)
-    targets = pair.halves(p.site, measure, p.read, p.y + _missing(lack, norm))
-    changed = [replace(M, **t) for M, t in zip(p.halves, targets)]
-    fit = _site_fit(p.site, p.layer, changed, pair.ridge)
+    each = iter(p.halves)
+    measure = lambda x, y: for_target(next(each), p.layer, x, y)
+    changed = pair.halves(p.site, measure, p.read, p.y + _missing(lack, norm))
+    fit = _site_fit(p.site, p.layer, changed, p.fit.ridge)
     pair.take(p.site, fit)
     new = _apply_fit(p.layer, fit.V, fit.c, p.read)
     pair.own(out).copy_(norm.forward(new) if norm else new)
@@ -567,13 +560,18 @@ def _same_print(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).norm() <= allowed)
 
 # %% ../nbs/14_layerwise.ipynb #c1a99412
+def _alone(n: int) -> int:
+    "Of how many probes one passes a network by itself: of two, or more where 16 are left."
+    return max(2, n // 16)
+
+
 def _seen_alone(pair: _SideBySide, args, hook: Callable) -> dict:
-    "Fingerprints {layer: print} of one network by itself on every other probe."
+    "Fingerprints {layer: print} of one network by itself on some of the probes."
     seen = {}
 
     def see(s, t):
-        count = len(pair.prints[s.reader.name][0])
-        seen[s.reader.name] = _fingerprint(t, (count + 1) // 2)
+        count = len(pair.prints[s.reader.name][0][:: _alone(len(pair.probes))])
+        seen[s.reader.name] = _fingerprint(t, count)
 
     _walk(pair.model, args, {k: hook(pair.sites[k], see) for k in pair.prints})
     return seen
@@ -595,11 +593,12 @@ def _unlike(pair: _SideBySide) -> str:
         return hook
 
     n = len(pair.probes)
-    args = map_tensors(pair.probes.args, lambda v: v[::2] if _carries(v, n) else v)
+    step = _alone(n)
+    args = map_tensors(pair.probes.args, lambda v: v[::step] if _carries(v, n) else v)
     for half, hook in enumerate((dense, restored)):
         seen = _seen_alone(pair, args, hook)
         for k, prints in pair.prints.items():
-            if k not in seen or not _same_print(seen[k], prints[half][::2]):
+            if k not in seen or not _same_print(seen[k], prints[half][::step]):
                 return f'{k}: its samples are not in the first dimension, or depend on each other'
     return ''
 
@@ -847,7 +846,7 @@ class _Default:
 
 
 def default_restorer() -> _Default:  # for `restore`
-    "For a budget: layer by layer on photographs and noise, or `gaussian` without probes."
+    "Layer by layer on photographs and noise, or `gaussian` where no probes can be drawn."
     return _Default()
 
 # %% ../nbs/14_layerwise.ipynb #08d1735d

@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 
 from .closed_form import check_ridge
 from .layers import by_output, conv_groups, in_weight, norm_scale, selected
-from .layerwise import _channel_rows, _rows_in_blocks, look_at_consumers, taps_fit
-from .moments import Moments, layer_moments, total
+from .layerwise import _channel_rows, look_at_consumers, taps_fit
+from .moments import Moments, _rows_in_blocks, layer_moments, total
 from .probes import noise
 
 # %% ../nbs/15_least_lost.ipynb #8b13055e

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['RIDGES', 'unfolded_gram', 'stationary_gram', 'patch_gram', 'patch_cross', 'Moments', 'Centred', 'in_turn', 'total',
-           'layer_moments', 'row_moments', 'prediction_error', 'held_out_ridge', 'Fit', 'regress', 'look']
+           'layer_moments', 'row_moments', 'for_target', 'prediction_error', 'held_out_ridge', 'Fit', 'regress', 'look']
 
 # %% ../nbs/07_moments.ipynb #f5d729e0
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
-from functools import cache
+from dataclasses import dataclass, fields, replace
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -181,20 +182,66 @@ def _stacked(parts):
     along = lambda field: torch.stack([getattr(M, field) for M in parts])
     return Moments(parts[0].n, *map(along, ('G', 'C', 'p', 'y', 'yy')))
 
+# %% ../nbs/07_moments.ipynb #972e256a
+def _over_samples(layer, v: Tensor) -> Tensor:  # (o,) in float64
+    "Sum over samples and positions, of each sample in the precision that it has."
+    positions = list(range(1, v.ndim - 1)) if isinstance(layer, nn.Linear) else [2, 3]
+    each = v.sum(positions) if positions else v
+    return each.double().sum(0)
+
 # %% ../nbs/07_moments.ipynb #6fdad01d
 @torch.no_grad()
 def _target_moments(layer, x, y) -> dict:
     "The fields of `Moments` that depend on the output."
     n = conv_groups(layer)
-    rows = y if isinstance(layer, nn.Linear) else y.movedim(1, -1)
-    parts = rows.chunk(8)  # at a time: in float64 all samples take twice the memory
     if n == 1:
         C = patch_cross(layer, x, y).double()
     else:
         each = zip(x.chunk(n, 1), y.chunk(n, 1))
         C = torch.stack([patch_cross(layer, *v).double() for v in each])
-    sums = lambda f: sum(f(v.double()).flatten(0, -2).sum(0) for v in parts).view(C.shape[:-1])
+    parts = y.chunk(8)  # at a time: squares of all samples would take as much memory as they do
+    sums = lambda f: sum(_over_samples(layer, f(v)) for v in parts).view(C.shape[:-1])
     return dict(C=C, y=sums(lambda v: v), yy=sums(torch.square))
+
+# %% ../nbs/07_moments.ipynb #d2dcfd4e
+_FOR_A_TAP = 8  # positions in a batch that are enough
+_LEAST = 4096  # of them
+
+
+def _too_many(positions: int, taps: int) -> float:
+    "How many times more positions there are than are enough."
+    return positions / max(_LEAST, _FOR_A_TAP * taps)
+
+
+def _on_a_grid(layer, x, y, s: int):
+    "Rows of what a convolution reads and shall give at every s-th position in both directions."
+    down, across = layer.stride
+    how = dict(stride=(s * down, s * across), dilation=layer.dilation)
+    for j, (v, w) in enumerate(zip(x.split(4), y.split(4))):
+        r, c = j % s, (j + j // s) % s
+        seen = padded(layer, v)[:, :, r * down :, c * across :]
+        patches = F.unfold(seen, layer.kernel_size, **how)
+        wanted = w[:, :, r::s, c::s].flatten(2)
+        yield patches.transpose(1, 2).flatten(0, 1), wanted.transpose(1, 2).flatten(0, 1)
+
+# %% ../nbs/07_moments.ipynb #3dae2256
+def _fewer(layer, x, y):
+    "Rows of what a layer reads and shall give at fewer positions; None where all are needed."
+    linear = isinstance(layer, nn.Linear)
+    taps = x.shape[-1] if linear else x.shape[1] * math.prod(layer.kernel_size)
+    many = _too_many(y[..., 0].numel() if linear else y[:, 0].numel(), taps // conv_groups(layer))
+    if linear:
+        k = int(many)
+        return [(v.reshape(-1, v.shape[-1])[::k] for v in (x, y))] if k > 1 else None
+    s = min(int(many**0.5), *y.shape[2:])
+    return _on_a_grid(layer, x, y, s) if s > 1 else None
+
+
+def _rows_in_blocks(layer, x, y, name):
+    "`row_moments` of rows (positions, m), of each group of a layer, stacked."
+    n = conv_groups(layer)
+    blocks = zip(x.chunk(n, 1), y.chunk(n, 1))
+    return _stacked([row_moments(*block, name) for block in blocks])
 
 # %% ../nbs/07_moments.ipynb #84c0483c
 @torch.no_grad()
@@ -204,7 +251,13 @@ def layer_moments(
     y: Tensor,  # what it shall give
     name: str = '',  # of the layer, for messages
 ) -> Moments:  # of a grouped convolution: stacked
-    "Moments of one batch. ValueError naming the layer if there is NaN or infinity in it."
+    """Moments of one batch, of enough of its positions.
+
+    ValueError naming the layer if there is NaN or infinity in it."""
+    few = _fewer(layer, x, y)
+    if few is not None:
+        each = row_moments if conv_groups(layer) == 1 else partial(_rows_in_blocks, layer)
+        return total([each(*rows, name) for rows in few])
     ones = torch.ones_like(y[..., :1] if isinstance(layer, nn.Linear) else y[:, :1])
     n = conv_groups(layer)
     read = [x] if n == 1 else x.chunk(n, 1)
@@ -227,6 +280,18 @@ def row_moments(
 ) -> Moments:
     "`layer_moments` of rows, as a linear layer reads them."
     return layer_moments(_ROWS, x, x[:, :1] if y is None else y, name)
+
+# %% ../nbs/07_moments.ipynb #d932c61c
+def for_target(
+    M: Moments,  # from `layer_moments`, with another output
+    layer: nn.Module,  # convolution or linear
+    x: Tensor,  # what it reads, as before
+    y: Tensor,  # what it shall give
+) -> Moments:
+    "The same moments with another output; as `layer_moments`, where positions are fewer."
+    if _fewer(layer, x, y) is not None:
+        return layer_moments(layer, x, y)
+    return replace(M, **_target_moments(layer, x, y))
 
 # %% ../nbs/07_moments.ipynb #2f30fa9d
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -265,6 +330,20 @@ def _held_out_error(
 
     return missed(*halves) + missed(*halves[::-1])
 
+
+_TOLD = 64  # outputs of a layer by which its ridge is chosen
+
+
+def _some_outputs(halves: list, prior: Tensor) -> tuple:
+    "Moments and taps of a part of the outputs, evenly spread; all where they are few."
+    step = max(1, prior.shape[-2] // _TOLD)
+    if step == 1:
+        return halves, prior
+    row = lambda v: v[..., ::step, :]
+    one = lambda v: v[..., ::step]
+    part = [replace(M, C=row(M.C), y=one(M.y), yy=one(M.yy)) for M in halves]
+    return part, row(prior)
+
 # %% ../nbs/07_moments.ipynb #f70ccf65
 def held_out_ridge(
     halves: list,  # moments of two halves of the probes
@@ -273,6 +352,7 @@ def held_out_ridge(
     "The ridge that predicts each half best from the other; the smallest one where a half is empty."
     if not min(M.n for M in halves):
         return min(RIDGES)
+    halves, prior = _some_outputs(halves, prior)
     rank = cache(lambda k: (_held_out_error(halves, prior, RIDGES[k]), RIDGES[k]))
     k = len(RIDGES) // 2
     for step in (-1, 1):

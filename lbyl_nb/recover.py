@@ -40,7 +40,7 @@ from .layers import BATCH_NORM, as_args, by_output, conv_groups, evaluating
 from .photographs import _drawn_photographs, _takes_images
 from .plans import Limits, by_ratio, check_plan
 from .probes import Probes, _drawn_noise, random_args, random_like
-from .restorers import lbyl, prune_only
+from .restorers import prune_only
 from .trace import _equal_layer, trace
 
 # %% ../nbs/13_recover.ipynb #e2f04132
@@ -484,7 +484,8 @@ def agreement(
     return (classes == _classes(other)).double().mean().item()
 
 # %% ../nbs/13_recover.ipynb #0c5e7c48
-_DESTROYED = 0.3  # of the answers are the same, or fewer
+_DESTROYED = 0.3  # of the answers are the same, or fewer,
+_FAR = 0.5  # and the output has moved so many nats: where all classes are alike, nothing is lost
 
 
 @_plain_precision
@@ -504,7 +505,7 @@ def compared(
     except Exception:  # a network that cannot be run on other inputs, or gives no numbers
         return done
     same = agreement(dense, small)
-    if same < _DESTROYED:
+    if same < _DESTROYED and moved > _FAR:
         warnings.warn(
             f'{type(model).__name__}: only {same:.0%} of {_HELD_OUT} held-out probes get the class '
             'that the dense network gives them; remove less, or choose by a budget (macs=), or '
@@ -522,23 +523,22 @@ def restore(
     params: float | None = None,  # of the parameters; or
     ratio: float | dict | None = None,  # fraction to remove of each group, or {layer: fraction}; or
     keep: dict | None = None,  # a plan {layer: kept channels}; layers not named keep all
-    criterion=None,  # `Channels` -> scores, or as `output_loss`, which None is for macs and params;
-    restorer=None,  # `Channels`, kept -> `Delivery`, or with `rewrite`; None: see below
+    criterion=None,  # `Channels` -> scores, or as `output_loss`; None: see below
+    restorer=None,  # `Channels`, kept -> `Delivery`, or with `rewrite`; None: `default_restorer`
     streams: bool = False,  # prune residual streams too, if there is no plan
     dtype=torch.float64,  # precision of the solver, whatever the model's
 ) -> Restoration:  # the smaller network, its plan, report and cost, and how far its output moved
     """Prune a network and let the kept channels carry the removed ones.
 
-    Where none are given: for a ratio or a plan the L2 norm and `lbyl()`; for a budget `output_loss`
-    and `default_restorer`, and the result says how far its output moved, as `compared` does.
-    ValueError or TypeError for bad input, naming layer or argument.
+    Without a criterion it is `output_loss` for a budget, the L2 norm for a ratio. The result says
+    how far its output moved, as `compared` does, with a warning where the network is probably
+    destroyed. ValueError or TypeError for bad input, naming layer or argument.
     """
     wanted = dict(macs=macs, params=params, ratio=ratio, keep=keep)
     given = [k for k, v in wanted.items() if v is not None]
     if len(given) != 1:
         raise ValueError(f'give exactly one of {", ".join(wanted)}, not {given or "none"}')
     how = given[0]
-    of_budget = how in ('macs', 'params')
     if how == 'keep':
         choose = lambda model, net, groups: check_plan(keep, groups)
         streams = True
@@ -547,9 +547,9 @@ def restore(
     else:
         choose = _by_budget(how, wanted[how], criterion)
     if restorer is None:
-        restorer = _default() if of_budget else lbyl()
+        restorer = _default()
     done = verified(model, example_inputs, restorer, choose, streams=streams, dtype=dtype)
-    return compared(model, example_inputs, done) if of_budget else done
+    return compared(model, example_inputs, done)
 
 # %% ../nbs/13_recover.ipynb #88b22b13
 def _by_budget(what, share, criterion):
@@ -561,7 +561,7 @@ def _by_budget(what, share, criterion):
 
 
 def _default():
-    "The restorer that is taken within a budget."
+    "The restorer that is taken where none is given."
     from lbyl_nb.layerwise import default_restorer
 
     return default_restorer()

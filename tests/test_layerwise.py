@@ -14,7 +14,7 @@ from torchvision.models import shufflenet_v2_x0_5
 from lbyl_nb.graph import find_groups
 from lbyl_nb.layerwise import layerwise, probe
 from lbyl_nb.least_lost import least_lost
-from lbyl_nb.probes import Probes, calibration
+from lbyl_nb.probes import Probes, calibration, noise
 from lbyl_nb.recover import lbyl_restore, plan, restore
 from lbyl_nb.restorers import prune_only
 from lbyl_nb.trace import trace
@@ -680,3 +680,35 @@ def test_channels_that_are_spared_in_a_shuffle(seed):
     assert {k: len(v) for k, v in chosen.items()} == {k: len(v) for k, v in by_size.items()}
     small = restore(net, x[:1], keep=chosen, restorer=prune_only())
     assert small.plan == chosen
+
+
+class OnAStream(nn.Module):
+    "A residual block on large maps; the second half of its inner channels copies the first."
+
+    def __init__(self, stride=1):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=stride, padding=1)
+        self.up, self.norm = nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12)
+        self.down, self.behind = nn.Conv2d(12, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, 5)
+        with torch.no_grad():
+            for name in ('weight', 'bias'):
+                for m in (self.up, self.norm):
+                    v = getattr(m, name)
+                    v[6:] = v[:6]
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.behind(self.down(self.norm(self.up(x)).relu()))
+        return self.fc(x.relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize('restorer', [layerwise, probe])
+@pytest.mark.parametrize('stride', [1, 2])
+def test_on_large_maps_copies_are_restored(stride, restorer):
+    "Where the regression sees some of the positions, behind a shortcut too: nothing is lost."
+    torch.manual_seed(0)
+    net, x = OnAStream(stride).eval(), torch.randn(4, 3, 96, 96)
+    r = restore(net, x, keep=dict(up=range(6)), restorer=restorer(noise(64)))
+    assert (r.report.output_error.dropna() < 1e-4).all()
+    torch.testing.assert_close(out(r.model, x), out(net, x), rtol=1e-2, atol=1e-3)

@@ -189,7 +189,7 @@ def test_architectures(build, size, least):
     "Every convolution inside blocks and chains is pruned; all that is left alone has a reason."
     net = build().eval()
     x = torch.randn(1, 1 if build is digits_net else 3, size, size)
-    r = restore(net, x, ratio=0.3)
+    r = restore(net, x, ratio=0.3, restorer=lbyl())
     assert len(r.plan) >= least and r.cost.macs['after'] < r.cost.macs['before']
     assert ((r.report.kept < r.report.channels) | (r.report.left_alone != '')).all()
     assert r.model(x).shape == net(x).shape
