@@ -9,7 +9,8 @@ nothing about cost. Every measurement runs in a process of its own, so that its 
 read. Memory of the dense network: its parameters and one forward pass of 32 images. Gram
 matrices: of the closed form, the products of filters of one group; of probes, what is held at
 once of patches' and outputs' moments, of two halves of the probes; and what the largest
-factorisation takes. All in double precision.
+factorisation takes. All in double precision. The images on which `restore` tells afterwards how
+far the output moved are not counted.
 """
 
 import sys
@@ -22,11 +23,13 @@ from torchvision.models import get_model, list_models
 
 from _process import against, each, footer, peak, run, time_and_memory
 from lbyl_nb.bench import results, sweep
+from lbyl_nb.criteria import l2_norm
 from lbyl_nb.graph import find_groups
 from lbyl_nb.layers import by_output, conv_groups
 from lbyl_nb.layerwise import find_sites, layerwise, probe
+from lbyl_nb.plans import by_ratio
 from lbyl_nb.probes import noise
-from lbyl_nb.recover import restore
+from lbyl_nb.recover import verified
 from lbyl_nb.restorers import lbyl
 from lbyl_nb.trace import trace
 
@@ -109,7 +112,8 @@ def one(network, what):
                 net(x)
         else:
             restorer = RESTORERS[what]()
-            done.append(restore(net, x, ratio=RATIO, streams=True, restorer=restorer))
+            choose = by_ratio(RATIO, l2_norm)
+            done.append(verified(net, x, restorer, choose, streams=True))
 
     start = time.process_time()
     try:

