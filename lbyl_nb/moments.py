@@ -297,15 +297,20 @@ def for_target(
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
+def _quadratic(V, M) -> Tensor:  # (o,)
+    "V G V^T - 2 C V^T for each output, of `Moments` or `Centred`; nothing is as large as G."
+    parts = zip(V.split(512, -2), M.C.split(512, -2))
+    return torch.cat([((v @ M.G - 2 * C) * v).sum(-1) for v, C in parts], -1)
+
+
 def prediction_error(
     V: Tensor,  # (o, d)
     c: Tensor,  # (o,)
     M: Moments,  # of probes that V has not seen, or has
 ) -> Tensor:  # (o,) mean square of y - V p - c
-    "What is missed on average, from moments alone; nothing of the size of G is made."
+    "What is missed on average, from moments alone."
     bias = (M.y - (V @ M.p[..., None])[..., 0]) / M.n
-    parts = [((v @ M.G - 2 * C) * v).sum(-1) for v, C in zip(V.split(512, -2), M.C.split(512, -2))]
-    spread = (M.yy + torch.cat(parts, -1)) / M.n - bias**2
+    spread = (M.yy + _quadratic(V, M)) / M.n - bias**2
     return spread.clamp(min=0) + (bias - c) ** 2
 
 # %% ../nbs/07_moments.ipynb #6c784ad6
@@ -389,9 +394,11 @@ def regress(
     if ridge is None:
         ridge = held_out_ridge(halves, prior)
     check_ridge(ridge)
-    M = total(halves)
-    V, c = _solution(M.centred(), prior, ridge)
-    missed = prediction_error(V, c, M).sum() / M.var.sum().clamp(min=1e-30)
+    sums = total(halves)
+    var, M = sums.var, sums.centred()
+    del sums  # as large as all else together
+    V, c = _solution(M, prior, ridge)
+    missed = (var + _quadratic(V, M)).clamp(min=0).sum() / var.sum().clamp(min=1e-30)
     return Fit(V, c, ridge, missed.item())
 
 # %% ../nbs/07_moments.ipynb #899b1bf4

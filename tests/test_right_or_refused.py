@@ -707,7 +707,7 @@ def test_a_network_that_casts_to_a_dtype_that_it_holds(dtype):
 def test_an_input_without_a_batch():
     "One image, or one vector, as PyTorch's layers take them."
     net = chain(norm=lambda m: nn.Identity())
-    r, s = both(net, net, image[:1], image[0])
+    r, s = both(net, net, image[:1], image[0], restorer=lbyl())
     assert s.plan.keys() == {'0', '3'}
     for k, v in r.model.state_dict().items():
         assert torch.equal(s.model.state_dict()[k], v)
