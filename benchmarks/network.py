@@ -26,7 +26,7 @@ X = torch.zeros(1, 3, 224, 224)
 RESTORERS = dict(pruned=prune_only, merging=merging, lbyl=lbyl, default=default_restorer)
 CASES = dict(
     resnet50=('forward', *RESTORERS),
-    vgg16_bn=('forward', *RESTORERS),
+    vgg16_bn=('forward', 'pruned', 'merging', 'lbyl'),
     mobilenet=('forward', 'both ways', 'default', 'choice', 'distilled'),
 )
 

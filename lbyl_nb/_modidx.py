@@ -312,6 +312,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'lbyl_nb.graph._deaf_norms': ('graph.html#_deaf_norms', 'lbyl_nb/graph.py'),
                                'lbyl_nb.graph._differing': ('graph.html#_differing', 'lbyl_nb/graph.py'),
                                'lbyl_nb.graph._enter_all': ('graph.html#_enter_all', 'lbyl_nb/graph.py'),
+                               'lbyl_nb.graph._everywhere': ('graph.html#_everywhere', 'lbyl_nb/graph.py'),
                                'lbyl_nb.graph._factor': ('graph.html#_factor', 'lbyl_nb/graph.py'),
                                'lbyl_nb.graph._family': ('graph.html#_family', 'lbyl_nb/graph.py'),
                                'lbyl_nb.graph._filters': ('graph.html#_filters', 'lbyl_nb/graph.py'),

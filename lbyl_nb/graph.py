@@ -892,8 +892,27 @@ def _reached(left, args):
     nodes = left.net.seen.nodes
     return len(nodes) + (not error) if at is None else nodes.index(at)
 
+# %% ../nbs/10_graph.ipynb #de8857d8
+def _everywhere(left, args, name, change, far, settled):
+    "Set the same attributes of all modules of a class, unless that leads less far: how far."
+    model, before = left.net.model, {}
+    for k, m in model.named_modules():
+        if type(m) is not type(model.get_submodule(name)) or (k, *change) in settled:
+            continue
+        found = [new for new in _changes(left, k) if new.keys() == change.keys()]
+        if found and all(new == found[0] for new in found):
+            before[k] = {a: vars(m)[a] for a in change}
+            vars(m).update(found[0])
+    now = _reached(left, args) if before else far
+    if now >= far:
+        settled |= {(k, *change) for k in before}
+        return now
+    for k, old in before.items():
+        vars(model.get_submodule(k)).update(old)
+    return far
+
 # %% ../nbs/10_graph.ipynb #7a9f5070
-def _one_further(left, args, far):
+def _one_further(left, args, far, settled):
     "Set attributes so that the cut network comes further: how far, or None where nothing helps."
     net = left.net
     parts = net.seen.nodes[far].module.split('.')
@@ -905,7 +924,8 @@ def _one_further(left, args, far):
         held.update(change)
         new = _reached(left, args)
         if new > far:
-            return new
+            settled.add((module, *change))
+            return _everywhere(left, args, module, change, new, settled)
         held.update(before)
     return None
 
@@ -916,10 +936,10 @@ def follow_sizes(
     gone: Tensor,  # classes of the channels that were removed
 ) -> bool:  # was anything set?
     "Set numbers of channels that modules keep to what is left, where the network needs it."
-    left = _Left(net, gone)
+    left, settled = _Left(net, gone), set()
     start = far = _reached(left, args)
     while far < len(net.seen.nodes):
-        new = _one_further(left, args, far)
+        new = _one_further(left, args, far, settled)
         if new is None:
             break
         far = new
