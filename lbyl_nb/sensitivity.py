@@ -259,12 +259,12 @@ class _Losses:
         return loss
 
 # %% ../nbs/15a_sensitivity.ipynb #a54f0ecc
-_AT = (0.2, 0.4)  # of the units of a family are removed for the measurements
+_AT = (0.2, 0.4, 0.7)  # of the units of a family are removed for the measurements
 _SEEN = 1e-3  # nats: less is not measured
 
 
 def _measured(f, loss: Tensor, trial: _Trial, groups: list) -> Tensor:
-    "(units,) Losses of the units of a family, put on the scale that is measured at two points."
+    "(units,) Losses of the units of a family, put on the scale that is measured."
     order = loss.argsort(stable=True)
     predicted = torch.cat([loss.new_zeros(1), loss[order].cumsum(0)])
     at, factors = [], []
@@ -291,8 +291,10 @@ def _scaled(predicted: Tensor, at: list, factors: list) -> tuple:
     logs = torch.tensor(factors, dtype=k.dtype).clamp(min=0.1).log()
     if len(at) == 1:
         return k, predicted * logs.exp()
-    part = ((k - points[0]) / (points[1] - points[0])).clamp(0, 1)
-    factor = (logs[0] + part * (logs[1] - logs[0])).exp()
+    right = torch.searchsorted(points, k).clamp(1, len(at) - 1)
+    left = right - 1
+    part = ((k - points[left]) / (points[right] - points[left])).clamp(0, 1)
+    factor = torch.lerp(logs[left], logs[right], part).exp()
     return k, (predicted * factor).cummax(0).values
 
 # %% ../nbs/15a_sensitivity.ipynb #fb9edc93
