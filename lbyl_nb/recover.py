@@ -241,10 +241,8 @@ class Restoration:
         touched = int((self.report.kept < self.report.channels).sum())
         parts = [f'{left.params:.1%} of the parameters and {left.macs:.1%} of the operations left']
         parts.append(f'{touched} of {len(self.report)} groups pruned')
-        if not math.isnan(self.agreement):
-            parts.append(f'{self.agreement:.0%} of {_HELD_OUT} held-out probes get the same class')
         if not math.isnan(self.divergence):
-            parts.append(f'divergence {self.divergence:.3g}')
+            parts.append(_told(self.agreement, self.divergence))
         return f'Restoration({type(self.model).__name__}: {", ".join(parts)})'
 
 # %% ../nbs/13_recover.ipynb #4d1fcb84
@@ -485,7 +483,19 @@ def agreement(
 
 # %% ../nbs/13_recover.ipynb #0c5e7c48
 _DESTROYED = 0.3  # of the answers are the same, or fewer,
-_FAR = 0.5  # and the output has moved so many nats: where all classes are alike, nothing is lost
+_FAR = 0.5  # and the output has moved so many nats: where all classes are alike, nothing is lost;
+_LOST = 5  # or so many, when one class may be given to nearly everything
+
+
+def _ruined(same: float, moved: float) -> bool:
+    "Is a network probably destroyed, by its agreement and its divergence?"
+    return moved > _FAR and (same < _DESTROYED or moved > _LOST)
+
+
+def _told(same: float, moved: float) -> str:
+    "Agreement, where there are classes, and divergence in words."
+    classes = f'{same:.0%} of {_HELD_OUT} held-out probes get the same class, '
+    return ('' if math.isnan(same) else classes) + f'divergence {moved:.3g}'
 
 
 @_plain_precision
@@ -505,13 +515,11 @@ def compared(
     except Exception:  # a network that cannot be run on other inputs, or gives no numbers
         return done
     same = agreement(dense, small)
-    if same < _DESTROYED and moved > _FAR:
-        warnings.warn(
-            f'{type(model).__name__}: only {same:.0%} of {_HELD_OUT} held-out probes get the class '
-            'that the dense network gives them; remove less, or choose by a budget (macs=), or '
-            'restore with layerwise(distilled(photographs=True)) or layerwise(calibration(images))',
-            stacklevel=3,
-        )
+    if _ruined(same, moved):
+        how = 'layerwise(distilled(photographs=True)) or layerwise(calibration(images))'
+        todo = f'remove less, or choose by a budget (macs=), or restore with {how}'
+        name = type(model).__name__
+        warnings.warn(f'{name}: probably destroyed: {_told(same, moved)}; {todo}', stacklevel=3)
     return replace(done, agreement=same, divergence=moved)
 
 # %% ../nbs/13_recover.ipynb #83a2c7e3
