@@ -68,9 +68,7 @@ def one(network, what):
     torch.manual_seed(0)
     net = MobileNet() if network == 'mobilenet' else getattr(torchvision.models, network)()
     net, work, before = net.eval(), WORK.get(what) or restoration(what), peak()
-    start = time.process_time()
-    row = time_and_memory(network, what, lambda: work(net), before)
-    return row | dict(seconds=time.process_time() - start)
+    return time_and_memory(network, what, lambda: work(net), before, time.process_time)
 
 
 def main():

@@ -115,15 +115,13 @@ def one(network, what):
             choose = by_ratio(RATIO, l2_norm)
             done.append(verified(net, x, restorer, choose, streams=True))
 
-    start = time.process_time()
     try:
-        row = time_and_memory(network, what, work, before)
+        row = time_and_memory(network, what, work, before, time.process_time)
     except ValueError as e:
         nothing = dict.fromkeys(('seconds', 'gigabytes', 'gram'))
         return dict(network=network, what=what, **nothing, error=str(e)[:300])
-    seconds = time.process_time() - start
     held = grams(net, x, done[0].plan, what) if done else 0.0
-    return row | dict(seconds=seconds, gram=held, error=None)
+    return row | dict(gram=held, error=None)
 
 
 def table(rows):

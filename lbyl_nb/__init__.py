@@ -19,7 +19,8 @@ from .sensitivity import output_loss, sensitivity
 
 __all__ = [
     'lbyl_restore', 'restore', 'plan', 'budget', 'output_loss', 'sensitivity',
-    'prune_only', 'merging', 'lbyl', 'gaussian', 'with_mean', 'probe', 'layerwise', 'default_restorer',
+    'prune_only', 'merging', 'lbyl', 'gaussian', 'with_mean',
+    'probe', 'layerwise', 'default_restorer',
     'noise', 'photographs', 'distilled', 'calibration',
     'expand', 'contract', 'finetune', 'boost',
     'save_restored', 'load_restored',

@@ -64,6 +64,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'lbyl_nb.cli._one_thread': ('cli.html#_one_thread', 'lbyl_nb/cli.py'),
                              'lbyl_nb.cli._plain_errors': ('cli.html#_plain_errors', 'lbyl_nb/cli.py'),
                              'lbyl_nb.cli._save_figure': ('cli.html#_save_figure', 'lbyl_nb/cli.py'),
+                             'lbyl_nb.cli._shown': ('cli.html#_shown', 'lbyl_nb/cli.py'),
                              'lbyl_nb.cli._to_ratios': ('cli.html#_to_ratios', 'lbyl_nb/cli.py'),
                              'lbyl_nb.cli._trained': ('cli.html#_trained', 'lbyl_nb/cli.py'),
                              'lbyl_nb.cli.bench': ('cli.html#bench', 'lbyl_nb/cli.py'),

@@ -151,6 +151,12 @@ def _trained(
     return train(net, dataset, epochs, lr=0.1, batch=64, seed=seed, label=label).eval()
 
 # %% ../nbs/34_cli.ipynb #508bd22b
+def _shown(table) -> pd.DataFrame:
+    "A table by ratio as it is printed."
+    table.columns = [f'{r:.0%}' for r in table.columns]
+    return table.fillna('').rename_axis(index=None, columns='channels removed')
+
+
 def demo_table(
     rows: pd.DataFrame,  # as from `_demo_rows`
 ) -> pd.DataFrame:  # text; index: methods, columns: removed channels
@@ -158,8 +164,7 @@ def demo_table(
     table = mean_sd(rows, ['method', 'ratio'], 'accuracy', 1).unstack(sort=False)
     left = rows.groupby('ratio').parameters.first() / rows.parameters.max()
     table.loc['parameters left'] = left.map('{:.0%}'.format)
-    table.columns = [f'{r:.0%}' for r in table.columns]
-    return table.fillna('').rename_axis(index=None, columns='channels removed')
+    return _shown(table)
 
 
 def told_table(
@@ -167,9 +172,7 @@ def told_table(
 ) -> pd.DataFrame:  # text; index: methods, columns: removed channels
     "What is known without labels: held-out probes that get the same class, in percent"
     some = rows[rows.method != 'unpruned']
-    table = mean_sd(some, ['method', 'ratio'], 'agreement', 0).unstack(sort=False)
-    table.columns = [f'{r:.0%}' for r in table.columns]
-    return table.rename_axis(index=None, columns='channels removed')
+    return _shown(mean_sd(some, ['method', 'ratio'], 'agreement', 0).unstack(sort=False))
 
 # %% ../nbs/34_cli.ipynb #dc1fe77e
 def _save_figure(

@@ -896,8 +896,9 @@ def _reached(left, args):
 def _everywhere(left, args, name, change, far, settled):
     "Set the same attributes of all modules of a class, unless that leads less far: how far."
     model, before = left.net.model, {}
+    kind = type(model.get_submodule(name))
     for k, m in model.named_modules():
-        if type(m) is not type(model.get_submodule(name)) or (k, *change) in settled:
+        if type(m) is not kind or (k, *change) in settled:
             continue
         found = [new for new in _changes(left, k) if new.keys() == change.keys()]
         if found and all(new == found[0] for new in found):

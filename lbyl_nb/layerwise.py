@@ -421,7 +421,7 @@ def _solve_again(pair, p: _Pending, out: Tensor, lack: Tensor):
     r = p.site.reader
     norm = r.norm and pair.model.get_submodule(r.norm)
     each = iter(p.halves)
-    measure = lambda x, y: for_target(next(each), p.layer, x, y)
+    measure = lambda x, y: for_target(next(each), p.layer, x, y, r.name)
     changed = pair.halves(p.site, measure, p.read, p.y + _missing(lack, norm))
     fit = _site_fit(p.site, p.layer, changed, p.fit.ridge)
     pair.take(p.site, fit)

@@ -287,10 +287,11 @@ def for_target(
     layer: nn.Module,  # convolution or linear
     x: Tensor,  # what it reads, as before
     y: Tensor,  # what it shall give
+    name: str = '',  # of the layer, for messages
 ) -> Moments:
     "The same moments with another output; as `layer_moments`, where positions are fewer."
     if _fewer(layer, x, y) is not None:
-        return layer_moments(layer, x, y)
+        return layer_moments(layer, x, y, name)
     return replace(M, **_target_moments(layer, x, y))
 
 # %% ../nbs/07_moments.ipynb #2f30fa9d

@@ -12,21 +12,9 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from photographs import closed_form
 
-from lbyl_nb import (
-    calibration,
-    default_restorer,
-    distilled,
-    gaussian,
-    layerwise,
-    lbyl,
-    merging,
-    noise,
-    output_loss,
-    prune_only,
-    restore,
-    with_mean,
-)
+from lbyl_nb import calibration, default_restorer, distilled, layerwise, noise, output_loss, restore
 from lbyl_nb.bench import accuracy, sweep
 from lbyl_nb.cli import _trained
 from lbyl_nb.data import STATS, digits, load
@@ -40,15 +28,8 @@ NETWORKS = dict(
     resnet20_cifar10=('cifar10', 'imagenet', (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7), (0.73, 0.5)),
     resnet56_cifar10=('cifar10', 'imagenet', (0.1, 0.3, 0.5, 0.7), (0.5, 0.3)),
 )
-WAYS = {
-    'pruned': prune_only,
-    'merging': merging,
-    'lbyl': lbyl,
-    'lbyl, mean': lambda: with_mean(lbyl()),
-    'gaussian': gaussian,
-    'noise': lambda: layerwise(noise()),
-    'default': default_restorer,
-}
+CLOSED = 'pruned', 'merging', 'lbyl', 'lbyl, mean', 'gaussian'
+PROBED = dict(noise=lambda: layerwise(noise()), default=default_restorer)
 
 
 @cache
@@ -73,6 +54,11 @@ def source(name):
     return calibration(probes(name))
 
 
+def restorer(method):
+    "Restorers by name."
+    return PROBED[method]() if method in PROBED else closed_form(method)
+
+
 def measure(s):
     "One restoration: test images that it gets right, and what is known without labels."
     net, test, stats = network(s['network'])
@@ -82,7 +68,7 @@ def measure(s):
         return dict(right=right, n=n, agreement=1.0, divergence=0.0, macs=1.0, seconds=0.0)
     start = time.process_time()
     if s['what'] == 'ratio':
-        r = restore(net, x, ratio=s['amount'], restorer=WAYS[s['method']]())
+        r = restore(net, x, ratio=s['amount'], restorer=restorer(s['method']))
     elif s['method'] == 'default':
         r = restore(net, x, macs=s['amount'])
     else:
@@ -106,7 +92,7 @@ def settings(names):
         _, _, ratios, shares = NETWORKS[name]
         out.append(row('', 0.0, 'unpruned'))
         out += [row('macs', v, m) for v in shares for m in ('distilled', 'default')]
-        out += [row('ratio', v, m) for v in ratios for m in WAYS]
+        out += [row('ratio', v, m) for v in ratios for m in (*CLOSED, *PROBED)]
     return out
 
 

@@ -138,23 +138,23 @@ def source(what, name, folder, file, seed):
     return dict(noise=noise, photographs=photographs, default=stand_ins)[what](128, seed)
 
 
-CLOSED = dict(
-    pruned=prune_only,
-    merging=merging,
-    lbyl=lbyl,
-    gaussian=gaussian,
-)
+CLOSED = dict(pruned=prune_only, merging=merging, lbyl=lbyl, gaussian=gaussian)
+
+
+def closed_form(method):
+    "Pruning alone and closed forms by name, `, mean` behind it where the mean is to be paid for."
+    what, _, mean = method.partition(', ')
+    made = CLOSED[what]()
+    return with_mean(made) if mean else made
 
 
 def restorer(method, name, folder, file, seed):
     "Restorers by name."
     if method == 'default':
         return default_restorer()
-    what, _, mean = method.partition(', ')
-    if what in CLOSED:
-        made = CLOSED[what]()
-        return with_mean(made) if mean else made
-    return layerwise(source(what, name, folder, file, seed))
+    if method.partition(', ')[0] in CLOSED:
+        return closed_form(method)
+    return layerwise(source(method, name, folder, file, seed))
 
 
 @cache
