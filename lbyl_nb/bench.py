@@ -346,6 +346,28 @@ def _step(
     cycle.step()
     return loss.item(), (scores.argmax(1) == labels).sum().item()
 
+# %% ../nbs/32_bench.ipynb #d2ce14a4
+def _save_epoch(path: Path, parts: dict, run: dict, epoch: int):
+    "Write what a run needs to go on after an epoch; `parts` have a `state_dict`"
+    state = {k: p.state_dict() for k, p in parts.items()}
+    random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+    with writing(path) as temporary:
+        torch.save(dict(state, random=random, run=run, epoch=epoch), temporary)
+
+
+def _load_epoch(path: Path | None, parts: dict, run: dict) -> int:
+    "Epochs that a run has behind it, with its state put back; `ValueError` for another run's file"
+    if path is None or not path.exists():
+        return 0
+    state = torch.load(path, weights_only=True, map_location='cpu')
+    if state['run'] != run:
+        raise ValueError(f'{path} is the checkpoint of another run: {state["run"]}, not {run}')
+    for k, p in parts.items():
+        p.load_state_dict(state[k])
+    torch.set_rng_state(state['random'][0])
+    torch.cuda.set_rng_state_all(state['random'][1:])
+    return state['epoch']
+
 # %% ../nbs/32_bench.ipynb #e622fe24
 def train(
     model: nn.Module,  # trained in place
@@ -360,11 +382,13 @@ def train(
     augment: Callable = lambda x: x,  # normalised images -> images, before each step
     seed: int = 0,  # order of the images, dropout, augmentation
     autocast: torch.dtype | None = None,  # as `torch.bfloat16`: half the time where it is known
+    checkpoint: str | Path | None = None,  # file that is written after each epoch
     label: str = 'training',  # in front of the bar
 ) -> nn.Module:  # the same model, in the mode it came in
     """Train by SGD with momentum and one cycle of the learning rate; a bar shows loss and accuracy
 
-    `ValueError` for a batch larger than the set."""
+    With a `checkpoint` the same call goes on after an interruption. `ValueError` for a batch larger
+    than the set, and for the checkpoint of another run."""
     if not 0 < batch <= len(dataset):
         raise ValueError(f'batch: {batch} images a step from a set of {len(dataset)}')
     device, dtype = place(model)
@@ -375,12 +399,19 @@ def train(
     )
     cycle = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=max(epochs * steps, 1))
     model.train()
+    path = None if checkpoint is None else Path(checkpoint)
+    parts = dict(model=model, opt=opt, cycle=cycle)
+    run = dict(epochs=epochs, lr=lr, batch=batch, weight_decay=weight_decay, seed=seed)
     with _seeded(seed, device), tqdm(total=epochs * steps, desc=label, leave=False) as bar:
-        for _ in range(epochs):
+        done = _load_epoch(path, parts, run)
+        bar.update(done * steps)
+        for epoch in range(done, epochs):
             order = torch.randperm(len(dataset)).to(device)
             for part in order[: steps * batch].split(batch):
                 x = augment(normalise(dataset.images[part], mean, std)).to(dtype)
                 loss, right = _step(model, x, dataset.labels[part], opt, cycle, autocast)
                 bar.set_postfix(loss=f'{loss:.3f}', accuracy=f'{right / batch:.0%}', refresh=False)
                 bar.update()
+            if path:
+                _save_epoch(path, parts, run, epoch + 1)
     return model.train(mode)

@@ -174,22 +174,37 @@ class _Table:
 
     def enter(self, key: tuple, labels: Tensor, new: bool = True):
         "Places of labels in one tensor, by class."
+        members = self.members
         for place, c in enumerate(self.net.seen.same.roots(labels).flatten().tolist()):
-            if c > _FIXED and (new or c in self.members):
-                self.members[c].setdefault(key, []).append(place)
+            if c > _FIXED and (new or c in members):
+                members[c].setdefault(key, []).append(place)
 
 # %% ../nbs/10_graph.ipynb #0c9be4d7
+def _held(table: _Table):
+    "Parameters and buffers of layers that are no readers; of a norm's equal ones, the first."
+    roots, norms = table.net.seen.same.roots, {}
+    for (name, a), labels in table.net.seen.param.items():
+        layer = table.net.model.get_submodule(name)
+        if isinstance(layer, LAYERS):
+            continue
+        if isinstance(layer, (*_NORMS, nn.PReLU)):
+            classes = roots(labels)
+            first = norms.setdefault(name, classes)
+            if first is not classes and torch.equal(first, classes):
+                continue
+        yield ('held', name, a), labels
+
+
 def _enter_all(table: _Table):
     "Who writes, reads and holds every class. Only those that somebody writes are in the table."
-    net, seen = table.net, table.net.seen
+    seen = table.net.seen
     for name, labels in seen.out.items():
         table.enter(('out', name), labels)
     for name, labels in seen.read.items():
         if name not in table.depthwise:
             table.enter(('in', name), labels, new=False)
-    for (name, a), labels in seen.param.items():
-        if not isinstance(net.model.get_submodule(name), LAYERS):
-            table.enter(('held', name, a), labels, new=False)
+    for key, labels in _held(table):
+        table.enter(key, labels, new=False)
 
 # %% ../nbs/10_graph.ipynb #7c1e52d9
 _STUCK = 'it must lose as many channels as another piece of the same split, which can lose none'
@@ -401,7 +416,8 @@ def _kind(table, c):
     why, members = table.reasons.get(c, ''), table.members[c]
     if why:
         return why, tuple(k for k in members if k[0] == 'out' and k[1] not in table.depthwise)
-    return ('', *sorted((k, len(places)) for k, places in members.items()))
+    # all classes have their members in the order in which these were entered
+    return ('', *((k, len(places)) for k, places in members.items()))
 
 
 def _alike(net, table, order):
