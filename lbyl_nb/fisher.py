@@ -55,8 +55,9 @@ def divergence(
 
 
 def _variance(y: Tensor) -> Tensor:
-    "Variance of all numbers of an output, never zero."
-    return y.double().var(correction=0).clamp(min=1e-12)
+    "Variance of all numbers of an output; of constant ones a trace of their mean square."
+    y = y.double()
+    return torch.maximum(y.var(correction=0), 1e-12 * y.square().mean()).clamp(min=1e-300)
 
 # %% ../nbs/08a_fisher.ipynb #80b0108e
 @torch.no_grad()
