@@ -179,9 +179,9 @@ def photographs(
 
 # %% ../nbs/06a_photographs.ipynb #b63c0e91
 def _many(args) -> int:
-    "How many probes for these inputs: 128 images of 224 pixels, more of smaller ones, 512 at most."
-    pixels = max((v.shape[2] * v.shape[3] for v in samples(args) if _is_image(v)), default=224**2)
-    return max(128, min(512, 128 * 224**2 // pixels // 8 * 8))
+    "How many probes: images with the pixels of 32 of 224 by 224, 16 to 512; 128 of other inputs."
+    pixels = max((v.shape[2] * v.shape[3] for v in samples(args) if _is_image(v)), default=0)
+    return max(16, min(512, 32 * 224**2 // pixels // 8 * 8)) if pixels else 128
 
 
 def _in_eights(a: Tensor, b: Tensor) -> Tensor:
@@ -198,7 +198,7 @@ def _of_noise(args) -> float:
 
 # %% ../nbs/06a_photographs.ipynb #1ca1fc0e
 def stand_ins(
-    n: int | None = None,  # how many, a multiple of 8; None: 128 to 512, more of smaller images
+    n: int | None = None,  # how many, a multiple of 8; None: 16 to 512, more of smaller images
     seed: int = 0,  # another seed, other probes
 ) -> Callable:  # (model, args) -> Probes
     """The source that is taken where nobody names one: for images, photographs and noise.

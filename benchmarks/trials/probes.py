@@ -1,0 +1,51 @@
+"""How many probes a restoration of the networks in `photographs.py` needs.
+
+    python benchmarks/trials/probes.py FOLDER LITE0
+
+Plans are those that the default chooses; the default's mixture of photographs and noise restores
+them, in several numbers. All is measured on the 100 photographs that serve to choose. Rows go into
+nbs/results/probes.csv; the same call goes on where it stopped. About an hour on one core.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from photographs import RESULTS, SHARES, X, answers, chosen, images, network
+
+from lbyl_nb import layerwise
+from lbyl_nb.bench import sweep
+from lbyl_nb.fisher import divergence
+from lbyl_nb.photographs import stand_ins
+from lbyl_nb.plans import check_plan
+from lbyl_nb.recover import verified
+
+
+def measure(s, folder, file):
+    "One restoration: how far the answers to 100 photographs move."
+    net, _ = network(s['network'], folder, file)
+    x, labels = images(folder, s['network'])[0]
+    made, _ = chosen(s['network'], folder, file, s['share'], 'default')
+    keep = lambda model, traced, groups: check_plan(made, groups)
+    start = time.process_time()
+    how = layerwise(stand_ins(s['probes'], s['seed']))
+    r = verified(net, X, how, keep, streams=True)
+    seconds = time.process_time() - start
+    out = answers(r.model, x)
+    right = int((out.argmax(1) == labels).sum())
+    return dict(n=len(x), divergence=divergence(answers(net, x), out), right=right, seconds=seconds)
+
+
+def settings():
+    "Trials, network by network."
+    for name, shares in SHARES.items():
+        for share in shares:
+            for n in (16, 32, 64, 128):
+                for seed in range(3):
+                    yield dict(network=name, share=share, probes=n, seed=seed)
+
+
+if __name__ == '__main__':
+    folder, file = (Path(v).resolve() for v in sys.argv[1:])
+    rows = sweep(RESULTS.with_name('probes.csv'), settings(), lambda s: measure(s, folder, file))
+    print(rows.to_string())
