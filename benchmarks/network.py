@@ -3,10 +3,12 @@
 At 224 pixels: ResNet-50 and VGG-16 (with batch norm) without 30 % of the channels, MobileNetV1 of
 width 0.75 with 80 % of its operations left. Random weights: they decide nothing about time. Every
 measurement runs in a process of its own, so that its peak memory can be read. The images on which
-`restore` tells afterwards how far the output moved are not counted.
+`restore` tells afterwards how far the output moved are not counted. Rows go into
+nbs/results/network.csv.
 """
 
 import time
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -16,11 +18,14 @@ from trials.photographs import MobileNet
 
 from _process import against, each, footer, peak, run, time_and_memory
 from lbyl_nb import budget, default_restorer, distilled, lbyl, merging, output_loss, prune_only
+from lbyl_nb.bench import environment
 from lbyl_nb.criteria import l2_norm
+from lbyl_nb.files import writing
 from lbyl_nb.photographs import stand_ins
 from lbyl_nb.plans import by_ratio
 from lbyl_nb.recover import verified
 
+RESULTS = Path(__file__).resolve().parents[1] / 'nbs' / 'results' / 'network.csv'
 N = 128
 X = torch.zeros(1, 3, 224, 224)
 RESTORERS = dict(pruned=prune_only, merging=merging, lbyl=lbyl, default=default_restorer)
@@ -73,6 +78,8 @@ def one(network, what):
 
 def main():
     t = pd.DataFrame(each(__file__, [(n, w) for n, ways in CASES.items() for w in ways]))
+    with writing(RESULTS) as temporary:
+        t.assign(**environment(), threads=torch.get_num_threads()).to_csv(temporary, index=False)
     t = t.set_index(['network', 'what'])
     t['CPU time / forward passes of 128'] = against(t, 'forward')
     trained = t.seconds.xs('both ways', level='what')

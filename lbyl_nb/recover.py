@@ -503,7 +503,7 @@ def compared(
     model: nn.Module,  # the dense network; not changed
     example_inputs,  # as for `restore`
     done: Restoration,  # what became of it
-) -> Restoration:  # the same, with `agreement` and `divergence`
+) -> Restoration:  # the same, with `agreement` and `divergence`, also in `report.attrs`
     """How far the output of a restored network moved, on probes that no restorer has seen.
 
     As it was where that cannot be measured. A warning where the network is probably destroyed."""
@@ -520,7 +520,9 @@ def compared(
         todo = f'remove less, or choose by a budget (macs=), or restore with {how}'
         name = type(model).__name__
         warnings.warn(f'{name}: probably destroyed: {_told(same, moved)}; {todo}', stacklevel=3)
-    return replace(done, agreement=same, divergence=moved)
+    report = done.report.copy()
+    report.attrs.update(agreement=same, divergence=moved)
+    return replace(done, report=report, agreement=same, divergence=moved)
 
 # %% ../nbs/13_recover.ipynb #83a2c7e3
 def restore(
