@@ -44,9 +44,9 @@ def network(name):
 
 @cache
 def probes(name):
-    "64 distilled probes of a network, and mirrored."
+    "128 distilled probes of a network, and mirrored."
     net, test, _ = network(name)
-    return distilled(64, reflect=True)(net, (torch.zeros(1, *test.images.shape[1:]),)).args[0]
+    return distilled(128, reflect=True)(net, (torch.zeros(1, *test.images.shape[1:]),)).args[0]
 
 
 def source(name):
