@@ -1,0 +1,198 @@
+"""What wants a GPU for minutes: training, tables, and training again after restoration.
+
+    python benchmarks/gpu.py STAGE [--weights FOLDER] [--out FOLDER] [--seconds 440]
+
+A call stops by itself when its seconds are over, says so, and the same call again goes on: every
+row is kept in nbs/results/gpu_STAGE.csv, with device and versions, and trainings in files of the
+weights' folder. Without a GPU all is computed on a processor, in days.
+
+    train     VGG-16 and ResNet-18 on CIFAR-10, ResNet-50 on CIFAR-100
+
+It needs the images where `lbyl_nb.data` finds them ($LBYL_DATA) and a folder for weights
+($LBYL_WEIGHTS, or --weights). Trained networks lie there as NAME.safetensors, matrices in half
+precision, and what is reported of them is of these rounded weights. --out ($OUT) takes what
+shall leave a machine: the rows, and weights in pieces under 16 MiB, NAME.safetensors.000 and so
+on. Laid into the folder of weights, pieces serve as well as the whole; `network` joins and loads
+them. `cat` joins them, too.
+"""
+
+import argparse
+import os
+import shutil
+import time
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from lbyl_nb import data, models
+from lbyl_nb.bench import accuracy, sweep, train
+from lbyl_nb.files import join_file, split_file, write_safetensors
+
+RESULTS = Path(__file__).resolve().parents[1] / 'nbs' / 'results'
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+BATCH = 256
+
+
+class Training(NamedTuple):
+    "How a network comes about."
+
+    build: object  # () -> network
+    images: str  # name of the set
+    epochs: int
+    lr: float
+
+
+NETWORKS = dict(
+    vgg16_bn_cifar10=Training(models.vgg16_bn, 'cifar10', 50, 0.1),
+    resnet50_cifar100=Training(lambda: models.resnet50_cifar(100), 'cifar100', 45, 0.2),
+    resnet18_cifar10=Training(models.resnet18_cifar, 'cifar10', 30, 0.2),
+)
+
+
+class TimeUp(Exception):
+    "The seconds of a call are over; the same call again goes on."
+
+
+class Place:
+    "Folders and time of one call."
+
+    def __init__(self, weights, out, seconds):
+        self.weights, self.out = weights, out
+        self.end = time.monotonic() + seconds
+
+    def look(self):
+        "TimeUp if the time is over."
+        if time.monotonic() > self.end:
+            raise TimeUp('The time is up: run again to go on.')
+
+    def augment(self, x):
+        "Images shifted and mirrored, as long as there is time."
+        self.look()
+        return data.crop_flip(x)
+
+    def rows(self, name, settings, measure):
+        "A sweep on the device, as long as there is time."
+
+        def timely(s):
+            self.look()
+            return measure(s)
+
+        return sweep(RESULTS / f'gpu_{name}.csv', settings, timely, device=DEVICE)
+
+
+@cache
+def images(name, split):
+    "An image set on the device, with the numbers that normalise it."
+    return data.load(name, split).to(DEVICE), data.STATS[name]
+
+
+def on_device(net):
+    "A network where and how it computes fastest."
+    return net.to(DEVICE, memory_format=torch.channels_last)
+
+
+def halved(net):
+    "Tensors of a network, matrices and filters in half precision."
+    return {k: v.half() if v.ndim > 1 else v for k, v in net.state_dict().items()}
+
+
+@cache
+def network(name, folder):
+    "A trained network from its file, or from its pieces, in evaluation mode."
+    file = folder / f'{name}.safetensors'
+    if not file.exists():
+        join_file(folder, file)
+    return on_device(models.load_weights(NETWORKS[name].build(), file).eval())
+
+
+def known_network(name, folder):
+    "Is there a file of a network, or are there pieces?"
+    return any(folder.glob(f'{name}.safetensors*'))
+
+
+def trained(name, place):
+    "Train a network, in as many calls as it takes, and write its weights."
+    how, checkpoint = NETWORKS[name], place.weights / f'{name}.checkpoint'
+    train_set, stats = images(how.images, 'train')
+    net = train(
+        on_device(models.initialised(how.build, 0)),
+        train_set,
+        how.epochs,
+        how.lr,
+        **stats._asdict(),
+        batch=BATCH,
+        augment=place.augment,
+        autocast=torch.bfloat16,
+        checkpoint=checkpoint,
+        label=name,
+    )
+    write_safetensors(halved(net), place.weights / f'{name}.safetensors')
+    checkpoint.unlink(missing_ok=True)
+
+
+def counted(net, name):
+    "Right answers of a network to the test images of its set."
+    test_set, stats = images(NETWORKS[name].images, 'test')
+    right, n = accuracy(net, test_set, *stats)
+    return dict(right=right, n=n, accuracy=100 * right / n)
+
+
+def train_stage(place):
+    "Networks, and how many test images they get right."
+
+    def measure(s):
+        return counted(network(s['network'], place.weights), s['network'])
+
+    settings = []
+    for name, how in NETWORKS.items():
+        if not known_network(name, place.weights):
+            trained(name, place)
+        network(name, place.weights)  # its file, where there were pieces alone
+        if place.out:
+            split_file(place.weights / f'{name}.safetensors', place.out)
+        settings.append(dict(network=name, epochs=how.epochs, lr=how.lr, batch=BATCH, seed=0))
+        table = place.rows('train', settings, measure)
+    return table
+
+
+STAGES = dict(train=train_stage)
+
+
+def call(stage, weights, out=None, seconds=440):
+    "One call of a stage: its table, or None if there is more to do."
+    weights.mkdir(parents=True, exist_ok=True)
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+    # convolutions in full single precision, but where bfloat16 is asked for
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = stage != 'tables'  # the same shapes again and again
+    try:
+        return STAGES[stage](Place(weights, out, seconds))
+    except TimeUp as e:
+        print(e)
+    finally:
+        for file in RESULTS.glob(f'gpu_{stage}*.csv') if out else ():
+            shutil.copy(file, out)
+
+
+def main():
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    p.add_argument('stage', nargs='?', choices=list(STAGES))
+    p.add_argument('--weights', type=Path, default=models.weights_dir())
+    p.add_argument('--out', type=Path, default=os.environ.get('OUT') or None)
+    p.add_argument('--seconds', type=float, default=440)
+    a = p.parse_args()
+    if not a.stage:
+        return print(__doc__)
+    if not a.weights:
+        p.error('a folder for weights: set LBYL_WEIGHTS, or give --weights')
+    table = call(a.stage, a.weights, a.out, a.seconds)
+    if table is not None:
+        print(table.to_string())
+
+
+if __name__ == '__main__':
+    main()
