@@ -7,6 +7,8 @@ row is kept in nbs/results/gpu_STAGE.csv, with device and versions, and training
 weights' folder. Without a GPU all is computed on a processor, in days.
 
     train     VGG-16 and ResNet-18 on CIFAR-10, ResNet-50 on CIFAR-100
+    tables    test accuracy after pruning and restoration: VGG-16 and ResNet-50 by criterion, ratio
+              and method; ResNet-18 with its residual streams, as in papers on folding
 
 It needs the images where `lbyl_nb.data` finds them ($LBYL_DATA) and a folder for weights
 ($LBYL_WEIGHTS, or --weights). Trained networks lie there as NAME.safetensors, matrices in half
@@ -20,6 +22,7 @@ import argparse
 import os
 import shutil
 import time
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +31,15 @@ import torch
 
 from lbyl_nb import data, models
 from lbyl_nb.bench import accuracy, sweep, train
-from lbyl_nb.files import join_file, split_file, write_safetensors
+from lbyl_nb.cost import cost
+from lbyl_nb.criteria import geometric_median, l1_norm, l2_norm, random_scores
+from lbyl_nb.distilled import distilled
+from lbyl_nb.files import join_file, read_safetensors, split_file, write_safetensors
+from lbyl_nb.layerwise import default_restorer, layerwise, probed_lbyl
+from lbyl_nb.least_lost import least_lost
+from lbyl_nb.probes import calibration
+from lbyl_nb.recover import restore
+from lbyl_nb.restorers import lbyl, merging, prune_only, with_mean
 
 RESULTS = Path(__file__).resolve().parents[1] / 'nbs' / 'results'
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -49,6 +60,21 @@ NETWORKS = dict(
     resnet50_cifar100=Training(lambda: models.resnet50_cifar(100), 'cifar100', 45, 0.2),
     resnet18_cifar10=Training(models.resnet18_cifar, 'cifar10', 30, 0.2),
 )
+TABLES = 'vgg16_bn_cifar10', 'resnet50_cifar100'
+RATIOS = 0.5, 0.3, 0.1, 0.4, 0.2
+CRITERIA = dict(l2=l2_norm, l2_gm=geometric_median, l1=l1_norm)
+CRITERIA |= {f'random_{s}': random_scores(s) for s in range(3)}
+METHODS = {  # from a function that gives distilled probes
+    'pruned': lambda _: prune_only(),
+    'merging': lambda _: merging(),
+    'lbyl, weights chosen': lambda _: probed_lbyl(),
+    'lbyl, mean': lambda _: with_mean(lbyl()),
+    'default': lambda _: default_restorer(),
+    'distilled': lambda source: layerwise(source()),
+}
+# fractions of all channels, streams included, and the accuracy that folding leaves of 94.57 %
+FOLDED, FOLDING = 'resnet18_cifar10', {0.25: 90.97, 0.45: 70.65, 0.55: 44.29}
+IMAGE = torch.zeros(1, 3, 32, 32)
 
 
 class TimeUp(Exception):
@@ -157,7 +183,67 @@ def train_stage(place):
     return table
 
 
-STAGES = dict(train=train_stage)
+@cache
+def probes(name, folder):
+    "A source of 256 distilled probes, and mirrored; kept in a file."
+    file = folder / f'{name}_probes.safetensors'
+    if not file.exists():
+        made = distilled(256)(network(name, folder), (IMAGE.to(DEVICE),)).args[0]
+        write_safetensors(dict(probes=made), file)
+    return calibration(read_safetensors(file)[0]['probes'].to(DEVICE), reflect=True)
+
+
+def restored(s, folder):
+    "A network pruned and restored as a setting says."
+    net, name = network(s['network'], folder), s['criterion']
+    source = lambda: probes(s['network'], folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of networks that are lost: some shall be
+        return restore(
+            net,
+            IMAGE.to(DEVICE),
+            ratio=s['ratio'],
+            criterion=least_lost(source()) if name == 'least lost' else CRITERIA[name],
+            restorer=METHODS[s['method']](source),
+            streams=s['streams'],
+        )
+
+
+def setting(network, method, ratio, criterion='l2', streams=False):
+    "What distinguishes one trial from another."
+    row = dict(network=network, criterion=criterion, streams=streams)
+    return row | dict(ratio=ratio, method=method)
+
+
+def trials():
+    "Trials of the tables, the most telling first."
+    out = [setting(n, 'unpruned', 0.0, None) for n in NETWORKS]
+    out += [setting(n, m, r) for n in TABLES for r in RATIOS for m in METHODS]
+    for r in FOLDING:
+        out += [setting(FOLDED, m, r, streams=True) for m in METHODS]
+        out += [setting(FOLDED, 'distilled', r, 'least lost', streams=True)]
+    others = [c for c in CRITERIA if c != 'l2']
+    return out + [
+        setting(n, m, r, c) for c in others for n in TABLES for r in RATIOS for m in METHODS
+    ]
+
+
+def tables(place):
+    "Accuracy by network, criterion, ratio and method."
+
+    def measure(s):
+        if s['method'] == 'unpruned':
+            told = dict(agreement=1.0, divergence=0.0)
+            net = network(s['network'], place.weights)
+            return counted(net, s['network']) | told | cost(net, IMAGE.to(DEVICE))
+        r = restored(s, place.weights)
+        told = dict(agreement=r.agreement, divergence=r.divergence)
+        return counted(on_device(r.model), s['network']) | told | r.cost.loc['after'].to_dict()
+
+    return place.rows('tables', trials(), measure)
+
+
+STAGES = dict(train=train_stage, tables=tables)
 
 
 def call(stage, weights, out=None, seconds=440):

@@ -10,8 +10,11 @@ from math import inf
 import pytest
 import torch
 from conftest import ROOT
+from torch import nn
+from torchvision.models.resnet import BasicBlock
 
 from lbyl_nb import data, models
+from lbyl_nb import distilled as data_free
 from lbyl_nb.files import join_file, read_safetensors
 
 pytestmark = pytest.mark.usefixtures('one_thread')  # bits are compared
@@ -24,13 +27,20 @@ def gpu(monkeypatch):
     monkeypatch.delitem(sys.modules, 'gpu', raising=False)
     import gpu
 
-    small = gpu.Training(partial(models.CifarResNet, 1), 'cifar10', 2, 0.1)
+    small = gpu.Training(small_network, 'cifar10', 2, 0.1)
     monkeypatch.setattr(gpu, 'NETWORKS', dict.fromkeys(gpu.NETWORKS, small))
     monkeypatch.setattr(gpu, 'BATCH', 32)
     monkeypatch.setattr(data, 'load', load)
     monkeypatch.setattr(gpu, 'DEVICE', 'cpu')
     yield gpu
     sys.modules.pop('gpu')
+
+
+def small_network():
+    "A residual stream of eight channels in front of a linear layer."
+    stem = nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU()
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)
+    return nn.Sequential(*stem, BasicBlock(8, 8), *head)
 
 
 def load(name, split):
@@ -78,7 +88,7 @@ def both(gpu, stage, tmp_path, monkeypatch, capsys, looks):
 
 def test_train(gpu, tmp_path, monkeypatch, capsys):
     "Weights come in pieces, which are the weights that are saved, in half precision."
-    monkeypatch.setattr(gpu, 'split_file', partial(gpu.split_file, most=50_000))
+    monkeypatch.setattr(gpu, 'split_file', partial(gpu.split_file, most=2_000))
     table, calls = both(gpu, 'train', tmp_path, monkeypatch, capsys, 3)
     assert calls > 3 and list(table.network) == list(gpu.NETWORKS)
     for name in gpu.NETWORKS:
@@ -86,7 +96,7 @@ def test_train(gpu, tmp_path, monkeypatch, capsys):
         assert files[0].read_bytes() == files[1].read_bytes()
         joined = tmp_path / files[0].name
         pieces = sorted((tmp_path / 'parts' / 'out').glob(f'{name}.safetensors.*'))
-        assert len(pieces) > 2 and max(p.stat().st_size for p in pieces) <= 50_000
+        assert len(pieces) > 2 and max(p.stat().st_size for p in pieces) <= 2_000
         saved = read_safetensors(files[0])[0]
         there = read_safetensors(join_file(tmp_path / 'parts' / 'out', joined))[0]
         assert all(torch.equal(saved[k], there[k]) for k in saved) and saved.keys() == there.keys()
@@ -95,3 +105,32 @@ def test_train(gpu, tmp_path, monkeypatch, capsys):
     gpu.network.cache_clear()
     loaded = gpu.network(name, tmp_path / 'parts' / 'out').state_dict()
     assert all(torch.equal(loaded[k], saved[k].to(loaded[k].dtype)) for k in saved)
+
+
+def give_weights(gpu, folder):
+    "Networks with trained weights, as the first stage leaves them."
+    folder.mkdir(parents=True)
+    for name, how in gpu.NETWORKS.items():
+        net = models.initialised(how.build, 1)
+        gpu.write_safetensors(gpu.halved(net), folder / f'{name}.safetensors')
+
+
+def test_tables(gpu, tmp_path, monkeypatch, capsys):
+    "Every method, every way to choose channels."
+    monkeypatch.setattr(gpu, 'IMAGE', torch.zeros(1, 3, 8, 8))
+    monkeypatch.setattr(gpu, 'distilled', lambda n: data_free(8, steps=2))
+    monkeypatch.setattr(gpu, 'RATIOS', (0.25,))
+    monkeypatch.setattr(gpu, 'TABLES', gpu.TABLES[:1])
+    monkeypatch.setattr(gpu, 'FOLDING', {0.25: 0})
+    monkeypatch.setattr(gpu, 'CRITERIA', {k: gpu.CRITERIA[k] for k in ('l2', 'random_1')})
+    for part in ('whole', 'parts'):
+        give_weights(gpu, tmp_path / part / 'weights')
+    table, calls = both(gpu, 'tables', tmp_path, monkeypatch, capsys, 7)
+    assert calls > 3 and len(table) == 3 + 6 + 7 + 6
+    assert set(table.method) == {'unpruned', *gpu.METHODS}
+    folded = table[table.streams]
+    assert set(folded.criterion) == {'l2', 'least lost'}
+    # all methods of a choice leave the same operations
+    size = table.groupby(['network', 'streams', 'ratio', 'criterion'], dropna=False)
+    assert (size.macs.nunique() == 1).all()
+    assert table.divergence.nunique() > 10
