@@ -9,6 +9,8 @@ weights' folder. Without a GPU all is computed on a processor, in days.
     train     VGG-16 and ResNet-18 on CIFAR-10, ResNet-50 on CIFAR-100
     tables    test accuracy after pruning and restoration: VGG-16 and ResNet-50 by criterion, ratio
               and method; ResNet-18 with its residual streams, as in papers on folding
+    finetune  ResNet-50 trained after pruning and restoration, and as small from scratch: test
+              accuracy after each epoch
 
 It needs the images where `lbyl_nb.data` finds them ($LBYL_DATA) and a folder for weights
 ($LBYL_WEIGHTS, or --weights). Trained networks lie there as NAME.safetensors, matrices in half
@@ -35,11 +37,13 @@ from lbyl_nb.cost import cost
 from lbyl_nb.criteria import geometric_median, l1_norm, l2_norm, random_scores
 from lbyl_nb.distilled import distilled
 from lbyl_nb.files import join_file, read_safetensors, split_file, write_safetensors
+from lbyl_nb.finetune import FINETUNING, SCRATCH, finetune, fresh
 from lbyl_nb.layerwise import default_restorer, layerwise, probed_lbyl
 from lbyl_nb.least_lost import least_lost
 from lbyl_nb.probes import calibration
 from lbyl_nb.recover import restore
 from lbyl_nb.restorers import lbyl, merging, prune_only, with_mean
+from lbyl_nb.saved import load_restored, save_restored
 
 RESULTS = Path(__file__).resolve().parents[1] / 'nbs' / 'results'
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -75,6 +79,12 @@ METHODS = {  # from a function that gives distilled probes
 # fractions of all channels, streams included, and the accuracy that folding leaves of 94.57 %
 FOLDED, FOLDING = 'resnet18_cifar10', {0.25: 90.97, 0.45: 70.65, 0.55: 44.29}
 IMAGE = torch.zeros(1, 3, 32, 32)
+SPLITS = 'train', 'test'
+FINETUNED, SCRATCHED = 'resnet50_cifar100', 'from scratch'
+BEGINNINGS = dict.fromkeys(
+    ('lbyl, weights chosen', 'merging', 'pruned', 'default'), FINETUNING.scaled(20 / 150)
+)
+BEGINNINGS[SCRATCHED] = SCRATCH.scaled(80 / 280)
 
 
 class TimeUp(Exception):
@@ -243,7 +253,58 @@ def tables(place):
     return place.rows('tables', trials(), measure)
 
 
-STAGES = dict(train=train_stage, tables=tables)
+def start(place, method, ratio):
+    "A pruned network to begin with, kept in a file."
+    dense, file = network(FINETUNED, place.weights), run_file(place, method, ratio, 'start')
+    if not file.exists():
+        r = restored(setting(FINETUNED, method, ratio), place.weights)
+        save_restored(r.model, r.plan, file)
+    return on_device(load_restored(dense, IMAGE.to(DEVICE), file))
+
+
+def run_file(place, begin, ratio, suffix):
+    "A file of a training after restoration."
+    words = begin.replace(',', '').replace(' ', '_')
+    return place.weights / f'{FINETUNED}_{words}_{round(100 * ratio)}.{suffix}'
+
+
+@cache
+def curve(place, begin, ratio):
+    "What a training tells after each epoch, from before the first one."
+    (train_set, stats), (test_set, _) = (images(NETWORKS[FINETUNED].images, s) for s in SPLITS)
+    small = start(place, 'pruned' if begin == SCRATCHED else begin, ratio)
+    if begin == SCRATCHED:
+        small = fresh(small)
+    before = counted(small, FINETUNED)['accuracy']
+    history = finetune(
+        small,
+        train_set,
+        recipe=BEGINNINGS[begin],
+        **stats._asdict(),
+        augment=place.augment,
+        autocast=torch.bfloat16,
+        eval_set=test_set,
+        checkpoint=run_file(place, begin, ratio, 'checkpoint'),
+        label=f'{begin}, {ratio:.0%}',
+    ).history
+    seen = [(None, None, before), *zip(history.loss, history.accuracy, history.eval_accuracy)]
+    n = len(test_set)
+    return [dict(loss=a, train_accuracy=b, accuracy=c, n=n) for a, b, c in seen]
+
+
+def finetune_stage(place):
+    "Test accuracy by ratio, start and epoch."
+    settings = []
+    for ratio in RATIOS:
+        for begin, recipe in BEGINNINGS.items():
+            base = dict(network=FINETUNED, start=begin, ratio=ratio, epochs=recipe.epochs)
+            base |= dict(lr=recipe.lr, batch=recipe.batch, seed=0)
+            settings += [base | dict(epoch=i) for i in range(round(recipe.epochs) + 1)]
+    measure = lambda s: curve(place, s['start'], s['ratio'])[s['epoch']]
+    return place.rows('finetune', settings, measure)
+
+
+STAGES = dict(train=train_stage, tables=tables, finetune=finetune_stage)
 
 
 def call(stage, weights, out=None, seconds=440):

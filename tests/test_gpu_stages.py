@@ -9,6 +9,7 @@ from math import inf
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import ROOT
 from torch import nn
 from torchvision.models.resnet import BasicBlock
@@ -16,8 +17,11 @@ from torchvision.models.resnet import BasicBlock
 from lbyl_nb import data, models
 from lbyl_nb import distilled as data_free
 from lbyl_nb.files import join_file, read_safetensors
+from lbyl_nb.finetune import Recipe
 
 pytestmark = pytest.mark.usefixtures('one_thread')  # bits are compared
+Accelerator(cpu=True)  # the first one decides for all
+FEW = Recipe(epochs=2, lr=0.01, milestones=(1,), batch=32)
 
 
 @pytest.fixture
@@ -134,3 +138,18 @@ def test_tables(gpu, tmp_path, monkeypatch, capsys):
     size = table.groupby(['network', 'streams', 'ratio', 'criterion'], dropna=False)
     assert (size.macs.nunique() == 1).all()
     assert table.divergence.nunique() > 10
+
+
+def test_finetune(gpu, tmp_path, monkeypatch, capsys):
+    "A row for each epoch, before the first one too."
+    monkeypatch.setattr(gpu, 'IMAGE', torch.zeros(1, 3, 8, 8))
+    monkeypatch.setattr(gpu, 'RATIOS', (0.5, 0.25))
+    recipes = dict(merging=FEW, pruned=FEW) | {gpu.SCRATCHED: FEW.scaled(2)}
+    monkeypatch.setattr(gpu, 'BEGINNINGS', recipes)
+    for part in ('whole', 'parts'):
+        give_weights(gpu, tmp_path / part / 'weights')
+    table, calls = both(gpu, 'finetune', tmp_path, monkeypatch, capsys, 8)
+    assert calls > 3 and len(table) == 2 * (3 + 3 + 5)
+    assert table.loss.isna().sum() == 6 and not table.accuracy.isna().any()
+    first = table[table.epoch == 1].groupby('ratio').loss
+    assert (first.nunique() == 3).all()
