@@ -11,6 +11,8 @@ weights' folder. Without a GPU all is computed on a processor, in days.
               and method; ResNet-18 with its residual streams, as in papers on folding
     finetune  ResNet-50 trained after pruning and restoration, and as small from scratch: test
               accuracy after each epoch
+    boost     a table of over-parameterization, MobileNetV2 by five methods, by the cells of
+              nbs/45_boost.ipynb for a GPU, shorter; learning rates by held-out training images
 
 It needs the images where `lbyl_nb.data` finds them ($LBYL_DATA) and a folder for weights
 ($LBYL_WEIGHTS, or --weights). Trained networks lie there as NAME.safetensors, matrices in half
@@ -21,12 +23,14 @@ them. `cat` joins them, too.
 """
 
 import argparse
+import json
 import os
 import shutil
 import time
 import warnings
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -45,7 +49,8 @@ from lbyl_nb.recover import restore
 from lbyl_nb.restorers import lbyl, merging, prune_only, with_mean
 from lbyl_nb.saved import load_restored, save_restored
 
-RESULTS = Path(__file__).resolve().parents[1] / 'nbs' / 'results'
+NBS = Path(__file__).resolve().parents[1] / 'nbs'
+RESULTS = NBS / 'results'
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 BATCH = 256
 
@@ -85,6 +90,23 @@ BEGINNINGS = dict.fromkeys(
     ('lbyl, weights chosen', 'merging', 'pruned', 'default'), FINETUNING.scaled(20 / 150)
 )
 BEGINNINGS[SCRATCHED] = SCRATCH.scaled(80 / 280)
+# percent of the weights, two columns of Table 1 of arXiv 2204.11444
+REMOVED = 68.37, 94.8
+SEEDS = range(3)
+HELD_OUT = 5000
+BOOST = dict(
+    SCRATCH=SCRATCH.scaled(30 / 280),
+    PRUNING=FINETUNING.scaled(10 / 150),
+    FINETUNING=FINETUNING.scaled(30 / 150),
+)
+CHOOSING = dict(SCRATCH=SCRATCH.scaled(5 / 280), FINETUNING=FINETUNING.scaled(5 / 150))
+LRS = {
+    'from scratch': (0.03, 0.1, 0.3),
+    'ExpandNets': (0.01, 0.03, 0.1),
+    'vanilla distillation': (0.03, 0.1, 0.3),
+    'vanilla fine-tuning': (0.003, 0.01, 0.03),
+    'over-parameterized': (0.001, 0.003, 0.01),
+}
 
 
 class TimeUp(Exception):
@@ -304,7 +326,69 @@ def finetune_stage(place):
     return place.rows('finetune', settings, measure)
 
 
-STAGES = dict(train=train_stage, tables=tables, finetune=finetune_stage)
+def gpu_cells(notebook):
+    "Imports of a notebook, and its cells for a GPU but for the last, which runs what they define."
+    text = (NBS / f'{notebook}.ipynb').read_text(encoding='utf-8')
+    code = [''.join(c['source']) for c in json.loads(text)['cells'] if c['cell_type'] == 'code']
+    imports = next(s for s in code if s.startswith('import'))
+    return [imports, *(s for s in code if s.startswith('#| cuda'))][:-1]
+
+
+@cache
+def boost_names(place):
+    "What the cells of 45_boost define, with settings of ours."
+    names = dict(PUBLISHED=REMOVED)
+    for source in gpu_cells('45_boost'):
+        exec(source, names)
+    build = names['full_mobilenet']
+    names.update(
+        full_mobilenet=lambda: on_device(build()),
+        IMAGE=IMAGE.to(DEVICE),
+        DEVICE=DEVICE,
+        FOLDER=place.weights / 'boost',
+        augment=place.augment,
+    )
+    return names
+
+
+def boosted(place, held_out, recipes):
+    """What trains as a row says: 45,000 images to train on.
+
+    Right answers are counted among the other 5,000 if they are held out, else among test images.
+    """
+    every, _ = images('cifar10', 'train')
+    every = data.subset(every, len(every))
+    test_set = every[:HELD_OUT] if held_out else images('cifar10', 'test')[0]
+    sets = dict(train=every[HELD_OUT:], test=test_set)
+    names = boost_names(place)
+
+    def measure(s):
+        names.update(BOOST, data=SimpleNamespace(load=lambda _, split: sets[split]))
+        names['pruned'](s['removed'])  # where all begin, whatever the recipes
+        names.update(recipes)
+        return names['full'](s)
+
+    return measure
+
+
+def boost_row(method, removed, lr, seed, recipes):
+    "What distinguishes one training from another."
+    row = dict(network='mobilenet_v2', method=method, removed=removed, lr=lr, seed=seed)
+    return row | dict(epochs=recipes['FINETUNING'].epochs)
+
+
+def boost(place):
+    "Accuracy by share of the weights removed and method, and before it by learning rate."
+    tried = [boost_row(m, REMOVED[0], lr, 100, CHOOSING) for m in LRS for lr in LRS[m]]
+    rows = place.rows('boost_rates', tried, boosted(place, True, CHOOSING))
+    best = rows.loc[rows.groupby('method').accuracy.idxmax()].set_index('method').lr
+    settings = [
+        boost_row(m, r, best[m], seed, BOOST) for seed in SEEDS for r in REMOVED for m in LRS
+    ]
+    return place.rows('boost', settings, boosted(place, False, BOOST))
+
+
+STAGES = dict(train=train_stage, tables=tables, finetune=finetune_stage, boost=boost)
 
 
 def call(stage, weights, out=None, seconds=440):

@@ -4,6 +4,7 @@ Interrupted again and again, they end with the rows of a run that never was.
 """
 
 import sys
+from dataclasses import replace
 from functools import partial
 from math import inf
 
@@ -11,11 +12,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import ROOT
+from test_gpu_cells import Clock, small_mobilenet
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
 from lbyl_nb import data, models
 from lbyl_nb import distilled as data_free
+from lbyl_nb.bench import results
 from lbyl_nb.files import join_file, read_safetensors
 from lbyl_nb.finetune import Recipe
 
@@ -53,17 +56,6 @@ def load(name, split):
     return data.Dataset(few.images.repeat(1, 3, 1, 1), few.labels)
 
 
-class Clock:
-    "As many looks as a call may last."
-
-    def __init__(self, looks):
-        self.now, self.tick = 0, 440 / (looks + 0.5)
-
-    def monotonic(self):
-        self.now += self.tick
-        return self.now
-
-
 def run(gpu, stage, folder, looks, monkeypatch):
     "Call a stage until it is done: its table, and how many calls it took."
     monkeypatch.setattr(gpu, 'RESULTS', folder)
@@ -71,7 +63,7 @@ def run(gpu, stage, folder, looks, monkeypatch):
         monkeypatch.setattr(gpu, 'time', Clock(looks))
         for f in vars(gpu).values():
             getattr(f, 'cache_clear', lambda: None)()  # as in a new process
-        table = gpu.call(stage, folder / 'weights', folder / 'out')
+        table = gpu.call(stage, folder / 'weights', folder / 'out', 540)
         if table is not None:
             return table, calls
     raise AssertionError('it never ends')
@@ -153,3 +145,29 @@ def test_finetune(gpu, tmp_path, monkeypatch, capsys):
     assert table.loss.isna().sum() == 6 and not table.accuracy.isna().any()
     first = table[table.epoch == 1].groupby('ratio').loss
     assert (first.nunique() == 3).all()
+
+
+def test_boost(gpu, tmp_path, monkeypatch, capsys):
+    "Learning rates first; an absurd one is never taken."
+    exec_cells = gpu.boost_names
+
+    def little(place):
+        names = exec_cells(place)
+        names['full_mobilenet'] = small_mobilenet
+        return names
+
+    few = dict(FINETUNING=FEW, SCRATCH=FEW, PRUNING=FEW)
+    few = {k: replace(r, batch=24) for k, r in few.items()}
+    monkeypatch.setattr(gpu, 'boost_names', little)
+    monkeypatch.setattr(gpu, 'IMAGE', torch.zeros(1, 3, 8, 8))
+    monkeypatch.setattr(gpu, 'HELD_OUT', 16)
+    monkeypatch.setattr(gpu, 'SEEDS', range(2))
+    monkeypatch.setattr(gpu, 'REMOVED', (60.0,))
+    monkeypatch.setattr(gpu, 'BOOST', few)
+    monkeypatch.setattr(gpu, 'CHOOSING', {k: r.scaled(0.5) for k, r in few.items()})
+    lrs = {m: (1e30, 0.01) for m in ('vanilla fine-tuning', 'over-parameterized')}
+    monkeypatch.setattr(gpu, 'LRS', lrs)
+    table, calls = both(gpu, 'boost', tmp_path, monkeypatch, capsys, 6)
+    assert calls > 3 and len(table) == 4 and (table.lr == 0.01).all() and (table.n == 64).all()
+    rates = results(tmp_path / 'parts' / 'out' / 'gpu_boost_rates.csv')
+    assert len(rates) == 4 and (rates.n.dropna() == 16).all()
