@@ -117,12 +117,12 @@ def test_tables(gpu, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, 'distilled', lambda n: data_free(8, steps=2))
     monkeypatch.setattr(gpu, 'RATIOS', (0.25,))
     monkeypatch.setattr(gpu, 'TABLES', gpu.TABLES[:1])
-    monkeypatch.setattr(gpu, 'FOLDING', {0.25: 0})
+    monkeypatch.setattr(gpu, 'FOLDING', (0.25,))
     monkeypatch.setattr(gpu, 'CRITERIA', {k: gpu.CRITERIA[k] for k in ('l2', 'random_1')})
     for part in ('whole', 'parts'):
         give_weights(gpu, tmp_path / part / 'weights')
-    table, calls = both(gpu, 'tables', tmp_path, monkeypatch, capsys, 7)
-    assert calls > 3 and len(table) == 3 + 6 + 7 + 6
+    table, calls = both(gpu, 'tables', tmp_path, monkeypatch, capsys, 5)
+    assert calls > 3 and len(table) == 1 + 6 + 1 + 7 + 6
     assert set(table.method) == {'unpruned', *gpu.METHODS}
     folded = table[table.streams]
     assert set(folded.criterion) == {'l2', 'least lost'}
