@@ -15,11 +15,11 @@ weights' folder. Without a GPU all is computed on a processor, in days.
               nbs/45_boost.ipynb for a GPU, shorter; learning rates by held-out training images
 
 It needs the images where `lbyl_nb.data` finds them ($LBYL_DATA) and a folder for weights
-($LBYL_WEIGHTS, or --weights). Trained networks lie there as NAME.safetensors, matrices in half
-precision, and what is reported of them is of these rounded weights. --out ($OUT) takes what
-shall leave a machine: the rows, and weights in pieces under 16 MiB, NAME.safetensors.000 and so
-on. Laid into the folder of weights, pieces serve as well as the whole; `network` joins and loads
-them. `cat` joins them, too.
+($LBYL_WEIGHTS, or --weights), best one in memory, as every epoch is kept there. Networks lie in
+it as NAME.safetensors, matrices in half precision, and what is reported of them is of these
+rounded weights; `train` comes first. --out ($OUT) takes what shall leave a machine: the rows, and
+weights in pieces under 16 MiB, NAME.safetensors.000 and so on. Laid into the folder of weights,
+pieces serve as well as the whole: `network` joins and loads them. `cat` joins them, too.
 """
 
 import argparse
