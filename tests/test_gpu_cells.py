@@ -176,7 +176,9 @@ def kinds(folder, looks):
     def few(network):
         return [s for s in trials(network) if s['ratio'] in (0.0, 0.25, 0.5)][:9]
 
-    names.update(small_stem=lambda: net((4, 8, 8)), trials=few)
+    names['models'].resnet18_cifar = lambda: net((4, 8, 8))
+    names['NETWORKS']['resnet18'] = names['models'].resnet18_cifar
+    names['trials'] = few
     return names, gpu[-1]
 
 
