@@ -124,7 +124,8 @@ def tuned(name, ratio, seed):
 def best_rate(name):
     "The learning rate that does best on 5,000 training images that it has not seen."
     net, stats = network(name)
-    every = subset(images(name, 'train'), 50_000)
+    every = images(name, 'train')
+    every = subset(every, len(every))  # in random order
     model = restore(net, X, keep=same_ratio(name, 0.5)[0], restorer=prune_only()).model
 
     def measure(s):
@@ -198,7 +199,7 @@ def measure(s):
 
 
 def settings(names):
-    "Trials: first every method once, then other seeds, then training."
+    "Trials: first every method once, then other seeds."
     trains = lambda m: METHODS[m][0] == 'labels, training'
     quick = [m for m in METHODS if not trains(m)]
     slow = [m for m in METHODS if trains(m)]
@@ -207,12 +208,11 @@ def settings(names):
     for name in names:
         out.append(row(name, 0.0, 'unpruned', 0))
         out += [row(name, r, m, 0) for r in RATIOS for m in quick]
+        out += [row(name, r, m, 0) for r in RATIOS for m in slow]
     seeded = [m for m in quick if METHODS[m][1]]
-    for name in names:
-        out += [row(name, r, m, 0) for m in slow for r in RATIOS]
-        out += [row(name, r, m, seed) for seed in (1, 2) for m in seeded for r in RATIOS]
-    for name in names:
-        out += [row(name, r, m, seed) for seed in (1, 2) for m in slow for r in RATIOS]
+    for methods in (seeded, slow):
+        for name in names:
+            out += [row(name, r, m, seed) for seed in (1, 2) for r in RATIOS for m in methods]
     return out
 
 
