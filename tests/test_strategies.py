@@ -33,9 +33,12 @@ from lbyl_nb.strategies import (
     _map_ranks,
     _projected,
     _Split,
+    _Walk,
+    _walked,
     _within_budget,
     adaptive_bn,
     admm,
+    amc,
     contribution_gram,
     eagleeye,
     greedy_order,
@@ -389,6 +392,29 @@ def test_candidates_meet_the_budget(n, budget, most, seed):
     assert (count((gone - 1).clamp(min=0))[gone.sum(1) > 0] > budget).all()
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 5), st.floats(0.1, 0.95), st.floats(0.3, 0.95), st.integers(0, 999))
+def test_walks_meet_the_budget(n, budget, most, seed):
+    "Whatever the actions; with a unit more in the last group that lost any, no longer."
+    gen = torch.Generator().manual_seed(seed)
+    units = torch.randint(1, 40, (n,), generator=gen).double()
+    count = lambda gone: (units - gone).prod(1) / units.prod()
+    largest = torch.minimum((units * most).round(), units - 1)
+    if count(largest[None]) > budget:
+        return
+    walk = _Walk(units, largest, count, budget)
+    gone, facts, actions = _walked(walk, lambda _: torch.rand((), generator=gen).item())
+    assert count(gone[None]) <= budget
+    assert (gone >= 0).all()
+    assert (gone <= largest).all()
+    last = gone.nonzero().max()
+    assert count((gone - F.one_hot(last, n))[None]) > budget
+    assert facts.shape == (n, 6)
+    assert facts.min() >= 0
+    assert facts.max() <= 1
+    assert ((actions >= 0) & (actions <= 1)).all()
+
+
 @pytest.fixture(scope='module')
 def trained():
     "A network that can read digits, and its sets."
@@ -399,6 +425,49 @@ def trained():
 
 
 IMAGE = torch.zeros(1, 1, 8, 8)
+
+
+def test_amc(trained):
+    """The best walk by held-out accuracy, which is that of the network restored.
+
+    The same again; model and random numbers stay.
+    """
+    net, train_set, _ = trained
+    before, drawn = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    how = dict(episodes=9, statistics=100, held_out=400, seed=3)
+    found = amc(net, IMAGE, train_set, 0.4, **how)
+    rows = found.candidates
+    assert len(rows) == 9
+    assert (rows.macs <= 0.4).all()
+    assert rows.accuracy.nunique() > 1
+    part = subset(train_set, 500, 3)
+    by_images = layerwise(calibration(normalise(part[:100].images)))
+    small = restore(net, IMAGE, keep=found.plan, restorer=by_images)
+    assert accuracy(small.model, part[100:])[0] / 4 == rows.accuracy.max()
+    left = small.cost.macs['after'] / small.cost.macs['before']
+    assert left == pytest.approx(rows.macs[rows.accuracy.argmax()])
+    again = amc(net, IMAGE, train_set, 0.4, **how)
+    assert again.candidates.equals(rows)
+    assert again.plan == found.plan
+    assert kept_as(net, before)
+    assert torch.equal(torch.get_rng_state(), drawn)
+
+
+BAD_SEARCHES = [
+    (dict(budget=0), 'budget must be in'),
+    (dict(budget=0.01, most=0.3), 'budget, most: .* of the operations are left'),
+    (dict(most=1), 'most must be in'),
+    (dict(episodes=0), 'episodes: 0'),
+    (dict(statistics=1), 'statistics, held_out: 1 and 1000 images'),
+    (dict(held_out=1200), 'statistics, held_out: 128 and 1200 images from a set of 1297'),
+]
+
+
+@pytest.mark.parametrize('bad, says', BAD_SEARCHES)
+def test_amc_names_bad_input(trained, bad, says):
+    net, train_set, _ = trained
+    with pytest.raises(ValueError, match=says):
+        amc(net, IMAGE, train_set, **{'budget': 0.4, **bad})
 
 
 def test_eagleeye(trained):
