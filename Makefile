@@ -20,12 +20,9 @@ demo: $(VENV)/.installed ## train a small network on handwritten digits, prune i
 	@echo "Running the demo; it takes about a minute and leaves its figure in demo.png."
 	@$(VENV)/bin/lbyl-demo $(ARGS)
 
-# glibc hands every large tensor back to the system and faults its pages in again, which can take half of the time
-KEEPING := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296
-
 test: $(VENV)/.installed-dev ## run all tests: notebooks, methods, packaging, pages
 	@echo "Running all tests; the notebooks run one by one, which takes most of the time."
-	@$(KEEPING) $(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest $(ARGS)
 
 lab: $(VENV)/.installed-dev ## open the notebooks in JupyterLab
 	@echo "Opening JupyterLab in nbs/; Ctrl-C ends it."

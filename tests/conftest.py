@@ -69,13 +69,18 @@ NOT_INHERITED = {
 }
 
 
+# glibc hands large tensors back to the system and faults their pages in again: half of the time. A
+# process that is not short would fill the memory with pieces this way.
+KEEPING = dict(MALLOC_MMAP_THRESHOLD_='4294967296', MALLOC_TRIM_THRESHOLD_='4294967296')
+
+
 def call(*args, cwd, timeout=600, **env):
     """Run a command with one thread; its completed process, output and errors in one text.
 
     `env` is put on top of the environment; None takes a variable away.
     """
     inherited = {k: v for k, v in os.environ.items() if k not in NOT_INHERITED}
-    env = {**inherited, 'OMP_NUM_THREADS': '1', **env}
+    env = {**inherited, 'OMP_NUM_THREADS': '1', **KEEPING, **env}
     env = {k: v for k, v in env.items() if v is not None}
     return subprocess.run(
         [str(a) for a in args],
