@@ -174,10 +174,9 @@ class _Table:
 
     def enter(self, key: tuple, labels: Tensor, new: bool = True):
         "Places of labels in one tensor, by class."
-        members = self.members
         for place, c in enumerate(self.net.seen.same.roots(labels).flatten().tolist()):
-            if c > _FIXED and (new or c in members):
-                members[c].setdefault(key, []).append(place)
+            if c > _FIXED and (new or c in self.members):
+                self.members[c].setdefault(key, []).append(place)
 
 # %% ../nbs/10_graph.ipynb #0c9be4d7
 def _held(table: _Table):

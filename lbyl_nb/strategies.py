@@ -252,7 +252,7 @@ def _mac_fraction(
     return fraction
 
 # %% ../nbs/23_strategies.ipynb #d8758635
-def _most_gone(units: Tensor, most: float) -> Tensor:
+def _most_gone(units: Tensor, most: float | Tensor) -> Tensor:
     "How many units may go from each group: a ratio at most, and never all."
     return torch.minimum((units * most).round(), units - 1)
 
@@ -274,7 +274,7 @@ def _within_budget(
     most: float,  # largest ratio
 ) -> Tensor:  # (candidates, groups) how many channels go
     "Random ratios, each row scaled until the budget is met. ValueError if it cannot be."
-    gone = lambda s: torch.minimum((widths * (s * u).clamp(max=most)).round(), widths - 1)
+    gone = lambda s: _most_gone(widths, (s * u).clamp(max=most))
     low = torch.zeros_like(u[:, :1])
     # twice: at once it could round to less than `most`
     high = 2 * most / u.amin(1, keepdim=True)

@@ -14,17 +14,15 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
+from photographs import same_ratio
 
-from lbyl_nb import budget, calibration, layerwise, plan, restore
+from lbyl_nb import budget, calibration, layerwise, restore
 from lbyl_nb.bench import accuracy, sweep
-from lbyl_nb.budget import bill
 from lbyl_nb.criteria import l1_norm
 from lbyl_nb.data import STATS, load, normalise, subset
-from lbyl_nb.graph import find_groups
 from lbyl_nb.models import pretrained
 from lbyl_nb.sensitivity import output_loss
 from lbyl_nb.strategies import amc
-from lbyl_nb.trace import trace
 
 RESULTS = Path(__file__).resolve().parents[2] / 'nbs' / 'results' / 'amc.csv'
 X = torch.zeros(1, 3, 32, 32)
@@ -43,18 +41,8 @@ def shown(seed):
 
 
 def uniform(s):
-    "L1 norm, the same ratio everywhere: the smallest that leaves no more than the share."
-    net, _ = network()
-    traced = trace(net, X)
-    groups = [g for g in find_groups(traced) if not g.reason]
-    costs = bill(traced, groups)
-
-    def left(kept):
-        lost = {g.name: g.channels - len(kept.get(g.name, range(g.channels))) for g in groups}
-        return costs.total(lost)['macs'] / costs.total({})['macs']
-
-    plans = (plan(net, X, n / 64, l1_norm) for n in range(1, 64))
-    return next(p for p in plans if left(p) <= s['macs_wanted'])
+    "L1 norm, the same ratio everywhere."
+    return same_ratio(network()[0], X, s['macs_wanted'], l1_norm)
 
 
 def by_loss(s):

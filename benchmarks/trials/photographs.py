@@ -33,6 +33,7 @@ from lbyl_nb import (
 )
 from lbyl_nb.bench import sweep
 from lbyl_nb.budget import bill
+from lbyl_nb.criteria import l2_norm
 from lbyl_nb.fisher import divergence
 from lbyl_nb.graph import find_groups
 from lbyl_nb.layerwise import default_restorer
@@ -162,15 +163,15 @@ def chosen(name, folder, file, share, choice):
     "A plan that leaves a share of the operations, and how long it took to find."
     net, _ = network(name, folder, file)
     if choice == 'same ratio':
-        return _same_ratio(net, share), 0.0
+        return same_ratio(net, X, share), 0.0
     criterion = output_loss(source(choice, name, folder, file, 0))
     start = time.process_time()
     return budget(net, X, macs=share, criterion=criterion), time.process_time() - start
 
 
-def _same_ratio(net, share):
-    "L2 norm, the same ratio everywhere: the smallest that leaves no more than a share."
-    traced = trace(net, X)
+def same_ratio(net, x, share, criterion=l2_norm):
+    "The same ratio everywhere: the smallest that leaves no more than a share of the operations."
+    traced = trace(net, x)
     groups = [g for g in find_groups(traced) if not g.reason]
     costs, low, high = bill(traced, groups), 0.0, 1.0
     for _ in range(10):
@@ -178,7 +179,7 @@ def _same_ratio(net, share):
         lost = {g.name: g.channels - max(round(g.channels * (1 - ratio)), 1) for g in groups}
         small = costs.total(lost)['macs'] <= share * costs.total({})['macs']
         low, high = (low, ratio) if small else (ratio, high)
-    return plan(net, X, high)
+    return plan(net, x, high, criterion)
 
 
 def measure(s, folder, file):

@@ -12,16 +12,14 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from photographs import RESULTS, SHARES, X, answers, chosen, images, network
+from photographs import RESULTS, SHARES, X
+from probes import moved, restored
 
-from lbyl_nb import distilled, layerwise, noise
+from lbyl_nb import distilled, noise
 from lbyl_nb.bench import sweep
 from lbyl_nb.distilled import dead_leaves
-from lbyl_nb.fisher import divergence
 from lbyl_nb.photographs import input_range, photographs, stand_ins
-from lbyl_nb.plans import check_plan
 from lbyl_nb.probes import Probes, pinned
-from lbyl_nb.recover import verified
 
 N = 32
 
@@ -82,15 +80,9 @@ SOURCES = {
 
 
 def measure(s, folder, file):
-    "One restoration: how far the answers to 100 photographs move."
-    net, _ = network(s['network'], folder, file)
-    x, labels = images(folder, s['network'])[0]
-    made, _ = chosen(s['network'], folder, file, s['share'], 'default')
-    keep = lambda model, traced, groups: check_plan(made, groups)
-    r = verified(net, X, layerwise(SOURCES[s['source']](s['seed'])), keep, streams=True)
-    out = answers(r.model, x)
-    right = int((out.argmax(1) == labels).sum())
-    return dict(n=len(x), divergence=divergence(answers(net, x), out), right=right)
+    "One restoration with probes of a source."
+    small, _ = restored(s, SOURCES[s['source']](s['seed']), folder, file)
+    return moved(s, small, folder, file)
 
 
 def settings():
