@@ -83,10 +83,14 @@ def split_file(
     folder: str | Path,  # where its pieces are written, NAME.000, NAME.001, …
     most: int = 15 * 2**20,  # bytes of a piece
 ) -> list:  # paths of the pieces
-    "Write a file in pieces, in place of any that are there. ValueError for pieces of no bytes."
+    """Write a file in pieces, in place of any that are there.
+
+    ValueError for pieces of no bytes, and for more than 1000 of them."""
     if most < 1:
         raise ValueError(f'most: {most} bytes')
     folder, whole = Path(folder), Path(path).read_bytes()
+    if len(whole) > 1000 * most:
+        raise ValueError(f'most: {most} bytes, which makes more than 1000 pieces of {len(whole)}')
     name = Path(path).name
     for old in _pieces(folder, name):
         old.unlink()
