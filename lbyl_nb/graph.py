@@ -449,7 +449,7 @@ def _kinds(table: _Table) -> Tensor:
         kind[c], n = n + 1 + new, n + found.shape[1]
     return kind.where(table.written, 0)
 
-
+# %% ../nbs/10_graph.ipynb #2eb34d08
 def _alike(table, order):
     "Classes of the same kind, as groups."
     kind, keys = _kinds(table), defaultdict(list)
@@ -467,7 +467,7 @@ def _alike(table, order):
             groups.append(_group(table, keys[k], new[kind[new] == k], order))
     return groups
 
-
+# %% ../nbs/10_graph.ipynb #99610911
 def _other_order(net, g, consumer):
     "Does a grouped convolution read something else than these channels, all of them, in order?"
     layer = net.model.get_submodule(consumer.name)
