@@ -154,7 +154,7 @@ def centred_ridge(
     rows, *_ = _check(rows, one, one, 0.0, lam2)
     return lbyl_delivery(rows - rows.mean(1, keepdim=True), one, 0 * one, keep, 0.0, lam2)
 
-# %% ../nbs/03_closed_form.ipynb #1ecbf7c5
+# %% ../nbs/03_closed_form.ipynb #5279c00a
 def check_ridge(
     ridge: float,  # fraction of a mean variance
 ):
@@ -163,6 +163,32 @@ def check_ridge(
         raise ValueError(f'ridge must be a positive number, got {ridge}')
 
 
+def _ridge(G: Tensor, ridge: float) -> Tensor:  # (..., 1)
+    "A fraction of the mean diagonal."
+    mean = G.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    return ridge * mean.clamp(min=torch.finfo(G.dtype).tiny)
+
+
+def _factor(G: Tensor, rho: Tensor) -> tuple:  # lower (..., d, d); (...), other than 0 in vain
+    "The Cholesky factor of `G + rho I`."
+    diagonal = G.diagonal(dim1=-2, dim2=-1)
+    # symmetric; columns first, so that it can be factorised in place
+    A = G.diagonal_scatter(diagonal + rho, dim1=-2, dim2=-1).mT
+    info = torch.empty(A.shape[:-2], dtype=torch.int32, device=A.device)
+    return torch.linalg.cholesky_ex(A, out=(A, info))
+
+
+def _by_factor(L, C, prior, rho):
+    "`(C + rho prior) (L L^T)^-1`."
+    V = torch.empty_like(C)
+    for i in range(0, C.shape[-2], 512):  # targets at a time: nothing else is as large as C
+        some = slice(i, i + 512)
+        B = C[..., some, :] + rho[..., None] * prior[..., some, :]
+        half = torch.linalg.solve_triangular(L, B.mT, upper=False)  # `cholesky_solve` copies L
+        V[..., some, :] = torch.linalg.solve_triangular(L.mT, half, upper=True).mT
+    return V
+
+# %% ../nbs/03_closed_form.ipynb #1ecbf7c5
 def ridge_solution(
     G: Tensor,  # (..., d, d) covariance, or second moments, of the regressors
     C: Tensor,  # (..., o, d) of targets and regressors
@@ -174,26 +200,9 @@ def ridge_solution(
     One factorisation for all targets. ValueError if not finite."""
     if not (all_finite(G) and all_finite(C)):
         raise ValueError('G, C: hold NaN or infinity')
-    diagonal = G.diagonal(dim1=-2, dim2=-1)
-    rho = ridge * diagonal.mean(-1, keepdim=True).clamp(min=torch.finfo(G.dtype).tiny)
-
-    def factor():
-        # symmetric; columns first, so that it can be factorised in place
-        A = G.diagonal_scatter(diagonal + rho, dim1=-2, dim2=-1).mT
-        info = torch.empty(A.shape[:-2], dtype=torch.int32, device=A.device)
-        return torch.linalg.cholesky_ex(A, out=(A, info))
-
-    L, failed = factor()
+    rho = _ridge(G, ridge)
+    L, failed = _factor(G, rho)
     while failed.any():
         rho = torch.where(failed[..., None] > 0, 10 * rho, rho)
-        L, failed = factor()
-
-    def solve(B):  # `cholesky_solve` copies L
-        half = torch.linalg.solve_triangular(L, B.mT, upper=False)
-        return torch.linalg.solve_triangular(L.mT, half, upper=True).mT
-
-    V = torch.empty_like(C)
-    for i in range(0, C.shape[-2], 512):  # targets at a time: nothing else is as large as C
-        some = slice(i, i + 512)
-        V[..., some, :] = solve(C[..., some, :] + rho[..., None] * prior[..., some, :])
-    return V
+        L, failed = _factor(G, rho)
+    return _by_factor(L, C, prior, rho)

@@ -317,14 +317,18 @@ def _apply_fit(layer: nn.Module, V: Tensor, c: Tensor, read: Tensor) -> Tensor:
 
 # %% ../nbs/14_layerwise.ipynb #cf12d00a
 @torch.no_grad()
-def _walk(model: nn.Module, args, hooks: dict):
-    "One forward pass with forward hooks, {name of a module: hook}, that come before all others."
+def _walk(model: nn.Module, args, hooks: dict, before: dict | None = None):
+    """One forward pass with forward hooks, {name of a module: hook}, that come before all others.
+
+    Those of `before` see what a module is given, behind all others."""
     gpus = [v.device for v in tensors(args) if v.is_cuda][:1]
     handles = []
     try:
         for name, hook in hooks.items():
             module = model.get_submodule(name)
             handles.append(module.register_forward_hook(hook, prepend=True))
+        for name, hook in (before or {}).items():
+            handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
         with torch.random.fork_rng(gpus):  # the next pass starts from the same state
             call(model, map_tensors(args, torch.clone))  # a network may work in place on them
     finally:
@@ -341,8 +345,10 @@ def _layer_hook(road, s: _Site):
     "A forward hook that stops at a layer."
 
     def hook(layer, inputs, out):
-        plain, x = as_called(layer, inputs[0])
+        x, out = road.whole(s, inputs[0], out)
+        plain, x = as_called(layer, x)
         road.meet(s, plain, x, out)
+        return out
 
     return hook
 
@@ -387,7 +393,15 @@ class _Pass(TorchFunctionMode):
             if s.reader.norm and self.is_summand(s):
                 hooks[s.reader.norm] = _norm_hook(self, s.reader.norm)
         with self:
-            _walk(self.model, args, hooks)
+            _walk(self.model, args, hooks, self.before())
+
+    def before(self) -> dict:
+        "Hooks in front of layers."
+        return {}
+
+    def whole(self, s, x, out):
+        "What a layer was given, and what shall be its output."
+        return x, out
 
     def see(self, f, args, kwargs):
         "Stop at a function if it adds one of the summands to something of its shape."
@@ -507,7 +521,7 @@ class _SideBySide(_Restoring):
     def run(self) -> dict:
         "Restore; what each fit misses."
         n = len(self.probes)
-        self.prints, self.tables = {}, set()
+        self.prints, self.tables, self.given = {}, set(), {}
         double = lambda v: torch.cat([v, v]) if _carries(v, n) else v
         try:
             self.forward(map_tensors(self.probes.args, double))
@@ -516,6 +530,26 @@ class _SideBySide(_Restoring):
         self.finish()
         _check_called(self.sites, self.missed)
         return self.missed
+
+    def before(self):
+        "The restored half is made by new weights: a layer computes the dense one alone."
+        n = 2 * len(self.probes)
+
+        def halve(name):
+            def hook(layer, inputs):
+                x, *rest = inputs
+                if len(x) % n == 0:
+                    self.given[name] = x
+                    return (x[: len(x) // 2], *rest)
+
+            return hook
+
+        return {k: halve(k) for k in self.sites}
+
+    def whole(self, s, x, out):
+        "Input and output for both networks; the second half of the output is not made yet."
+        given = self.given.pop(s.reader.name, None)
+        return (x, out) if given is None else (given, torch.cat([out, out]))
 
     def meet(self, s, layer, x, out):
         "Solve for a layer: the first half of what it reads and gives is the dense network's."
@@ -561,8 +595,8 @@ def _same_print(a: Tensor, b: Tensor) -> bool:
 
 # %% ../nbs/14_layerwise.ipynb #c1a99412
 def _alone(n: int) -> int:
-    "Of how many probes one passes a network by itself: of two, or more where 16 are left."
-    return max(2, n // 16)
+    "Of how many probes one passes a network by itself: of two, or more where 8 are left."
+    return max(2, n // 8)
 
 
 def _seen_alone(pair: _SideBySide, args, hook: Callable) -> dict:

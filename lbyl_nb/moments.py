@@ -16,7 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .closed_form import all_finite, check_ridge, ridge_solution
+from lbyl_nb.closed_form import (
+    _by_factor,
+    _factor,
+    _ridge,
+    all_finite,
+    check_ridge,
+    ridge_solution,
+)
 from .layers import as_called, call, conv_groups, padded
 from .probes import Probes
 
@@ -149,7 +156,7 @@ class Moments:
         "The same as covariances and means."
         p, y = self.p / self.n, self.y / self.n
         G = _minus_products(self.G / self.n, p, p)
-        return Centred(G, _minus_products(self.C / self.n, y, p), p, y)
+        return Centred(G, _minus_products(self.C / self.n, y, p), p, y, self.var)
 
 
 @dataclass
@@ -160,6 +167,11 @@ class Centred:
     C: Tensor  # (o, d) of output and patches
     p: Tensor  # (d,) mean of the patches
     y: Tensor  # (o,) mean of the output
+    var: Tensor  # (o,) variance of the output
+
+    def single(self) -> 'Centred':
+        "In single precision."
+        return Centred(*(getattr(self, f.name).float() for f in fields(self)))
 
 # %% ../nbs/07_moments.ipynb #88d19646
 def in_turn(
@@ -298,40 +310,49 @@ def for_target(
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
-def _quadratic(V, M) -> Tensor:  # (o,)
-    "V G V^T - 2 C V^T for each output, of `Moments` or `Centred`; nothing is as large as G."
+def _unexplained(V: Tensor, M: Centred) -> Tensor:  # (o,)
+    "Variance of y - V p for each output; nothing is as large as G."
     parts = zip(V.split(512, -2), M.C.split(512, -2))
-    return torch.cat([((v @ M.G - 2 * C) * v).sum(-1) for v, C in parts], -1)
+    seen = [((v @ M.G - 2 * C) * v).sum(-1) for v, C in parts]
+    return (M.var + torch.cat(seen, -1)).clamp(min=0)
 
 
 def prediction_error(
     V: Tensor,  # (o, d)
     c: Tensor,  # (o,)
-    M: Moments,  # of probes that V has not seen, or has
+    M: Centred,  # of probes that V has not seen, or has
 ) -> Tensor:  # (o,) mean square of y - V p - c
-    "What is missed on average, from moments alone."
-    bias = (M.y - (V @ M.p[..., None])[..., 0]) / M.n
-    spread = (M.yy + _quadratic(V, M)) / M.n - bias**2
-    return spread.clamp(min=0) + (bias - c) ** 2
+    "What is missed on average, from covariances and means alone."
+    return _unexplained(V, M) + (M.y - _constants(V, M.p) - c) ** 2
+
+
+def _constants(V, p):  # (o,)
+    return (V @ p[..., None])[..., 0]
 
 # %% ../nbs/07_moments.ipynb #6c784ad6
-def _solution(M, prior, ridge):
-    "Coefficients and constants for given `Centred` moments."
+def _solution(M: Centred, prior, ridge) -> tuple:
+    "Coefficients and constants."
     V = ridge_solution(M.G, M.C, prior, ridge)
-    return V, M.y - (V @ M.p[..., None])[..., 0]
+    return V, M.y - _constants(V, M.p)
 
 # %% ../nbs/07_moments.ipynb #4e8bca39
 def _held_out_error(
-    halves: list,  # moments of two halves of the probes
+    halves: list,  # `Centred`, of two halves of the probes
     prior: Tensor,  # (o, d)
     ridge: float,  # without unit
 ) -> float:
     """What each half misses when it is predicted from the other.
 
-    It is relative to the variance of each output, at most 10 of one."""
+    It is relative to the variance of each output, at most 10 of one. NaN where the precision does
+    not suffice to solve for it."""
 
-    def missed(M, test):
-        error = prediction_error(*_solution(M.centred(), prior, ridge), test)
+    def missed(fit, test):
+        rho = _ridge(fit.G, ridge)
+        L, failed = _factor(fit.G, rho)
+        if failed.any():
+            return math.nan
+        V = _by_factor(L, fit.C, prior, rho)
+        error = _unexplained(V, test) + (test.y - fit.y - _constants(V, test.p - fit.p)) ** 2
         return (error / test.var.clamp(min=1e-12)).clamp(max=10).mean().item()
 
     return missed(*halves) + missed(*halves[::-1])
@@ -359,7 +380,15 @@ def held_out_ridge(
     if not min(M.n for M in halves):
         return min(RIDGES)
     halves, prior = _some_outputs(halves, prior)
-    rank = cache(lambda k: (_held_out_error(halves, prior, RIDGES[k]), RIDGES[k]))
+    single = [M.centred().single() for M in halves]
+
+    @cache
+    def rank(k):
+        error = _held_out_error(single, prior.float(), RIDGES[k])
+        if not math.isfinite(error):
+            error = _held_out_error([M.centred() for M in halves], prior.double(), RIDGES[k])
+        return error, RIDGES[k]
+
     k = len(RIDGES) // 2
     for step in (-1, 1):
         while 0 <= k + step < len(RIDGES) and rank(k + step) < rank(k):
@@ -395,11 +424,9 @@ def regress(
     if ridge is None:
         ridge = held_out_ridge(halves, prior)
     check_ridge(ridge)
-    sums = total(halves)
-    var, M = sums.var, sums.centred()
-    del sums  # as large as all else together
+    M = total(halves).centred()
     V, c = _solution(M, prior, ridge)
-    missed = (var + _quadratic(V, M)).clamp(min=0).sum() / var.sum().clamp(min=1e-30)
+    missed = _unexplained(V, M).sum() / M.var.sum().clamp(min=1e-30)
     return Fit(V, c, ridge, missed.item())
 
 # %% ../nbs/07_moments.ipynb #899b1bf4
