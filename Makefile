@@ -43,7 +43,8 @@ docs: $(VENV)/.installed-dev ## build the website into _docs (needs quarto for t
 	@$(PY) tools/docs.py pages
 	@command -v quarto >/dev/null || { echo "The pages are ready in _proc, but turning them into the website needs quarto, which is not on the PATH: see https://quarto.org/docs/get-started"; exit 1; }
 	@echo "Rendering them with quarto."
-	@$(PY) -c 'from nbdev.quarto import nbdev_docs; nbdev_docs.__wrapped__()'
+	@cd _proc && quarto render
+	@rm -rf _docs && mv _proc/_docs _docs && mv _proc/_colab _docs/colab
 	@echo "The website is in _docs; open _docs/index.html."
 
 readme: $(VENV)/.installed-dev ## write README.md anew from nbs/index.ipynb

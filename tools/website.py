@@ -1,0 +1,202 @@
+"""What the website adds to the notebooks that nbdev has processed.
+
+Titles with the notebook's number, links of names to the reference, an anchor before the code that
+defines a public name, folded imports, copies of some notebooks for Colab with a link to them, the
+reference itself, `llms.txt`, and the addresses from settings.ini in Quarto's settings.
+"""
+
+import ast
+import json
+import os
+import re
+from configparser import ConfigParser
+
+import yaml
+from reference import Module, defined, first_sentence, public, reference
+
+REFERENCE = 'reference.qmd'
+COLAB_FOLDER = '_colab'  # Quarto leaves out what begins so; `make docs` puts it into the website
+COLAB = re.compile(r'index|0[0-4]_')  # notebooks that need no images, weights or minutes
+DIRECTIVE = re.compile(r'^#\|.*\n?', re.M)
+EXPORTED = re.compile(r'^#\|\s*exports?\b', re.M)
+# a name in backticks that nbdev has made a link to the page of a notebook
+SYMBOL = re.compile(r'\[`([^`]+)`\]\(/[\w/]+\.html#[^)]*\)')
+
+
+def addresses(
+    settings,  # what settings.ini says
+) -> tuple[str, str]:  # of the repository and of the website
+    "On GitHub's runners OWNER, which settings.ini has in its place, is who owns the repository."
+    owner = os.environ.get('GITHUB_REPOSITORY_OWNER', 'OWNER')
+    return tuple(settings[k].replace('OWNER', owner) for k in ('git_url', 'doc_url'))
+
+
+def is_setup(
+    source: str,  # of a code cell
+) -> bool:
+    "Does a cell only import, or make a generator of random numbers beside that?"
+    try:
+        body = ast.parse(DIRECTIVE.sub('', source)).body
+    except SyntaxError:  # a magic
+        return False
+    imports = [n for n in body if isinstance(n, (ast.Import, ast.ImportFrom))]
+    others = [n for n in body if n not in imports]
+    seeds = all(isinstance(n, ast.Assign) and 'manual_seed' in ast.unparse(n) for n in others)
+    return bool(imports) and seeds
+
+
+def names_of(
+    source: str,  # of a code cell
+) -> list:  # names that it defines at its top level
+    found = []
+    for n in ast.parse(DIRECTIVE.sub('', source)).body:
+        if isinstance(n, (ast.FunctionDef, ast.ClassDef)):
+            found.append(n.name)
+        elif isinstance(n, ast.Assign):
+            targets = [x for t in n.targets for x in ast.walk(t)]
+            found += [x.id for x in targets if isinstance(x, ast.Name)]
+    return found
+
+
+def to_reference(
+    text: str,  # Markdown, with nbdev's links
+    anchors: set,  # what the reference holds
+) -> str:
+    "Links of names lead to the reference; a name that it does not hold is none."
+
+    def link(m):
+        name = re.sub(r'^lbyl_nb\.\w+\.', '', m[1].removesuffix('()'))
+        return f'[`{m[1]}`]({REFERENCE}#{name})' if name in anchors else f'`{m[1]}`'
+
+    return SYMBOL.sub(link, text)
+
+
+def cell(kind, source) -> dict:
+    return dict(cell_type=kind, metadata={}, source=source)
+
+
+def front(nb) -> dict:
+    "What stands at the head of a processed notebook: title, description, name of its page."
+    return yaml.safe_load(''.join(nb['cells'][0]['source']).strip().strip('-'))
+
+
+def numbered(name, title) -> str:
+    "A title with the number of its notebook, which links in the text have, too."
+    number = re.match(r'\d+[a-z]?', name)
+    return f'{number[0]} · {title}' if number else title
+
+
+def finish(
+    nb: dict,  # a processed notebook; changed
+    name: str,  # its file
+    anchors: set,  # what the reference holds
+    exports: set,  # public names of its module
+    colab: str,  # address of its copy for Colab, or nothing
+):
+    "The page of a notebook, from what nbdev made of it."
+    head = front(nb)
+    head['title'] = numbered(name, head['title'])
+    head['output-file'] = name.replace('.ipynb', '.html')  # without numbers two have one name
+    text = yaml.safe_dump(head, allow_unicode=True, sort_keys=False, width=1000)
+    cells = [cell('raw', f'---\n{text}---')]
+    if colab:
+        cells.append(cell('markdown', f'[Open in Colab]({colab})'))
+    for c in nb['cells'][1:]:
+        source = c['source'] = ''.join(c['source'])
+        if c['cell_type'] == 'markdown':
+            c['source'] = to_reference(source, anchors)
+        elif c['cell_type'] == 'code':
+            if not DIRECTIVE.sub('', source).strip():
+                continue
+            if is_setup(source):
+                c['source'] = f'#| code-fold: true\n#| code-summary: Imports\n{source}'
+            if EXPORTED.search(source) and (made := exports.intersection(names_of(source))):
+                places = [f'<div id="def-{n}"></div>' for n in sorted(made)]
+                cells.append(cell('markdown', '\n'.join(places)))
+        cells.append(c)
+    nb['cells'] = cells
+
+
+def for_colab(
+    nb: dict,  # a notebook as it is in nbs/; changed
+    git_url: str,  # of the repository
+    relink,  # function of text and a folder, that sees relative links from there
+):
+    "A notebook that installs the package first, and whose links lead to the repository."
+    for c in nb['cells']:
+        if c['cell_type'] == 'markdown':
+            c['source'] = relink(''.join(c['source']), f'{git_url}/blob/main/nbs')
+    folder = git_url.rpartition('/')[2]
+    lines = (
+        '# get the package and its results, and install it: about a minute',
+        f'!git clone --quiet --depth 1 {git_url}',
+        f'%cd {folder}/nbs',
+        '%pip install --quiet ..',
+    )
+    install = dict(cell('code', '\n'.join(lines)), execution_count=None, outputs=[], id='install')
+    nb['cells'].insert(0, install)
+
+
+def llms(settings, doc_url, pages, modules, lib) -> str:
+    "The website for a language model: what there is, in one line each, with addresses."
+    top = public_top(lib)
+    lines = [f'# {settings["lib_name"]}', '', f'> {settings["description"]}', '', '## Pages', '']
+    lines += [f'- [{h["title"]}]({doc_url}/{h["output-file"]}): {h["description"]}' for h in pages]
+    lines += ['', f'## What `{lib}` exports', '']
+    lines += [f'- [{k}]({doc_url}/reference.html#{k}): {first_sentence(f)}' for k, f in top]
+    lines += ['', '## Modules', '']
+    where = f'{doc_url}/reference.html#module-'
+    lines += [f'- [{lib}.{m.name}]({where}{m.name}): {m.description}' for m in modules]
+    return '\n'.join(lines) + '\n'
+
+
+def public_top(lib) -> list:
+    "What stands at the top of the package: pairs of name and function."
+    top = __import__(lib)
+    return [(k, getattr(top, k)) for k in top.__all__]
+
+
+def complete(
+    root,  # the project
+    made,  # folder of the notebooks that nbdev has processed, all of which are changed
+    relink,  # as in `for_colab`
+):
+    "Everything that this module is for."
+    parser = ConfigParser(delimiters='=', interpolation=None)
+    parser.read(root / 'settings.ini', encoding='utf-8')
+    settings = parser['DEFAULT']
+    lib = settings['lib_path']
+    git_url, doc_url = addresses(settings)
+    read = lambda p: json.loads(p.read_text(encoding='utf-8'))
+    notebooks = {p.name: read(p) for p in sorted(made.glob('*.ipynb'))}
+    modules = []
+    for name, nb in notebooks.items():
+        code = '\n'.join(''.join(c['source']) for c in nb['cells'] if c['cell_type'] == 'code')
+        if exported := re.search(r'^#\|\s*default_exp:?\s+(\w+)', code, re.M):
+            modules.append(Module(exported[1], name, front(nb)['description']))
+    anchors = defined(lib, modules)
+    exports = {m.notebook: set(public(lib, m.name)) for m in modules}
+    (made / COLAB_FOLDER).mkdir()
+    pages = []
+    for name, nb in notebooks.items():
+        colab = ''
+        if COLAB.match(name):
+            copy = read(root / 'nbs' / name)
+            for_colab(copy, git_url, relink)
+            (made / COLAB_FOLDER / name).write_text(json.dumps(copy, indent=1), encoding='utf-8')
+            hosted = git_url.replace('github.com', 'colab.research.google.com/github')
+            colab = f'{hosted}/blob/gh-pages/colab/{name}'
+        finish(nb, name, anchors, exports.get(name, set()), colab)
+        (made / name).write_text(json.dumps(nb, indent=1), encoding='utf-8')
+        pages.append(front(nb))
+    head = dict(title='Reference', description='Every public name, by module')
+    head |= {'repo-actions': False, 'toc-depth': 3}
+    text = f'---\n{yaml.safe_dump(head)}---\n\n{reference(lib, modules)}'
+    (made / REFERENCE).write_text(text, encoding='utf-8')
+    text = llms(settings, doc_url, pages, modules, lib)
+    (made / 'llms.txt').write_text(text, encoding='utf-8')
+    quarto = yaml.safe_load((made / '_quarto.yml').read_text(encoding='utf-8'))
+    quarto['website'] |= {'repo-url': git_url, 'site-url': doc_url}
+    quarto['website']['description'] = settings['description']
+    text = yaml.safe_dump(quarto, allow_unicode=True, sort_keys=False)
+    (made / '_quarto.yml').write_text(text, encoding='utf-8')
