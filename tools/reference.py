@@ -122,10 +122,10 @@ def parameters(rows, words, anchors) -> str:
         if not name:
             continue
         said = plain(words.get(name) or '')
-        kind = f' `{annotation}`' if annotation else ''
+        kind = f': `{annotation}`' if annotation else ''
         default = f', by default `{default}`' if default else ''
         here = {n for _, n, _, _ in rows}
-        blocks.append(f'`{shown}`{kind}{default}\n:   {linked(said, anchors, here) or "–"}')
+        blocks.append(f'**`{shown}`**{kind}{default}\n:   {linked(said, anchors, here) or "–"}')
     return '\n\n'.join(blocks)
 
 
@@ -155,7 +155,7 @@ def definition(f, name, anchors, origin='', level=3) -> str:
     if isinstance(node, ast.FunctionDef) and (returns is not None or words.get('return')):
         kind = f'`{ast.unparse(returns)}`' if returns is not None else ''
         said = linked(plain(words.get('return') or ''), anchors, here)
-        blocks.append(f'**Returns** {" ".join(x for x in (kind, said) if x)}')
+        blocks.append(f'**Returns** {": ".join(x for x in (kind, said) if x)}')
     if raises:
         blocks.append(f'**Raises** {linked(plain(" ".join(raises)), anchors, here)}')
     return '\n\n'.join(blocks)

@@ -109,7 +109,8 @@ def finish(
             if not DIRECTIVE.sub('', source).strip():
                 continue
             if is_setup(source):
-                c['source'] = f'#| code-fold: true\n#| code-summary: Imports\n{source}'
+                whose = 'of the module' if EXPORTED.search(source) else 'of this page'
+                c['source'] = f'#| code-fold: true\n#| code-summary: Imports {whose}\n{source}'
             if EXPORTED.search(source) and (made := exports.intersection(names_of(source))):
                 places = [f'<div id="def-{n}"></div>' for n in sorted(made)]
                 cells.append(cell('markdown', '\n'.join(places)))
