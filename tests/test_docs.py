@@ -126,7 +126,7 @@ def front(page):
 
 def test_sidebar_is_the_notebooks():
     listed = list(sidebar(QUARTO['website']['sidebar']['contents']))
-    assert [n for n in listed if not (NBS / n).exists()] == [REFERENCE]
+    assert [n for n in listed if not (NBS / n).exists()] == [REFERENCE, 'papers.qmd']
     assert [n for n in NOTEBOOKS if n not in listed] == []
     assert len(listed) == len(set(listed))
 
@@ -248,6 +248,16 @@ def test_reference_leads_to_the_code(pages):
     back = [k for n in NOTEBOOKS for k in pages[n][1].links if k.startswith(f'{REFERENCE}#')]
     assert len(back) > 200
     assert not [link for n in NOTEBOOKS for link in pages[n][1].links if link.startswith('/')]
+
+
+def test_papers_are_listed(processed):
+    "The page has all works of references.bib, as Pandoc's citations make it."
+    text = (processed / 'papers.qmd').read_text(encoding='utf-8')
+    options = ['--citeproc', f'--resource-path={processed}', '--standalone', '--metadata=lang:en']
+    html = pypandoc.convert_text(text, 'html', format='markdown', extra_args=options)
+    ids = re.findall(r'^@\w+\{(\w+),', (ROOT / 'references.bib').read_text(encoding='utf-8'), re.M)
+    assert len(ids) > 30
+    assert {f'ref-{i}' for i in ids} <= Page(html).ids
 
 
 def test_docstrings_are_taken_apart():

@@ -2,19 +2,21 @@
 
 Titles with the notebook's number, links of names to the reference, an anchor before the code that
 defines a public name, folded imports, copies of some notebooks for Colab with a link to them, the
-reference itself, `llms.txt`, and the addresses from settings.ini in Quarto's settings.
+reference itself, a list of papers, `llms.txt`, and in Quarto's settings the addresses from
+settings.ini.
 """
 
 import ast
 import json
 import os
 import re
+import shutil
 from configparser import ConfigParser
 
 import yaml
 from reference import Module, defined, first_sentence, public, reference
 
-REFERENCE = 'reference.qmd'
+REFERENCE, PAPERS = 'reference.qmd', 'papers.qmd'
 COLAB_FOLDER = '_colab'  # Quarto leaves out what begins so; `make docs` puts it into the website
 COLAB = re.compile(r'index|0[0-4]_')  # notebooks that need no images, weights or minutes
 DIRECTIVE = re.compile(r'^#\|.*\n?', re.M)
@@ -138,6 +140,13 @@ def for_colab(
     nb['cells'].insert(0, install)
 
 
+def write_page(path, head, text):
+    "A page that is no notebook, and that no file of the repository is the source of."
+    head |= {'repo-actions': False}
+    front = yaml.safe_dump(head, allow_unicode=True, sort_keys=False, width=1000)
+    path.write_text(f'---\n{front}---\n\n{text}', encoding='utf-8')
+
+
 def llms(settings, doc_url, pages, modules, lib) -> str:
     "The website for a language model: what there is, in one line each, with addresses."
     top = public_top(lib)
@@ -191,9 +200,11 @@ def complete(
         (made / name).write_text(json.dumps(nb, indent=1), encoding='utf-8')
         pages.append(front(nb))
     head = dict(title='Reference', description='Every public name, by module')
-    head |= {'repo-actions': False, 'toc-depth': 3}
-    text = f'---\n{yaml.safe_dump(head)}---\n\n{reference(lib, modules)}'
-    (made / REFERENCE).write_text(text, encoding='utf-8')
+    write_page(made / REFERENCE, head, reference(lib, modules))
+    shutil.copy(root / 'references.bib', made)
+    head = dict(title='Papers', description='The works that the notebooks name')
+    head |= dict(bibliography='references.bib', nocite='@*')
+    write_page(made / PAPERS, head, '::: {#refs}\n:::\n')
     text = llms(settings, doc_url, pages, modules, lib)
     (made / 'llms.txt').write_text(text, encoding='utf-8')
     quarto = yaml.safe_load((made / '_quarto.yml').read_text(encoding='utf-8'))
