@@ -8,12 +8,14 @@ import importlib
 import inspect
 import json
 import os
+import posixpath
 import re
 import shutil
 import sys
 from html.parser import HTMLParser
 from urllib.parse import unquote
 
+import nbformat
 import numpy as np
 import pypandoc
 import pytest
@@ -23,8 +25,8 @@ from PIL import Image
 
 from lbyl_nb import _modidx
 
-REFERENCE = 'reference.qmd'
 MODULES = sorted(p.stem for p in LIB.glob('[a-z]*.py'))
+REFERENCE = ['reference.qmd', *(f'reference/{m}.qmd' for m in MODULES)]
 QUARTO = yaml.safe_load((ROOT / '_quarto.yml').read_text(encoding='utf-8'))
 
 
@@ -96,15 +98,11 @@ def pages(processed, tmp_path_factory):
         html = pypandoc.convert_text(text, 'html', format='ipynb', extra_args=options)
         warnings = [m for m in json.loads(log.read_text()) if m['verbosity'] == 'WARNING']
         made[name] = html, Page(html), warnings
-    html = reference_html(processed)
-    made[REFERENCE] = html, Page(html), []
+    for name in REFERENCE:  # each heading in a section of its own, as on the website
+        text = (processed / name).read_text(encoding='utf-8')
+        html = pypandoc.convert_text(text, 'html', format='markdown', extra_args=['--section-divs'])
+        made[name] = html, Page(html), []
     return made
-
-
-def reference_html(processed):
-    "The reference as HTML, each heading in a section of its own, as on the website."
-    text = (processed / REFERENCE).read_text(encoding='utf-8')
-    return pypandoc.convert_text(text, 'html', format='markdown', extra_args=['--section-divs'])
 
 
 def number_results(notebook):
@@ -126,7 +124,7 @@ def front(page):
 
 def test_sidebar_is_the_notebooks():
     listed = list(sidebar(QUARTO['website']['sidebar']['contents']))
-    assert [n for n in listed if not (NBS / n).exists()] == [REFERENCE, 'papers.qmd']
+    assert [n for n in listed if not (NBS / n).exists()] == ['reference.qmd', 'papers.qmd']
     assert [n for n in NOTEBOOKS if n not in listed] == []
     assert len(listed) == len(set(listed))
 
@@ -178,15 +176,17 @@ def test_page_converts(name, pages):
     assert '$$' not in re.sub(r'<(pre|code|annotation)\b.*?</\1>', '', html, flags=re.S)
 
 
-@pytest.mark.parametrize('name', [*NOTEBOOKS, REFERENCE])
+@pytest.mark.parametrize('name', [*NOTEBOOKS, *REFERENCE])
 def test_links_resolve(name, pages, processed):
     "Links between pages, to headings, names and files lead somewhere, as do pictures: all of them."
-    files = {n: n for n in (*NOTEBOOKS, REFERENCE)}
+    files = {n: n for n in (*NOTEBOOKS, *REFERENCE)}
     files.update({front(processed / n)['output-file']: n for n in NOTEBOOKS})
     _, page, _ = pages[name]
 
     def leads_somewhere(link):
         target, _, anchor = unquote(link).partition('#')
+        if target:
+            target = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
         if target and target not in files:
             return (NBS / target).resolve().exists()
         _, there, _ = pages[files[target] if target else name]
@@ -216,18 +216,21 @@ def symbols(module):
 
 @pytest.mark.parametrize('module', MODULES)
 def test_reference_has_every_name(module, pages):
-    "Each under a heading of its own, whose section is what the website's search finds."
-    html, page, _ = pages[REFERENCE]
-    sections = set(re.findall(r'<section id="([^"]+)"', html))
-    assert f'module-{module}' in sections
-    assert [k for k in public(module) if k not in sections] == []
+    "Each function in a section of the second level, which is what the website's search finds."
+    html, page, _ = pages[f'reference/{module}.qmd']
+    sections = re.findall(r'<section id="([^"]+)"\s+class="level2"', html)
+    names = list(public(module))
+    assert sorted(sections) == sorted(k for k in names if '.' not in k)
+    assert [k for k in names if k not in page.ids] == []
+    _, overview, _ = pages['reference.qmd']
+    assert {f'reference/{module}.qmd#{k}' for k in sections} <= set(overview.links)
 
 
 def test_reference_says_what_the_code_says(pages):
     "Parameters with their words and defaults, what comes back, what is raised."
-    from lbyl_nb import lbyl, plan
+    from lbyl_nb import plan
 
-    html, _, _ = pages[REFERENCE]
+    html, _, _ = pages['reference/recover.qmd']
     part = re.search(r'<section id="plan".*?</section>', html, re.S)[0]
     text = re.sub(r'\s+', ' ', re.sub(r'<[^>]+>', '', part))
     assert inspect.getdoc(plan).splitlines()[0] in text
@@ -236,18 +239,16 @@ def test_reference_says_what_the_code_says(pages):
     for words in ('fraction to remove of each group', 'by default l2_norm', 'Raises', 'Returns'):
         assert words in text
     assert re.search(r'Raises</strong> ValueError for bad inputs', part)
-    assert f'>{lbyl.__name__}</h3>' in html
 
 
 def test_reference_leads_to_the_code(pages):
     "From every function to the cell that defines it, and back to the reference from the text."
-    _, page, _ = pages[REFERENCE]
-    told = {link.partition('#def-')[2] for link in page.links if '#def-' in link}
-    functions = {k for m in MODULES for k in public(m) if '.' not in k}
-    assert told == functions
-    back = [k for n in NOTEBOOKS for k in pages[n][1].links if k.startswith(f'{REFERENCE}#')]
-    assert len(back) > 200
-    assert not [link for n in NOTEBOOKS for link in pages[n][1].links if link.startswith('/')]
+    found = [link for n in REFERENCE for link in pages[n][1].links]
+    told = {link.partition('#def-')[2] for link in found if '#def-' in link}
+    assert told == {k for m in MODULES for k in public(m) if '.' not in k}
+    links = [link for n in NOTEBOOKS for link in pages[n][1].links]
+    assert sum(link.startswith('reference/') for link in links) > 200
+    assert not [link for link in links if link.startswith('/')]
 
 
 def test_papers_are_listed(processed):
@@ -271,7 +272,15 @@ def test_docstrings_are_taken_apart():
     assert does == ['Cut a file', 'The pieces are |a| long.']
     assert raises == ['`ValueError` if it is empty.', 'As `b` does.', 'TypeError for x; y is left.']
     assert tool.plain('[0, 1) and `a_b` * c_d') == r'\[0, 1) and `a_b` \* c\_d'
-    assert tool.linked('`f` and `g`', {'f', 'g'}, {'g'}) == '[`f`](#f) and `g`'
+    assert tool.linked('`f` and `g`', dict(f='m.qmd#f', g='#g'), {'g'}) == '[`f`](m.qmd#f) and `g`'
+
+
+@pytest.mark.parametrize('name', NOTEBOOKS)
+def test_page_is_a_valid_notebook(name, processed):
+    "By Jupyter's own check of the format, so are the copies for Colab."
+    for path in (processed / name, processed / '_colab' / name):
+        if path.exists():
+            nbformat.validate(json.loads(path.read_text(encoding='utf-8')))
 
 
 def test_titles_have_the_numbers_that_links_have(processed):
@@ -341,6 +350,9 @@ def test_settings_of_quarto_have_what_they_name(processed):
     shown = site['favicon'], site['open-graph']['image'], quarto['format']['html']['css']
     assert [f for f in shown if not (processed / f).exists()] == []
     assert set(quarto['format']['html']['theme']) == {'light', 'dark'}
+    listed = list(sidebar(site['sidebar']['contents']))
+    assert sorted(listed) == sorted([*NOTEBOOKS, *REFERENCE, 'papers.qmd'])
+    assert [f for f in listed if not (processed / f).exists()] == []
 
 
 def test_pictures_are_what_the_script_draws(tmp_path):
@@ -362,7 +374,7 @@ def test_llms_txt_lists_every_page(processed):
     for n in NOTEBOOKS:
         assert f']({doc_url}/{n.replace(".ipynb", ".html")}): ' in text
     for m in MODULES:
-        assert f']({doc_url}/reference.html#module-{m}): ' in text
+        assert f']({doc_url}/reference/{m}.html): ' in text
 
 
 @pytest.mark.skipif(not shutil.which('quarto'), reason='needs Quarto, which is no Python package')
@@ -375,11 +387,11 @@ def test_quarto_makes_the_website(processed, tmp_path):
     for name in NOTEBOOKS:
         assert (made / name.replace('.ipynb', '.html')).exists()
     found = json.loads((made / 'search.json').read_text(encoding='utf-8'))
-    assert 'reference.html#lbyl_restore' in {entry['href'] for entry in found}
+    assert 'reference/recover.html#lbyl_restore' in {entry['href'] for entry in found}
     page = Page((made / '13_recover.html').read_text(encoding='utf-8'))
-    there = Page((made / 'reference.html').read_text(encoding='utf-8'))
+    there = Page((made / 'reference' / 'recover.html').read_text(encoding='utf-8'))
     assert 'def-lbyl_restore' in page.ids and 'lbyl_restore' in there.ids
-    assert any(link.endswith('reference.html#lbyl_restore') for link in page.links)
+    assert any(link.endswith('reference/recover.html#lbyl_restore') for link in page.links)
 
 
 def test_make_docs_says_that_quarto_is_missing(project):

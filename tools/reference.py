@@ -1,7 +1,8 @@
-"""The reference: every public name of the package, by module, as a page of Markdown.
+"""The reference: every public name of the package, a page of Markdown for each module.
 
 What it says stands in the code: signatures, the words beside parameters, docstrings. Each name has
-a heading of its own, whose anchor is the name, so that links and the site's search lead there.
+a heading of its own, whose anchor is the name, so that links lead there. It is of the second level,
+for the website's search finds pages, and in them the sections of that level.
 """
 
 import ast
@@ -16,7 +17,7 @@ from fastcore.docments import docments
 SENTENCE = re.compile(r'(?<=[.!?])\s+(?=[A-Z`|])')
 # what follows a semicolon and begins with an error: "…; otherwise a `ValueError` that …"
 CLAUSE = re.compile(r';\s+(?=(?:otherwise an? )?`?[A-Z]\w*Error\b)')
-RAISES = re.compile(r'\b[A-Z]\w*Error\b|^Errors as in |^Raises? ')
+RAISES = re.compile(r'\b[A-Z]\w*Error\b|^Errors as in |^Raises ')
 CODE = re.compile(r'(`[^`]+`)')
 WIDTH = 80
 
@@ -47,14 +48,14 @@ def plain(
 
 def linked(
     text: str,  # Markdown
-    anchors: set,  # names that the reference holds
+    links: dict,  # name -> where the reference says what it is, seen from this page
     here=(),  # names that mean something else here: the parameters of the function
 ) -> str:  # Markdown
     "Names in backticks as links to where the reference says what they are."
 
     def link(m):
         name = m[0].strip('`').removesuffix('()')
-        return f'[{m[0]}](#{name})' if name in anchors and name not in here else m[0]
+        return f'[{m[0]}]({links[name]})' if name in links and name not in here else m[0]
 
     return CODE.sub(link, text)
 
@@ -115,7 +116,7 @@ def call(name, rows) -> str:
     return f'{name}(\n' + ''.join(f'    {s},\n' for s in said) + ')'
 
 
-def parameters(rows, words, anchors) -> str:
+def parameters(rows, words, links) -> str:
     "What each parameter is: a list of terms and their words."
     blocks = []
     for shown, name, annotation, default in rows:
@@ -125,11 +126,11 @@ def parameters(rows, words, anchors) -> str:
         kind = f': `{annotation}`' if annotation else ''
         default = f', by default `{default}`' if default else ''
         here = {n for _, n, _, _ in rows}
-        blocks.append(f'**`{shown}`**{kind}{default}\n:   {linked(said, anchors, here) or "–"}')
+        blocks.append(f'**`{shown}`**{kind}{default}\n:   {linked(said, links, here) or "–"}')
     return '\n\n'.join(blocks)
 
 
-def definition(f, name, anchors, origin='', level=3) -> str:
+def definition(f, name, links, origin='', level=2) -> str:
     """The part of the page on a function or a class: heading, call, words, parameters, errors.
 
     `origin` is the notebook whose code defines it; its page has an anchor there.
@@ -147,23 +148,23 @@ def definition(f, name, anchors, origin='', level=3) -> str:
     here = {n for _, n, _, _ in rows}
     does, raises = sentences(f.__doc__ or '')
     blocks = [f'{"#" * level} {plain(name)} {{#{name}}}', f'```python\n{call(name, rows)}\n```']
-    blocks += [linked(plain(p), anchors, here) for p in does]
+    blocks += [linked(plain(p), links, here) for p in does]
     blocks += [defined_in(origin, name)] if origin else []
     if any(words.get(n) for n in here):
-        blocks += ['**Parameters**', parameters(rows, words, anchors)]
+        blocks += ['**Parameters**', parameters(rows, words, links)]
     returns = getattr(given, 'returns', None)
     if isinstance(node, ast.FunctionDef) and (returns is not None or words.get('return')):
         kind = f'`{ast.unparse(returns)}`' if returns is not None else ''
-        said = linked(plain(words.get('return') or ''), anchors, here)
+        said = linked(plain(words.get('return') or ''), links, here)
         blocks.append(f'**Returns** {": ".join(x for x in (kind, said) if x)}')
     if raises:
-        blocks.append(f'**Raises** {linked(plain(" ".join(raises)), anchors, here)}')
+        blocks.append(f'**Raises** {linked(plain(" ".join(raises)), links, here)}')
     return '\n\n'.join(blocks)
 
 
 def defined_in(notebook, name) -> str:
     "A link to the code that defines a name."
-    return f'[code in {stem(notebook)}]({notebook}#def-{name}){{.origin}}'
+    return f'[code in {stem(notebook)}](../{notebook}#def-{name}){{.origin}}'
 
 
 def methods(cls) -> list:
@@ -186,7 +187,7 @@ def constant(module, name, origin) -> str:
         names = {x.id for t in targets if t for x in ast.walk(t) if isinstance(x, ast.Name)}
         if name in names:
             code = textwrap.shorten(ast.unparse(n), 4 * WIDTH, placeholder=' …')
-            head = f'### {plain(name)} {{#{name}}}\n\n```python\n{code}\n```'
+            head = f'## {plain(name)} {{#{name}}}\n\n```python\n{code}\n```'
             return f'{head}\n\n{defined_in(origin, name)}'
     raise ValueError(f'{module.__name__} has {name} in __all__ and assigns it nowhere')
 
@@ -197,31 +198,30 @@ def public(lib, name) -> dict:
     return {k: getattr(module, k) for k in module.__all__}
 
 
-def defined(lib, modules) -> set:
-    "All anchors of the reference: public names, and the public methods of classes."
-    found = set()
+def defined(lib, modules) -> dict:
+    "All anchors of the reference: public names and public methods of classes -> their module."
+    found = {}
     for m in modules:
         for k, v in public(lib, m.name).items():
-            found.add(k)
-            if inspect.isclass(v):
-                found.update(n for n, _ in methods(v))
+            names = [k, *(n for n, _ in methods(v))] if inspect.isclass(v) else [k]
+            found |= dict.fromkeys(names, m.name)
     return found
 
 
-def section(lib, m, anchors) -> str:
-    "The part of the page on one module."
+def page(lib, m, anchors) -> str:
+    "The page on one module."
     module = importlib.import_module(f'{lib}.{m.name}')
-    blocks = [f'## {plain(f"{lib}.{m.name}")} {{#module-{m.name}}}']
-    says = m.description.rstrip('.') + ('' if m.description.endswith('?') else '.')
-    blocks.append(f'{says} Derived and checked in [{stem(m.notebook)}]({m.notebook}).')
+    links = {k: f'{"" if home == m.name else home + ".qmd"}#{k}' for k, home in anchors.items()}
+    origin = f'[{stem(m.notebook)}](../{m.notebook})'
+    blocks = [f'Derived and checked in {origin}; other modules: [Reference](../reference.qmd).']
     for k, v in public(lib, m.name).items():
         if not (inspect.isclass(v) or inspect.isroutine(v)):
             blocks.append(constant(module, k, m.notebook))
             continue
-        blocks.append(definition(v, k, anchors, m.notebook))
+        blocks.append(definition(v, k, links, m.notebook))
         if inspect.isclass(v):
-            blocks += [definition(f, n, anchors, level=4) for n, f in methods(v)]
-    return '\n\n'.join(blocks)
+            blocks += [definition(f, n, links, level=3) for n, f in methods(v)]
+    return '\n\n'.join(blocks) + '\n'
 
 
 def first_sentence(f) -> str:
@@ -230,21 +230,25 @@ def first_sentence(f) -> str:
     return SENTENCE.split(does[0])[0].rstrip('.') if does else ''
 
 
-def reference(
+def overview(
     lib: str,  # the package
     modules: list,  # `Module`s in the order of their notebooks
+    links: dict,  # name -> where the reference says what it is
 ) -> str:  # Markdown, without a title
-    "The page: what stands at the top of the package, then module by module."
-    anchors = defined(lib, modules)
+    "The first page of the reference: what stands at the top of the package, and all modules."
     top = importlib.import_module(lib)
-    rows = [(k, first_sentence(getattr(top, k))) for k in top.__all__]
-    short = [f'[`{k}`](#{k})\n:   {linked(plain(said), anchors, {k})}' for k, said in rows]
-    listed = ', '.join(f'[{m.name}](#module-{m.name})' for m in modules)
+    short = []
+    for k in top.__all__:
+        said = linked(plain(first_sentence(getattr(top, k))), links, {k})
+        short.append(f'[`{k}`]({links[k]})\n:   {said}')
+    listed = []
+    for m in modules:
+        names = ', '.join(f'[`{k}`]({links[k]})' for k in public(lib, m.name))
+        says = plain(m.description.rstrip('.'))
+        listed.append(f'[{lib}.{m.name}](reference/{m.name}.qmd)\n:   {says}: {names}')
     head = [
         'Every public name, as its signature and docstring have it. Each module names the notebook '
         'where its content is derived and checked.',
-        f'## At the top of the package {{#top}}\n\nThese are imported from `{lib}` itself.',
-        '\n\n'.join(short),
-        f'Modules: {listed}.',
+        f'## At the top of the package\n\nThese are imported from `{lib}` itself.',
     ]
-    return '\n\n'.join([*head, *(section(lib, m, anchors) for m in modules)]) + '\n'
+    return '\n\n'.join([*head, *short, '## Modules', *listed]) + '\n'

@@ -7,6 +7,7 @@ settings.ini.
 """
 
 import ast
+import hashlib
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import shutil
 from configparser import ConfigParser
 
 import yaml
-from reference import Module, defined, first_sentence, public, reference
+from reference import Module, defined, first_sentence, overview, page, public
 
 REFERENCE, PAPERS = 'reference.qmd', 'papers.qmd'
 COLAB_FOLDER = '_colab'  # Quarto leaves out what begins so; `make docs` puts it into the website
@@ -62,19 +63,29 @@ def names_of(
 
 def to_reference(
     text: str,  # Markdown, with nbdev's links
-    anchors: set,  # what the reference holds
+    links: dict,  # name -> where the reference says what it is
 ) -> str:
     "Links of names lead to the reference; a name that it does not hold is none."
 
     def link(m):
         name = re.sub(r'^lbyl_nb\.\w+\.', '', m[1].removesuffix('()'))
-        return f'[`{m[1]}`]({REFERENCE}#{name})' if name in anchors else f'`{m[1]}`'
+        return f'[`{m[1]}`]({links[name]})' if name in links else f'`{m[1]}`'
 
     return SYMBOL.sub(link, text)
 
 
 def cell(kind, source) -> dict:
-    return dict(cell_type=kind, metadata={}, source=source)
+    "A cell of text; its name follows from what it says."
+    name = hashlib.sha1(source.encode()).hexdigest()[:8]
+    return dict(cell_type=kind, id=name, metadata={}, source=source)
+
+
+def write(nb, path):
+    "A notebook as a file, sources as lists of lines."
+    for c in nb['cells']:
+        c['source'] = ''.join(c['source']).splitlines(keepends=True)
+    text = json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + '\n'
+    path.write_text(text, encoding='utf-8')
 
 
 def front(nb) -> dict:
@@ -91,7 +102,7 @@ def numbered(name, title) -> str:
 def finish(
     nb: dict,  # a processed notebook; changed
     name: str,  # its file
-    anchors: set,  # what the reference holds
+    links: dict,  # name -> where the reference says what it is
     exports: set,  # public names of its module
     colab: str,  # address of its copy for Colab, or nothing
 ):
@@ -106,7 +117,7 @@ def finish(
     for c in nb['cells'][1:]:
         source = c['source'] = ''.join(c['source'])
         if c['cell_type'] == 'markdown':
-            c['source'] = to_reference(source, anchors)
+            c['source'] = to_reference(source, links)
         elif c['cell_type'] == 'code':
             if not DIRECTIVE.sub('', source).strip():
                 continue
@@ -136,7 +147,7 @@ def for_colab(
         f'%cd {folder}/nbs',
         '%pip install --quiet ..',
     )
-    install = dict(cell('code', '\n'.join(lines)), execution_count=None, outputs=[], id='install')
+    install = dict(cell('code', '\n'.join(lines)), execution_count=None, outputs=[])
     nb['cells'].insert(0, install)
 
 
@@ -147,16 +158,17 @@ def write_page(path, head, text):
     path.write_text(f'---\n{front}---\n\n{text}', encoding='utf-8')
 
 
-def llms(settings, doc_url, pages, modules, lib) -> str:
+def llms(settings, doc_url, pages, modules, links) -> str:
     "The website for a language model: what there is, in one line each, with addresses."
-    top = public_top(lib)
+    lib = settings['lib_path']
+    address = lambda name: f'{doc_url}/{links[name].replace(".qmd", ".html")}'
     lines = [f'# {settings["lib_name"]}', '', f'> {settings["description"]}', '', '## Pages', '']
     lines += [f'- [{h["title"]}]({doc_url}/{h["output-file"]}): {h["description"]}' for h in pages]
     lines += ['', f'## What `{lib}` exports', '']
-    lines += [f'- [{k}]({doc_url}/reference.html#{k}): {first_sentence(f)}' for k, f in top]
+    lines += [f'- [{k}]({address(k)}): {first_sentence(f)}' for k, f in public_top(lib)]
     lines += ['', '## Modules', '']
-    where = f'{doc_url}/reference.html#module-'
-    lines += [f'- [{lib}.{m.name}]({where}{m.name}): {m.description}' for m in modules]
+    where = f'{doc_url}/reference'
+    lines += [f'- [{lib}.{m.name}]({where}/{m.name}.html): {m.description}' for m in modules]
     return '\n'.join(lines) + '\n'
 
 
@@ -164,6 +176,39 @@ def public_top(lib) -> list:
     "What stands at the top of the package: pairs of name and function."
     top = __import__(lib)
     return [(k, getattr(top, k)) for k in top.__all__]
+
+
+def read(path) -> dict:
+    return json.loads(path.read_text(encoding='utf-8'))
+
+
+def exporting(notebooks) -> list:
+    "The `Module`s that processed notebooks, by their files' names, export."
+    found = []
+    for name, nb in notebooks.items():
+        code = '\n'.join(''.join(c['source']) for c in nb['cells'] if c['cell_type'] == 'code')
+        if exported := re.search(r'^#\|\s*default_exp:?\s+(\w+)', code, re.M):
+            found.append(Module(exported[1], name, front(nb)['description']))
+    return found
+
+
+def copy_for_colab(name, root, made, git_url, relink) -> str:
+    "Write a notebook's copy for Colab; the address where Colab finds it, once it is published."
+    copy = read(root / 'nbs' / name)
+    for_colab(copy, git_url, relink)
+    write(copy, made / COLAB_FOLDER / name)
+    hosted = git_url.replace('github.com', 'colab.research.google.com/github')
+    return f'{hosted}/blob/gh-pages/colab/{name}'
+
+
+def set_addresses(path, git_url, doc_url, description, modules):
+    "Put into Quarto's settings what settings.ini says, and the pages of the reference."
+    quarto = yaml.safe_load(path.read_text(encoding='utf-8'))
+    listed = [dict(text=m.name, href=f'reference/{m.name}.qmd') for m in modules]
+    section = dict(section='Reference', contents=listed)
+    quarto['website']['sidebar']['contents'].append(section)
+    quarto['website'] |= {'repo-url': git_url, 'site-url': doc_url, 'description': description}
+    path.write_text(yaml.safe_dump(quarto, allow_unicode=True, sort_keys=False), encoding='utf-8')
 
 
 def complete(
@@ -177,38 +222,27 @@ def complete(
     settings = parser['DEFAULT']
     lib = settings['lib_path']
     git_url, doc_url = addresses(settings)
-    read = lambda p: json.loads(p.read_text(encoding='utf-8'))
     notebooks = {p.name: read(p) for p in sorted(made.glob('*.ipynb'))}
-    modules = []
-    for name, nb in notebooks.items():
-        code = '\n'.join(''.join(c['source']) for c in nb['cells'] if c['cell_type'] == 'code')
-        if exported := re.search(r'^#\|\s*default_exp:?\s+(\w+)', code, re.M):
-            modules.append(Module(exported[1], name, front(nb)['description']))
+    modules = exporting(notebooks)
     anchors = defined(lib, modules)
+    links = {k: f'reference/{home}.qmd#{k}' for k, home in anchors.items()}
     exports = {m.notebook: set(public(lib, m.name)) for m in modules}
     (made / COLAB_FOLDER).mkdir()
-    pages = []
     for name, nb in notebooks.items():
-        colab = ''
-        if COLAB.match(name):
-            copy = read(root / 'nbs' / name)
-            for_colab(copy, git_url, relink)
-            (made / COLAB_FOLDER / name).write_text(json.dumps(copy, indent=1), encoding='utf-8')
-            hosted = git_url.replace('github.com', 'colab.research.google.com/github')
-            colab = f'{hosted}/blob/gh-pages/colab/{name}'
-        finish(nb, name, anchors, exports.get(name, set()), colab)
-        (made / name).write_text(json.dumps(nb, indent=1), encoding='utf-8')
-        pages.append(front(nb))
+        opened = COLAB.match(name)
+        colab = copy_for_colab(name, root, made, git_url, relink) if opened else ''
+        finish(nb, name, links, exports.get(name, set()), colab)
+        write(nb, made / name)
     head = dict(title='Reference', description='Every public name, by module')
-    write_page(made / REFERENCE, head, reference(lib, modules))
+    write_page(made / REFERENCE, head, overview(lib, modules, links))
+    (made / 'reference').mkdir()
+    for m in modules:
+        head = dict(title=f'{lib}.{m.name}', description=m.description)
+        write_page(made / 'reference' / f'{m.name}.qmd', head, page(lib, m, anchors))
     shutil.copy(root / 'references.bib', made)
     head = dict(title='Papers', description='The works that the notebooks name')
     head |= dict(bibliography='references.bib', nocite='@*')
     write_page(made / PAPERS, head, '::: {#refs}\n:::\n')
-    text = llms(settings, doc_url, pages, modules, lib)
+    text = llms(settings, doc_url, [front(nb) for nb in notebooks.values()], modules, links)
     (made / 'llms.txt').write_text(text, encoding='utf-8')
-    quarto = yaml.safe_load((made / '_quarto.yml').read_text(encoding='utf-8'))
-    quarto['website'] |= {'repo-url': git_url, 'site-url': doc_url}
-    quarto['website']['description'] = settings['description']
-    text = yaml.safe_dump(quarto, allow_unicode=True, sort_keys=False)
-    (made / '_quarto.yml').write_text(text, encoding='utf-8')
+    set_addresses(made / '_quarto.yml', git_url, doc_url, settings['description'], modules)
