@@ -123,9 +123,9 @@ def parameters(rows, words, links) -> str:
         if not name:
             continue
         said = plain(words.get(name) or '')
-        kind = f': `{annotation}`' if annotation else ''
-        default = f', by default `{default}`' if default else ''
         here = {n for _, n, _, _ in rows}
+        kind = ': ' + linked(f'`{annotation}`', links, here) if annotation else ''
+        default = f', by default `{default}`' if default else ''
         blocks.append(f'**`{shown}`**{kind}{default}\n:   {linked(said, links, here) or "–"}')
     return '\n\n'.join(blocks)
 
@@ -154,7 +154,7 @@ def definition(f, name, links, origin='', level=2) -> str:
         blocks += ['**Parameters**', parameters(rows, words, links)]
     returns = getattr(given, 'returns', None)
     if isinstance(node, ast.FunctionDef) and (returns is not None or words.get('return')):
-        kind = f'`{ast.unparse(returns)}`' if returns is not None else ''
+        kind = linked(f'`{ast.unparse(returns)}`', links) if returns is not None else ''
         said = linked(plain(words.get('return') or ''), links, here)
         blocks.append(f'**Returns** {": ".join(x for x in (kind, said) if x)}')
     if raises:
