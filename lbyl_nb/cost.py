@@ -119,8 +119,12 @@ def cost(
 
     Convolutions, products of matrices, attention and recurrent layers are counted.
     ValueError if the model cannot be copied, or run on the inputs."""
-    net, args = _private(model), as_args(example_inputs)
+    return _count(_private(model), as_args(example_inputs))
+
+
+def _count(net, args) -> dict:
+    "What `cost` tells of a model that may be run as it is."
     with BaseTorchFunctionMode(), _Counter() as counter:
         _dry_run(net, args)
-    params = sum(p.numel() for p in model.parameters())
+    params = sum(p.numel() for p in net.parameters())
     return dict(params=params, macs=counter.macs // _sample_count(args))

@@ -134,20 +134,34 @@ def _refusal(net: Traced, name: str) -> str:
         return f'{name} is {why}'
     return ''
 
+# %% ../nbs/10_graph.ipynb #2ea1e4ec
+def _numbers(of) -> Tensor:
+    return torch.tensor(list(of), dtype=torch.long)
+
+
+def _marked(size: int, classes) -> Tensor:
+    "Which classes occur in some tensors, but for those that can never be removed."
+    marks = torch.zeros(size, dtype=torch.bool)
+    for c in classes:
+        marks[c] = True
+    marks[: _FIXED + 1] = False
+    return marks
+
 # %% ../nbs/10_graph.ipynb #37e930da
 _NO_READER = "its output does not reach the network's"
 _STREAM = 'its channels go through an addition (residual stream)'
 
 
 class _Table:
-    """A row for every class of labels.
+    """What is known of every class of labels.
 
-    It says who writes, reads and holds the class (`members`), its unit (`unit`), and why it is
-    refused, if it is (`reasons`).
+    `places` holds, for each tensor that a layer writes, reads or holds, the class at every place;
+    `written` the classes that somebody writes, which are all that count; `unit` the unit of every
+    class; `reasons` why it is refused, if it is.
     """
 
     def __init__(self, net: Traced, streams: bool):
-        self.net, self.reasons, self.members = net, {}, defaultdict(dict)
+        self.net, self.reasons = net, {}
         seen = net.seen
         self.depthwise = {k for k in seen.out if is_depthwise(net.model.get_submodule(k))}
         for name in seen.out:
@@ -156,27 +170,29 @@ class _Table:
         for c, why in zip(self.roots(seen.pins), seen.pins.values()):
             self.reasons.setdefault(c, why)
         if not streams:
-            self.refuse(torch.tensor(sorted(seen.added), dtype=torch.long), _STREAM)
-        _enter_all(self)
-        for c, m in self.members.items():
-            if not any(k[0] == 'in' for k in m):
-                self.reasons.setdefault(c, _NO_READER)
+            self.refuse(_numbers(seen.added), _STREAM)
+        self.places = {k: seen.same.roots(v).flatten() for k, v in _occurrences(self)}
+        written, read = (
+            _marked(seen.same.size, [v for k, v in self.places.items() if k[0] == kind])
+            for kind in ('out', 'in')
+        )
+        self.written = written
+        for c in (written & ~read).nonzero().flatten().tolist():
+            self.reasons.setdefault(c, _NO_READER)
         while _stuck(self):
             pass
 
     def roots(self, labels) -> list:
         "Classes of many labels."
-        return self.net.seen.same.roots(torch.tensor(list(labels), dtype=torch.long)).tolist()
+        return self.net.seen.same.roots(_numbers(labels)).tolist()
 
     def refuse(self, labels: Tensor, why: str):
         for c in set(self.net.seen.same.roots(labels).tolist()) - {0}:
             self.reasons.setdefault(c, why)
 
-    def enter(self, key: tuple, labels: Tensor, new: bool = True):
-        "Places of labels in one tensor, by class."
-        for place, c in enumerate(self.net.seen.same.roots(labels).flatten().tolist()):
-            if c > _FIXED and (new or c in self.members):
-                self.members[c].setdefault(key, []).append(place)
+    def refused(self) -> Tensor:
+        "Which classes are."
+        return _marked(len(self.written), [_numbers(self.reasons)])
 
 # %% ../nbs/10_graph.ipynb #0c9be4d7
 def _held(table: _Table):
@@ -194,52 +210,47 @@ def _held(table: _Table):
         yield ('held', name, a), labels
 
 
-def _enter_all(table: _Table):
-    "Who writes, reads and holds every class. Only those that somebody writes are in the table."
+def _occurrences(table: _Table):
+    "Who writes, reads and holds labels: pairs (what and who, labels)."
     seen = table.net.seen
     for name, labels in seen.out.items():
-        table.enter(('out', name), labels)
+        yield ('out', name), labels
     for name, labels in seen.read.items():
         if name not in table.depthwise:
-            table.enter(('in', name), labels, new=False)
-    for key, labels in _held(table):
-        table.enter(key, labels, new=False)
+            yield ('in', name), labels
+    yield from _held(table)
 
 # %% ../nbs/10_graph.ipynb #7c1e52d9
 _STUCK = 'it must lose as many channels as another piece of the same split, which can lose none'
 
 
-def _units(table: _Table) -> dict:
-    "{class: unit}. Classes that are tied to a refused one are refused."
+def _units(table: _Table) -> list:
+    "The unit of every class. Classes that are tied to a refused one are refused."
     seen = table.net.seen
     labels = torch.arange(2, seen.same.size)
     seen.together.join(labels, seen.same.roots(labels))
-
-    def unit(classes):
-        return seen.together.roots(torch.tensor(list(classes), dtype=torch.long)).tolist()
-
+    units = seen.together.roots(torch.arange(seen.same.size))
     bad = {}
-    for u, why in zip(unit(table.reasons), table.reasons.values()):
+    for u, why in zip(units[_numbers(table.reasons)].tolist(), table.reasons.values()):
         bad.setdefault(u, why)
-    units = dict(zip(table.members, unit(table.members)))
-    for c, u in units.items():
-        if u in bad:
-            table.reasons.setdefault(c, bad[u])
+    tied = table.written & torch.isin(units, _numbers(bad))
+    units = units.tolist()
+    for c in (tied & ~table.refused()).nonzero().flatten().tolist():
+        table.reasons[c] = bad[units[c]]
     return units
 
 
 def _stuck(table: _Table) -> bool:
     "Refuse pieces that must lose as many channels as one that can lose none. Were there any?"
     table.unit = _units(table)
-    before = len(table.reasons)
-    able = lambda c: c in table.members and c not in table.reasons
+    free, before = table.written & ~table.refused(), len(table.reasons)
     for pieces in table.net.seen.balances:
-        classes = [table.net.seen.same.roots(p).tolist() for p in pieces]
-        free = [set(filter(able, cs)) for cs in classes]
-        if all(free):
+        able = [c[free[c]] for c in map(table.net.seen.same.roots, pieces)]
+        if all(map(len, able)):
             continue
-        for c in set().union(*free):
-            table.reasons[c] = _STUCK
+        stuck = torch.cat(able)
+        free[stuck] = False
+        table.reasons |= dict.fromkeys(stuck.tolist(), _STUCK)
     return len(table.reasons) > before
 
 # %% ../nbs/10_graph.ipynb #2d67e836
@@ -372,21 +383,27 @@ def _name(layer: str, places: list, m: int) -> str:
     return f'{layer}[{", ".join(map(str, places))}]'
 
 # %% ../nbs/10_graph.ipynb #6d1fa0b3
-def _group(net, members, roots, why, order):
-    "The group of some classes that have the same members."
-    layer = net.model.get_submodule
+def _places(classes: Tensor, roots: Tensor) -> Tensor:
+    "Where some classes are in a tensor of classes: a row for each, which are equally long."
+    ordered, row = roots.sort()
+    at = torch.isin(classes, roots).nonzero().flatten()
+    rows = row[torch.searchsorted(ordered, classes[at])]
+    return at[rows.argsort(stable=True)].view(len(roots), -1)
+
+
+def _group(table, keys, roots, order):
+    "The group of some classes that are in the same tensors, or are refused."
+    net, layer = table.net, table.net.model.get_submodule
 
     def sort(kind):
-        keys = {k for m in members for k in m if k[0] == kind}
-        return sorted(keys, key=lambda k: (order[k[1]], k))
+        return sorted((k for k in keys if k[0] == kind), key=lambda k: (order[k[1]], k))
 
+    columns = lambda k: _places(table.places[k], roots)
     writers = tuple(k[1] for k in sort('out') if not is_depthwise(layer(k[1])))
-    places = sorted(p for m in members for p in m['out', writers[0]])
-    name = _name(writers[0], places, width(layer(writers[0])))
-    roots = torch.tensor(roots)
-    if why:
-        return Group(name, len(members), producers=writers, reason=why, roots=roots)
-    columns = lambda k: torch.tensor([m[k] for m in members])
+    first = torch.isin(table.places['out', writers[0]], roots).nonzero().flatten().tolist()
+    name = _name(writers[0], first, width(layer(writers[0])))
+    if why := table.reasons.get(roots[0].item()):
+        return Group(name, len(roots), producers=writers, reason=why, roots=roots)
     cut, parameters = {k[1]: columns(k) for k in sort('out')}, []
     for k in sort('held'):
         one_by_one = isinstance(layer(k[1]), (*_NORMS, nn.PReLU))
@@ -397,7 +414,7 @@ def _group(net, members, roots, why, order):
     branches, scales, f = _branches(net, writers, cut, roots)
     return Group(
         name,
-        len(members),
+        len(roots),
         norm=branches[0][-1][1],
         activation=f,
         consumers=tuple(_consumer(net, k[1], columns(k), branches, f, roots) for k in sort('in')),
@@ -410,27 +427,47 @@ def _group(net, members, roots, why, order):
     )
 
 # %% ../nbs/10_graph.ipynb #e8a37c51
-def _kind(table, c):
-    "What the classes of one group have in common: reason and writers, or all that they belong to."
-    why, members = table.reasons.get(c, ''), table.members[c]
-    if why:
-        return why, tuple(k for k in members if k[0] == 'out' and k[1] not in table.depthwise)
-    # all classes have their members in the order in which these were entered
-    return ('', *((k, len(places)) for k, places in members.items()))
+def _kinds(table: _Table) -> Tensor:
+    """A number for every class that somebody writes, 0 for others.
 
+    Classes of one number are equally often in the same tensors; refused ones have the same reason
+    and the same writers.
+    """
+    numbers = {why: i for i, why in enumerate(dict.fromkeys(table.reasons.values()), 1)}
+    kind, n = torch.zeros(len(table.written), dtype=torch.long), len(numbers)
+    for c, why in table.reasons.items():
+        kind[c] = numbers[why]
+    refused = table.refused()
+    for (what, name, *_), classes in table.places.items():
+        c, times = classes[table.written[classes]].unique(return_counts=True)
+        if what == 'out' and name not in table.depthwise:
+            times = times.where(~refused[c], 1)
+        else:
+            c, times = c[~refused[c]], times[~refused[c]]
+        pairs = torch.stack([kind[c], times])
+        found, new = pairs.unique(dim=1, return_inverse=True)
+        kind[c], n = n + 1 + new, n + found.shape[1]
+    return kind.where(table.written, 0)
 
-def _alike(net, table, order):
-    "Classes with the same members, as groups."
-    kinds = {}
-    for name in net.seen.out:
+# %% ../nbs/10_graph.ipynb #2eb34d08
+def _alike(table, order):
+    "Classes of the same kind, as groups."
+    kind, keys = _kinds(table), defaultdict(list)
+    for key, classes in table.places.items():
+        for k in kind[classes].unique().tolist():
+            keys[k].append(key)
+    groups, done = [], ~table.written
+    for name in table.net.seen.out:
         if name in table.depthwise:
             continue
-        for c in dict.fromkeys(net.seen.same.roots(net.seen.out[name]).tolist()):
-            if c in table.members:
-                kinds.setdefault(_kind(table, c), {})[c] = table.members[c]
-    return [_group(net, list(g.values()), list(g), kind[0], order) for kind, g in kinds.items()]
+        classes = table.places['out', name]
+        new = _numbers(dict.fromkeys(classes[~done[classes]].tolist()))
+        done[new] = True
+        for k in dict.fromkeys(kind[new].tolist()):
+            groups.append(_group(table, keys[k], new[kind[new] == k], order))
+    return groups
 
-
+# %% ../nbs/10_graph.ipynb #99610911
 def _other_order(net, g, consumer):
     "Does a grouped convolution read something else than these channels, all of them, in order?"
     layer = net.model.get_submodule(consumer.name)
@@ -442,7 +479,7 @@ def _other_order(net, g, consumer):
 
 def _groups(net, table, order):
     "All groups of a table; those that a grouped convolution has in another order are refused."
-    groups = _alike(net, table, order)
+    groups = _alike(table, order)
     while True:
         odd = [(g, c.name) for g in groups for c in g.consumers if _other_order(net, g, c)]
         if not odd:
@@ -452,7 +489,7 @@ def _groups(net, table, order):
             table.refuse(g.roots, why)
         while _stuck(table):
             pass
-        groups = _alike(net, table, order)
+        groups = _alike(table, order)
 
 # %% ../nbs/10_graph.ipynb #1dde9593
 def find_groups(
@@ -512,9 +549,11 @@ def _with_families(net, table, groups):
 
 def _parts(table, owner, balances, n):
     "For each of n groups, the first one that ties connect it with."
-    ties = defaultdict(set)
+    ties, first = defaultdict(set), {}
     for c, i in owner.items():
-        ties[table.unit[c]].add(i)
+        other = first.setdefault(table.unit[c], i)
+        if other != i:
+            ties[table.unit[c]] |= {other, i}
     for k, pieces in enumerate(balances):
         ties['balance', k] = {owner[c] for p in pieces for c in p}
     part = list(range(n))
@@ -745,11 +784,22 @@ def _agree(a: Tensor, b: Tensor) -> bool:
         return False
     if not a.numel() or torch.equal(a, b):
         return True
-    if not a.is_floating_point() or not torch.equal(a.isfinite(), b.isfinite()):
+    if not a.is_floating_point():
         return False
+    moved = _largest(a - b)
+    if math.isfinite(moved):
+        return moved <= 1e-3 * _largest(a) + 1e-6
     # noise may be too much for a network, with or without a cut
-    a, b = a[a.isfinite()], b[b.isfinite()]
-    return a.numel() > 0 and bool((a - b).abs().max() <= 1e-3 * a.abs().max() + 1e-6)
+    finite = a.isfinite()
+    if not finite.any() or not torch.equal(finite, b.isfinite()):
+        return False
+    a = a[finite]
+    return _largest(a - b[finite]) <= 1e-3 * _largest(a) + 1e-6
+
+
+def _largest(v: Tensor) -> float:
+    "The largest magnitude; NaN if there is one."
+    return torch.stack(v.aminmax()).abs().max().item()
 
 # %% ../nbs/10_graph.ipynb #c8a1e248
 def _differing(

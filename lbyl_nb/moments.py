@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .closed_form import check_ridge, ridge_solution
+from .closed_form import all_finite, check_ridge, ridge_solution
 from .layers import as_called, call, conv_groups, padded
 from .probes import Probes
 
@@ -265,7 +265,7 @@ def layer_moments(
     p = [patch_cross(layer, v, ones)[0].double() for v in read]
     G, p = (v[0] if n == 1 else torch.stack(v) for v in (G, p))
     m = Moments(n=ones.numel(), G=G, p=p, **_target_moments(layer, x, y))
-    if not (m.G.isfinite().all() and m.C.isfinite().all()):
+    if not (all_finite(m.G) and all_finite(m.C)):
         raise ValueError(f'{name}: NaN or infinity met while probing')
     return m
 

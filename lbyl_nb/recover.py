@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .cost import cost
+from .closed_form import all_finite
+from .cost import _count
 from .criteria import l2_norm
 from .delivery import Delivery, removed
 from .errors import bn_error, residual_squares
@@ -74,7 +75,7 @@ def _fault(v) -> str:
         return 'quantized weights are not handled'
     if v.is_meta:
         return 'is on the meta device and holds no values'
-    if v.is_floating_point() and not torch.isfinite(v).all():
+    if v.is_floating_point() and not all_finite(v):
         return 'holds NaN or infinity'
     return ''
 
@@ -255,7 +256,7 @@ def _dress(small, model):
         if like is None:
             like = tensors[name.rsplit('.', 1)[0] + '.weight']
         new = v.data.to(like.dtype)
-        if v.data.isfinite().all() and not new.isfinite().all():
+        if not all_finite(new) and all_finite(v.data):
             raise ValueError(
                 f'{name}: its restored values are too large for {like.dtype}; '
                 'restore the network in bfloat16 or float32'
@@ -358,7 +359,7 @@ def _attempt(
         if g.name in chosen:
             gone[g.name] = removed(chosen[g.name], g.channels).tolist()
     touched = [g for g in groups if gone.get(g.name)]
-    before = cost(net.model, net.args)
+    before = _count(net.model, net.args)
     errors, missed = {}, {}
     if hasattr(restorer, 'rewrite'):
         missed = restorer.rewrite(net, touched, chosen)
@@ -369,7 +370,7 @@ def _attempt(
     small, wrong = _cut(net, touched, gone)
     if wrong:
         return None, wrong
-    costs = pd.DataFrame(dict(before=before, after=cost(small, net.args))).T
+    costs = pd.DataFrame(dict(before=before, after=_count(small, net.args))).T
     return Restoration(_dress(small, model), chosen, report, costs), {}
 
 # %% ../nbs/13_recover.ipynb #a93be410
