@@ -350,6 +350,8 @@ def test_settings_of_quarto_have_what_they_name(processed):
     shown = site['favicon'], site['open-graph']['image'], quarto['format']['html']['css']
     assert [f for f in shown if not (processed / f).exists()] == []
     assert set(quarto['format']['html']['theme']) == {'light', 'dark'}
+    source = NBS.relative_to(ROOT).as_posix()
+    assert site['repo-actions'] == ['source'] and site['repo-subdir'] == source
     listed = list(sidebar(site['sidebar']['contents']))
     assert sorted(listed) == sorted([*NOTEBOOKS, *REFERENCE, 'papers.qmd'])
     assert [f for f in listed if not (processed / f).exists()] == []
@@ -394,10 +396,11 @@ def test_quarto_makes_the_website(processed, tmp_path):
     assert any(link.endswith('reference/recover.html#lbyl_restore') for link in page.links)
 
 
-def test_make_docs_says_that_quarto_is_missing(project):
-    """Without Quarto, `make docs` processes the pages and then fails with one sentence.
+@pytest.fixture
+def make_docs(project):
+    """Runs `make docs` in a copy of the project that borrows this environment.
 
-    It installs nothing.
+    On its PATH is what make needs, and no quarto but what a test puts into the folder `bin`.
     """
     if sys.prefix == sys.base_prefix:
         pytest.skip('the tests run outside a virtual environment: there is none to lend')
@@ -408,17 +411,44 @@ def test_make_docs_says_that_quarto_is_missing(project):
     for stamp in ('.place', '.installed', '.installed-dev'):
         (env / stamp).unlink(missing_ok=True)
         (env / stamp).write_text(f'{project}\n')
-    tools = project / 'bin'  # a PATH with make's needs and no quarto
+    tools = project / 'bin'
     tools.mkdir()
-    for name in ('sh', 'make', 'sed', 'cat', 'test', 'env'):
+    for name in ('sh', 'make', 'sed', 'cat', 'test', 'env', 'rm', 'mv', 'mkdir'):
         (tools / name).symlink_to(shutil.which(name))
-    run = call(tools / 'make', '-s', 'docs', cwd=project, PATH=str(tools))
+    run = lambda: call(tools / 'make', '-s', 'docs', cwd=project, PATH=str(tools))
+    return project, run
+
+
+def test_make_docs_says_that_quarto_is_missing(make_docs):
+    """Without Quarto, `make docs` processes the pages and then fails with one sentence.
+
+    It installs nothing.
+    """
+    project, run = make_docs
+    run = run()
     assert run.returncode
     assert (project / '_proc' / 'index.ipynb').exists()
     assert not (project / '_docs').exists()
     [sentence] = [line for line in run.stdout.splitlines() if 'quarto' in line]
     assert 'not on the PATH' in sentence
     assert 'Traceback' not in run.stdout and 'sudo' not in run.stdout
+
+
+def test_make_docs_renders_and_fails_with_quarto(make_docs):
+    "What Quarto renders becomes _docs, with the copies for Colab; if it fails, so does make."
+    project, run = make_docs
+    stand_in = project / 'bin' / 'quarto'
+    stand_in.write_text(
+        '#!/bin/sh\n[ "$1" = render ] && mkdir _docs && cat index.ipynb > _docs/i\n'
+    )
+    stand_in.chmod(0o755)
+    (project / '_docs').mkdir()
+    (project / '_docs' / 'old').touch()
+    assert run().returncode == 0
+    assert sorted(p.name for p in (project / '_docs').iterdir()) == ['colab', 'i']
+    assert (project / '_docs' / 'colab' / '01_delivery.ipynb').exists()
+    stand_in.write_text('#!/bin/sh\nexit 3\n')
+    assert run().returncode
 
 
 def test_readme_is_the_index():
