@@ -10,7 +10,7 @@ FACTS := settings.ini setup.py pyproject.toml
 MIN_PYTHON := $(shell sed -n 's/^min_python *= *//p' settings.ini)
 OLD_ENOUGH := import sys; sys.exit(sys.version_info < tuple(map(int, '$(MIN_PYTHON)'.split('.'))))
 
-.PHONY: help demo test lab format lint docs readme bench clean moved
+.PHONY: help demo test lab format lint docs readme bench lock clean moved
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -43,7 +43,8 @@ docs: $(VENV)/.installed-dev ## build the website into _docs (needs quarto for t
 	@$(PY) tools/docs.py pages
 	@command -v quarto >/dev/null || { echo "The pages are ready in _proc, but turning them into the website needs quarto, which is not on the PATH: see https://quarto.org/docs/get-started"; exit 1; }
 	@echo "Rendering them with quarto."
-	@$(PY) -c 'from nbdev.quarto import nbdev_docs; nbdev_docs.__wrapped__()'
+	@cd _proc && quarto render
+	@rm -rf _docs && mv _proc/_docs _docs && mv _proc/_colab _docs/colab
 	@echo "The website is in _docs; open _docs/index.html."
 
 readme: $(VENV)/.installed-dev ## write README.md anew from nbs/index.ipynb
@@ -52,6 +53,9 @@ readme: $(VENV)/.installed-dev ## write README.md anew from nbs/index.ipynb
 
 bench: $(VENV)/.installed ## measure speed and memory, by the scripts in benchmarks/, one after another
 	@for script in benchmarks/[a-z]*.py; do echo "Running $$script."; $(PY) $$script || exit 1; done
+
+lock: $(VENV)/.installed-dev ## write down the versions that are installed, in requirements.lock
+	@$(PY) tools/lock.py
 
 clean: ## remove what the other targets built, but keep .venv
 	@rm -rf _proc _docs build dist *.egg-info demo.png .pytest_cache .hypothesis nbs/nbdev.yml

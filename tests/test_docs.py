@@ -3,33 +3,43 @@
 Pages are processed, convert, and point at each other; the README is the index notebook.
 """
 
-import importlib.util
+import ast
+import importlib
+import inspect
 import json
 import os
+import posixpath
 import re
 import shutil
 import sys
 from html.parser import HTMLParser
 from urllib.parse import unquote
 
+import nbformat
+import numpy as np
 import pypandoc
 import pytest
 import yaml
-from conftest import BUILT, NBS, NOTEBOOKS, ROOT, call, cells, settings
+from conftest import BUILT, LIB, NBS, NOTEBOOKS, ROOT, call, cells, settings
+from PIL import Image
 
 from lbyl_nb import _modidx
 
+MODULES = sorted(p.stem for p in LIB.glob('[a-z]*.py'))
+REFERENCE = ['reference.qmd', *(f'reference/{m}.qmd' for m in MODULES)]
 QUARTO = yaml.safe_load((ROOT / '_quarto.yml').read_text(encoding='utf-8'))
 
 
-def load(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def load_tool(name):
+    "A module of tools/, which import each other by their names."
+    sys.path.insert(0, str(ROOT / 'tools'))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(ROOT / 'tools'))
 
 
-docs = load(ROOT / 'tools' / 'docs.py')
+docs = load_tool('docs')
 
 
 def sidebar(entries):
@@ -88,6 +98,10 @@ def pages(processed, tmp_path_factory):
         html = pypandoc.convert_text(text, 'html', format='ipynb', extra_args=options)
         warnings = [m for m in json.loads(log.read_text()) if m['verbosity'] == 'WARNING']
         made[name] = html, Page(html), warnings
+    for name in REFERENCE:  # each heading in a section of its own, as on the website
+        text = (processed / name).read_text(encoding='utf-8')
+        html = pypandoc.convert_text(text, 'html', format='markdown', extra_args=['--section-divs'])
+        made[name] = html, Page(html), []
     return made
 
 
@@ -102,17 +116,15 @@ def number_results(notebook):
                 output['execution_count'] = 0
 
 
-def output_file(page):
-    "Name that nbdev gives a page on the website: the notebook's, without its number."
-    front = [c for c in cells(page, 'raw') if c['source'].startswith('---')]
-    if not front:
-        return page.with_suffix('.html').name
-    return yaml.safe_load(front[0]['source'].strip().strip('-'))['output-file']
+def front(page):
+    "What stands at the head of a processed notebook: title, description, name of its page."
+    [head] = cells(page, 'raw')[:1]
+    return yaml.safe_load(head['source'].strip().strip('-'))
 
 
 def test_sidebar_is_the_notebooks():
     listed = list(sidebar(QUARTO['website']['sidebar']['contents']))
-    assert [n for n in listed if not (NBS / n).exists()] == []
+    assert [n for n in listed if not (NBS / n).exists()] == ['reference.qmd', 'papers.qmd']
     assert [n for n in NOTEBOOKS if n not in listed] == []
     assert len(listed) == len(set(listed))
 
@@ -164,36 +176,231 @@ def test_page_converts(name, pages):
     assert '$$' not in re.sub(r'<(pre|code|annotation)\b.*?</\1>', '', html, flags=re.S)
 
 
-@pytest.mark.parametrize('name', NOTEBOOKS)
+@pytest.mark.parametrize('name', [*NOTEBOOKS, *REFERENCE])
 def test_links_resolve(name, pages, processed):
-    """Links between pages, to headings and to files lead somewhere, as do pictures.
-
-    A link that nbdev makes of a symbol in backticks leads to the page that documents it; the
-    symbol is no heading there.
-    """
-    names = {n: n for n in NOTEBOOKS}
-    names.update({output_file(processed / n): n for n in NOTEBOOKS})
-    documented = [where for module in _modidx.d['syms'].values() for where, _ in module.values()]
-    symbols = {where.partition('#')[2] for where in documented}
+    "Links between pages, to headings, names and files lead somewhere, as do pictures: all of them."
+    files = {n: n for n in (*NOTEBOOKS, *REFERENCE)}
+    files.update({front(processed / n)['output-file']: n for n in NOTEBOOKS})
     _, page, _ = pages[name]
 
     def leads_somewhere(link):
-        target, _, anchor = unquote(link).lstrip('/').partition('#')
-        if target and target not in names:
+        target, _, anchor = unquote(link).partition('#')
+        if target:
+            target = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
+        if target and target not in files:
             return (NBS / target).resolve().exists()
-        _, there, _ = pages[names[target] if target else name]
-        return not anchor or anchor in symbols or anchor in there.ids
+        _, there, _ = pages[files[target] if target else name]
+        return not anchor or anchor in there.ids
 
     links = [link for link in page.links if not re.match(r'(https?|mailto):', link)]
+    assert links
     assert [link for link in links if not leads_somewhere(link)] == []
     images = [src for src in page.images if not re.match(r'https?:|data:', src)]
     assert [src for src in images if not (NBS / unquote(src)).exists()] == []
 
 
-def test_make_docs_says_that_quarto_is_missing(project):
-    """Without Quarto, `make docs` processes the pages and then fails with one sentence.
+def public(module):
+    "Public names of a module, and those of the public methods that its classes define."
+    loaded = importlib.import_module(f'lbyl_nb.{module}')
+    for k in loaded.__all__:
+        yield k
+        v = getattr(loaded, k)
+        if inspect.isclass(v) and v.__module__ == loaded.__name__:
+            mine = [n for n in vars(v) if f'lbyl_nb.{module}.{k}.{n}' in symbols(module)]
+            yield from (f'{k}.{n}' for n in mine if not n.startswith('_'))
 
-    It installs nothing.
+
+def symbols(module):
+    return _modidx.d['syms'][f'lbyl_nb.{module}']
+
+
+@pytest.mark.parametrize('module', MODULES)
+def test_reference_has_every_name(module, pages):
+    "Each function in a section of the second level, which is what the website's search finds."
+    html, page, _ = pages[f'reference/{module}.qmd']
+    sections = re.findall(r'<section id="([^"]+)"\s+class="level2"', html)
+    names = list(public(module))
+    assert sorted(sections) == sorted(k for k in names if '.' not in k)
+    assert [k for k in names if k not in page.ids] == []
+    _, overview, _ = pages['reference.qmd']
+    assert {f'reference/{module}.qmd#{k}' for k in sections} <= set(overview.links)
+
+
+def test_reference_says_what_the_code_says(pages):
+    "Parameters with their words and defaults, what comes back, what is raised."
+    from lbyl_nb import plan
+
+    html, _, _ = pages['reference/recover.qmd']
+    part = re.search(r'<section id="plan".*?</section>', html, re.S)[0]
+    text = re.sub(r'\s+', ' ', re.sub(r'<[^>]+>', '', part))
+    assert inspect.getdoc(plan).splitlines()[0] in text
+    for name in inspect.signature(plan).parameters:
+        assert name in text
+    for words in ('fraction to remove of each group', 'by default l2_norm', 'Raises', 'Returns'):
+        assert words in text
+    assert re.search(r'Raises</strong> ValueError for bad inputs', part)
+
+
+def test_reference_leads_to_the_code(pages):
+    "From every function to the cell that defines it, and back to the reference from the text."
+    found = [link for n in REFERENCE for link in pages[n][1].links]
+    told = {link.partition('#def-')[2] for link in found if '#def-' in link}
+    assert told == {k for m in MODULES for k in public(m) if '.' not in k}
+    links = [link for n in NOTEBOOKS for link in pages[n][1].links]
+    assert sum(link.startswith('reference/') for link in links) > 200
+    assert not [link for link in links if link.startswith('/')]
+
+
+def test_papers_are_listed(processed):
+    "The page has all works of references.bib, as Pandoc's citations make it."
+    text = (processed / 'papers.qmd').read_text(encoding='utf-8')
+    options = ['--citeproc', f'--resource-path={processed}', '--standalone', '--metadata=lang:en']
+    html = pypandoc.convert_text(text, 'html', format='markdown', extra_args=options)
+    ids = re.findall(r'^@\w+\{(\w+),', (ROOT / 'references.bib').read_text(encoding='utf-8'), re.M)
+    assert len(ids) > 30
+    assert {f'ref-{i}' for i in ids} <= Page(html).ids
+
+
+def test_docstrings_are_taken_apart():
+    "What a function does stands apart from what it raises; signs of Markdown are shown as such."
+    tool = load_tool('reference')
+    doc = """Cut a file; `ValueError` if it is empty.
+
+    The pieces are |a| long. Raises as `b` does. TypeError for x; y is left.
+    """
+    does, raises = tool.sentences(doc)
+    assert does == ['Cut a file', 'The pieces are |a| long.']
+    assert raises == ['`ValueError` if it is empty.', 'As `b` does.', 'TypeError for x; y is left.']
+    assert tool.plain('[0, 1) and `a_b` * c_d') == r'\[0, 1) and `a_b` \* c\_d'
+    assert tool.linked('`f` and `g`', dict(f='m.qmd#f', g='#g'), {'g'}) == '[`f`](m.qmd#f) and `g`'
+
+
+@pytest.mark.parametrize('name', NOTEBOOKS)
+def test_page_is_a_valid_notebook(name, processed):
+    "By Jupyter's own check of the format, so are the copies for Colab."
+    for path in (processed / name, processed / '_colab' / name):
+        if path.exists():
+            nbformat.validate(json.loads(path.read_text(encoding='utf-8')))
+
+
+def test_titles_have_the_numbers_that_links_have(processed):
+    heads = {n: front(processed / n) for n in NOTEBOOKS}
+    for name, head in heads.items():
+        number = re.match(r'\d+[a-z]?', name)
+        assert head['output-file'] == name.replace('.ipynb', '.html')
+        assert not number or head['title'].startswith(f'{number[0]} · ')
+
+
+def test_imports_are_folded():
+    tool = load_tool('website')
+    assert tool.is_setup('#| export\nimport a\nfrom b import c')
+    assert tool.is_setup('import torch\n\ngen = torch.Generator().manual_seed(0)')
+    for source in ('import a\n\nf(a)', 'gen = torch.Generator().manual_seed(0)', '%pip x', 'x = 1'):
+        assert not tool.is_setup(source)
+
+
+@pytest.mark.parametrize('name', NOTEBOOKS)
+def test_folded_cells_are_imports(name, processed):
+    "Imports, and nothing else, are folded, and no cell is left without code."
+    code = cells(processed / name, 'code')
+    assert [c for c in code if not re.sub(r'^#\|.*\n?', '', c['source'], flags=re.M).strip()] == []
+    folded = [c for c in code if '#| code-fold: true' in c['source']]
+    assert folded
+    nodes = [n for c in folded for n in ast.parse(c['source']).body]
+    assert {type(n) for n in nodes} <= {ast.Import, ast.ImportFrom, ast.Assign}
+
+
+def test_colab_copies_install_the_package(processed):
+    "The first notebooks, with one cell more, whose links lead to the repository."
+    names = sorted(p.name for p in (processed / '_colab').iterdir())
+    assert names == [n for n in NOTEBOOKS if re.match(r'index|0[0-4]_', n)]
+    git_url = settings()['git_url']
+    for name in names:
+        first, *rest = cells(processed / '_colab' / name)
+        assert f'git clone --quiet --depth 1 {git_url}\n' in first['source']
+        assert '%pip install' in first['source']
+        own = cells(NBS / name)
+        assert [c['cell_type'] for c in rest] == [c['cell_type'] for c in own]
+        assert [c['source'] for c in rest if c['cell_type'] == 'code'] == [
+            c['source'] for c in own if c['cell_type'] == 'code'
+        ]
+        text = '\n'.join(c['source'] for c in rest if c['cell_type'] == 'markdown')
+        assert not re.search(r'\]\((?!https?:|#)', text)
+        page = '\n'.join(c['source'] for c in cells(processed / name, 'markdown'))
+        hosted = git_url.replace('github.com', 'colab.research.google.com/github')
+        assert f'({hosted}/blob/gh-pages/colab/{name})' in page
+
+
+def test_addresses_are_those_of_the_owner(monkeypatch):
+    tool, said = load_tool('website'), settings()
+    monkeypatch.setenv('GITHUB_REPOSITORY_OWNER', 'somebody')
+    assert tool.addresses(said) == (
+        said['git_url'].replace('OWNER', 'somebody'),
+        said['doc_url'].replace('OWNER', 'somebody'),
+    )
+    monkeypatch.delenv('GITHUB_REPOSITORY_OWNER')
+    assert tool.addresses(said) == (said['git_url'], said['doc_url'])
+
+
+def test_settings_of_quarto_have_what_they_name(processed):
+    "Addresses are filled in, and pictures and styles are there."
+    quarto = yaml.safe_load((processed / '_quarto.yml').read_text(encoding='utf-8'))
+    site = quarto['website']
+    assert site['repo-url'] == settings()['git_url'] and site['site-url'] == settings()['doc_url']
+    shown = site['favicon'], site['open-graph']['image'], quarto['format']['html']['css']
+    assert [f for f in shown if not (processed / f).exists()] == []
+    assert set(quarto['format']['html']['theme']) == {'light', 'dark'}
+    source = NBS.relative_to(ROOT).as_posix()
+    assert site['repo-actions'] == ['source'] and site['repo-subdir'] == source
+    listed = list(sidebar(site['sidebar']['contents']))
+    assert sorted(listed) == sorted([*NOTEBOOKS, *REFERENCE, 'papers.qmd'])
+    assert [f for f in listed if not (processed / f).exists()] == []
+
+
+def test_pictures_are_what_the_script_draws(tmp_path):
+    load_tool('pictures').draw(tmp_path)
+    for name in ('card.png', 'favicon.svg'):
+        drawn, stored = tmp_path / name, NBS / 'images' / name
+        if name.endswith('png'):
+            a, b = (np.asarray(Image.open(p).convert('RGB'), dtype=float) for p in (drawn, stored))
+            assert a.shape == b.shape == (630, 1200, 3)
+            assert abs(a - b).mean() < 6  # letters of another version of matplotlib may differ
+        else:
+            shapes = [re.findall(r'fill: (#\w+)', p.read_text()) for p in (drawn, stored)]
+            assert shapes[0] == shapes[1] and len(shapes[0]) == 8
+
+
+def test_llms_txt_lists_every_page(processed):
+    text = (processed / 'llms.txt').read_text(encoding='utf-8')
+    doc_url = settings()['doc_url']
+    for n in NOTEBOOKS:
+        assert f']({doc_url}/{n.replace(".ipynb", ".html")}): ' in text
+    for m in MODULES:
+        assert f']({doc_url}/reference/{m}.html): ' in text
+
+
+@pytest.mark.skipif(not shutil.which('quarto'), reason='needs Quarto, which is no Python package')
+def test_quarto_makes_the_website(processed, tmp_path):
+    "The real program reads the settings, and search finds a definition."
+    site = shutil.copytree(processed, tmp_path / 'site')
+    run = call('quarto', 'render', cwd=site, timeout=1800)
+    assert run.returncode == 0, run.stdout[-3000:]
+    made = site / '_docs'
+    for name in NOTEBOOKS:
+        assert (made / name.replace('.ipynb', '.html')).exists()
+    found = json.loads((made / 'search.json').read_text(encoding='utf-8'))
+    assert 'reference/recover.html#lbyl_restore' in {entry['href'] for entry in found}
+    page = Page((made / '13_recover.html').read_text(encoding='utf-8'))
+    there = Page((made / 'reference' / 'recover.html').read_text(encoding='utf-8'))
+    assert 'def-lbyl_restore' in page.ids and 'lbyl_restore' in there.ids
+    assert any(link.endswith('reference/recover.html#lbyl_restore') for link in page.links)
+
+
+@pytest.fixture
+def make_docs(project):
+    """Runs `make docs` in a copy of the project that borrows this environment.
+
+    On its PATH is what make needs, and no quarto but what a test puts into the folder `bin`.
     """
     if sys.prefix == sys.base_prefix:
         pytest.skip('the tests run outside a virtual environment: there is none to lend')
@@ -204,17 +411,44 @@ def test_make_docs_says_that_quarto_is_missing(project):
     for stamp in ('.place', '.installed', '.installed-dev'):
         (env / stamp).unlink(missing_ok=True)
         (env / stamp).write_text(f'{project}\n')
-    tools = project / 'bin'  # a PATH with make's needs and no quarto
+    tools = project / 'bin'
     tools.mkdir()
-    for name in ('sh', 'make', 'sed', 'cat', 'test', 'env'):
+    for name in ('sh', 'make', 'sed', 'cat', 'test', 'env', 'rm', 'mv', 'mkdir'):
         (tools / name).symlink_to(shutil.which(name))
-    run = call(tools / 'make', '-s', 'docs', cwd=project, PATH=str(tools))
+    run = lambda: call(tools / 'make', '-s', 'docs', cwd=project, PATH=str(tools))
+    return project, run
+
+
+def test_make_docs_says_that_quarto_is_missing(make_docs):
+    """Without Quarto, `make docs` processes the pages and then fails with one sentence.
+
+    It installs nothing.
+    """
+    project, run = make_docs
+    run = run()
     assert run.returncode
     assert (project / '_proc' / 'index.ipynb').exists()
     assert not (project / '_docs').exists()
     [sentence] = [line for line in run.stdout.splitlines() if 'quarto' in line]
     assert 'not on the PATH' in sentence
     assert 'Traceback' not in run.stdout and 'sudo' not in run.stdout
+
+
+def test_make_docs_renders_and_fails_with_quarto(make_docs):
+    "What Quarto renders becomes _docs, with the copies for Colab; if it fails, so does make."
+    project, run = make_docs
+    stand_in = project / 'bin' / 'quarto'
+    stand_in.write_text(
+        '#!/bin/sh\n[ "$1" = render ] && mkdir _docs && cat index.ipynb > _docs/i\n'
+    )
+    stand_in.chmod(0o755)
+    (project / '_docs').mkdir()
+    (project / '_docs' / 'old').touch()
+    assert run().returncode == 0
+    assert sorted(p.name for p in (project / '_docs').iterdir()) == ['colab', 'i']
+    assert (project / '_docs' / 'colab' / '01_delivery.ipynb').exists()
+    stand_in.write_text('#!/bin/sh\nexit 3\n')
+    assert run().returncode
 
 
 def test_readme_is_the_index():

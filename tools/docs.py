@@ -5,8 +5,9 @@
     python tools/docs.py pages      write _proc/, for Quarto   (first half of make docs)
 
 nbdev does both only where Quarto is installed, and offers to install it otherwise. These two need
-nbdev's processing alone. They stand outside the package, which knows nothing of nbdev, and outside
-nbs/, all of which becomes part of the website.
+nbdev's processing alone; what the website has besides is added by website.py. They stand outside
+the package, which knows nothing of nbdev, and outside nbs/, all of which becomes part of the
+website.
 """
 
 import json
@@ -24,14 +25,15 @@ FENCE = re.compile(r'(^```.*?^```)', re.M | re.S)
 
 def relink(
     text,  # Markdown as it stands in a notebook in nbs/
-    folder='nbs',  # the notebook's folder, seen from where the text will stand
+    folder='nbs',  # the notebook's folder, seen from where the text will stand; may be an address
 ):
-    "`text` with its relative links seen from the project's root; code blocks stay as they are."
+    "`text` with its relative links seen from elsewhere; code blocks stay as they are."
+    host = re.match(r'(?:[a-z]+://[^/]+)?', folder)[0]
 
     def target(m):
         if re.match(r'[a-z]+:|/', m[2]):
             return m[0]
-        return m[1] + posixpath.normpath(posixpath.join(folder, m[2]))
+        return m[1] + host + posixpath.normpath(posixpath.join(folder[len(host) :], m[2]))
 
     parts = FENCE.split(text)
     return ''.join(p if p.startswith('```') else LINK.sub(target, p) for p in parts)
@@ -91,16 +93,19 @@ def readme(
 def pages(
     root=ROOT,  # the project
 ):
-    "Process every notebook for the website into `root`/_proc, executing nothing; its path."
+    "Process every notebook for the website into `root`/_proc, running no notebook; its path."
+    sys.path.insert(0, str(root))  # the package that the reference is about is the one here
+    import website
     from nbdev.serve import proc_nbs
 
     os.chdir(root)
-    made = proc_nbs(str(root / 'nbs'), n_workers=0)
+    made = proc_nbs(str(root / 'nbs'), force=True, n_workers=0)
     notebooks = sorted(p.name for p in (root / 'nbs').glob('*.ipynb'))
     missing = [n for n in notebooks if not (made / n).exists()]
     if missing:
         ignored = 'it ignores whatever lies below a folder whose name begins with a dot.'
         raise SystemExit(f'nbdev left out {", ".join(missing)}; {ignored}')
+    website.complete(root, made, relink)
     return made
 
 
