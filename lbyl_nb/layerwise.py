@@ -44,6 +44,7 @@ from lbyl_nb.moments import (
     in_turn,
     layer_moments,
     look,
+    nearest,
     regress,
     row_moments,
     total,
@@ -144,18 +145,19 @@ def _site_fit(
     layer: nn.Module,  # with its dense weights
     halves: list,  # two `_site_moments`
     ridge: float | None,  # None: chosen on held-out probes
+    start: Tensor | None = None,  # other weights, by output, that the ridge may pull to
 ) -> Fit:  # V: (o, columns x taps), c: (o,)
     "New taps and bias of a layer."
     if not sum(M.n for M in halves):
         raise ValueError(f'{s.reader.name}: reads nothing when the probes pass the network')
     if not s.free:
         return _channel_fit(s, layer, halves, ridge)
-    W = by_output(layer).detach()
-    n = conv_groups(layer)
-    prior = W[:, in_weight(layer, s.read).to(W.device)].flatten(1)
+    W, n = by_output(layer).detach(), conv_groups(layer)
+    at = in_weight(layer, s.read).to(W.device)
+    priors = [v[:, at].flatten(1) for v in (W, start) if v is not None]
     if n > 1:
-        prior = prior.view(n, len(W) // n, -1)
-    fit = regress(halves, prior, ridge)
+        priors = [v.view(n, len(W) // n, -1) for v in priors]
+    fit = regress(halves, nearest(halves, priors), ridge)
     # in its final precision: the taps of all layers are held at once
     return replace(fit, V=fit.V.flatten(0, -2).to(layer.weight), c=fit.c.flatten())
 
@@ -437,7 +439,7 @@ def _solve_again(pair, p: _Pending, out: Tensor, lack: Tensor):
     each = iter(p.halves)
     measure = lambda x, y: for_target(next(each), p.layer, x, y, r.name)
     changed = pair.halves(p.site, measure, p.read, p.y + _missing(lack, norm))
-    fit = _site_fit(p.site, p.layer, changed, p.fit.ridge)
+    fit = pair.fit(p.site, p.layer, changed, p.fit.ridge)
     pair.take(p.site, fit)
     new = _apply_fit(p.layer, fit.V, fit.c, p.read)
     pair.own(out).copy_(norm.forward(new) if norm else new)
@@ -452,11 +454,17 @@ class _Restoring(_Pass):
         self.missed, self.constants = {}, {}
         self.bar = tqdm(total=len(sites), desc='restoring', delay=2, leave=False)
 
+    def fit(self, s, layer, halves, ridge):
+        "New weights for a layer; the ridge may pull to those that the target has."
+        now = by_output(self.target.get_submodule(s.reader.name)).detach()
+        changed = not torch.equal(now, by_output(layer))
+        return _site_fit(s, layer, halves, ridge, now if changed else None)
+
     def solve(self, s, layer, read, dense, y, out):
         "Find new weights for a layer, and go on with what it gives by them."
         measure = lambda *v: _site_moments(s, layer, *v)
         halves = self.halves(s, measure, read, dense, y)
-        fit = _site_fit(s, layer, halves, self.ridge)
+        fit = self.fit(s, layer, halves, self.ridge)
         self.own(out).copy_(_apply_fit(layer, fit.V, fit.c, read))
         if self.is_summand(s):
             self.expect(s, out, _Pending(s, layer, halves, read, y, fit))
@@ -573,7 +581,7 @@ class _SideBySide(_Restoring):
         self.prints[name] = _fingerprint(out, 1), _fingerprint(read, 1)
         measure = lambda *v: _site_moments(s, layer, *v)
         halves = self.halves(s, measure, read, x, out)
-        self.take(s, _site_fit(s, layer, halves, self.ridge))
+        self.take(s, self.fit(s, layer, halves, self.ridge))
 
     def own(self, out):
         "The restored network's part of what a layer gives."
@@ -805,7 +813,7 @@ class _OneByOne(_Restoring):
             return
         for name, halves in _look_at_sites(self.probes, sites, len(self.probes)).items():
             layer = self.model.get_submodule(name)
-            self.take(sites[name], _site_fit(sites[name], layer, halves, self.ridge))
+            self.take(sites[name], self.fit(sites[name], layer, halves, self.ridge))
 
     def halves(self, s, f, *v):
         "A function of even samples, and of odd ones."
@@ -830,6 +838,18 @@ class _Layerwise:
     source: Callable  # of probes
     refit: bool  # rewrite every layer, or consumers of pruned groups alone?
     ridge: float | None  # None: chosen on held-out probes
+    prior: Callable | None  # by weights alone, what the ridge may pull to
+
+    def begin(self, net, groups, chosen):
+        "Put the coefficients of the prior into consumers; constants are for the probes to find."
+        if self.prior is None:
+            return
+
+        def coefficients(ch, keep):
+            S = self.prior(ch, keep).S
+            return Delivery(S, S.new_zeros(len(S)))
+
+        _one_by_one(net, groups, chosen, coefficients, torch.float64)
 
     def rewrite(self, net, groups, chosen):
         "Put all layers right, in place; returns what fraction of the variance each fit misses."
@@ -839,9 +859,11 @@ class _Layerwise:
             probes = replace(probes, model=copy.deepcopy(net.model))
         sites = find_sites(net, groups, chosen, every=self.refit)
         pair = _SideBySide(probes, net.model, sites, self.ridge)
+        self.begin(net, groups, chosen)
         why = _attempt(pair)
         if not why:
             return pair.missed
+        self.begin(net, groups, chosen)
         missed = _OneByOne(probes, net.model, sites, self.ridge).run()
         what = 'dense and restored network were run one after the other'
         warnings.warn(f'{why}; {what}', stacklevel=2)
@@ -853,14 +875,17 @@ def layerwise(
     *,
     refit: bool = True,  # rewrite every layer for its changed input, or consumers alone?
     ridge: float | None = None,  # fraction of the mean variance; None: chosen by held-out probes
+    prior: Callable | None = None,  # restorer by weights alone: what the ridge may pull to
 ) -> _Layerwise:  # for `restore`
     """A restorer: dense and restored network side by side, each layer rewritten for what it reads.
 
     Where samples are not in the first dimension, or depend on each other, one network is run after
-    the other, with a warning that names a layer. ValueError for ridge <= 0."""
+    the other, with a warning that names a layer. The ridge pulls the weights of a layer to those
+    for kept channels that it has, or with `prior` to what that makes of them, whichever comes
+    nearer to what the dense layer gives. ValueError for ridge <= 0."""
     if ridge is not None:
         check_ridge(ridge)
-    return _Layerwise(source, refit, ridge)
+    return _Layerwise(source, refit, ridge, prior)
 
 # %% ../nbs/14_layerwise.ipynb #9884e889
 class _Default:
@@ -876,7 +901,7 @@ class _Default:
             by_weights = gaussian(fallback=prune_only())
             _one_by_one(net, groups, chosen, by_weights, torch.float64)
             return {}
-        return layerwise(lambda *_: probes).rewrite(net, groups, chosen)
+        return layerwise(lambda *_: probes, prior=gaussian()).rewrite(net, groups, chosen)
 
 
 def default_restorer() -> _Default:  # for `restore`

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RIDGES', 'unfolded_gram', 'stationary_gram', 'patch_gram', 'patch_cross', 'Moments', 'Centred', 'in_turn', 'total',
-           'layer_moments', 'row_moments', 'for_target', 'prediction_error', 'held_out_ridge', 'Fit', 'regress', 'look']
+           'layer_moments', 'row_moments', 'for_target', 'prediction_error', 'held_out_ridge', 'Fit', 'regress',
+           'nearest', 'look']
 
 # %% ../nbs/07_moments.ipynb #f5d729e0
 import math
@@ -428,6 +429,24 @@ def regress(
     V, c = _solution(M, prior, ridge)
     missed = _unexplained(V, M).sum() / M.var.sum().clamp(min=1e-30)
     return Fit(V, c, ridge, missed.item())
+
+# %% ../nbs/07_moments.ipynb #069b0b35
+def nearest(
+    halves: list,  # `Moments` of two halves of the probes
+    priors: list,  # (o, d) taps each
+) -> Tensor:  # one of them
+    "The taps that leave least of the wanted outputs unexplained."
+    if len(priors) == 1:
+        return priors[0]
+    some, _ = _some_outputs(halves, priors[0])
+    M = total(some).centred()
+
+    def lost(prior):
+        _, taps = _some_outputs(halves, prior)
+        share = (_unexplained(taps.to(M.G), M) / M.var.clamp(min=1e-12)).mean().item()
+        return share if math.isfinite(share) else math.inf
+
+    return min(priors, key=lost)
 
 # %% ../nbs/07_moments.ipynb #899b1bf4
 def _check_called(names, seen):
