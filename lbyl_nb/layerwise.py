@@ -840,8 +840,10 @@ class _Layerwise:
     ridge: float | None  # None: chosen on held-out probes
     prior: Callable | None  # by weights alone, what the ridge may pull to
 
-    def begin(self, net, groups, chosen):
+    def begin(self, net, groups, chosen, sites):
         "Put the coefficients of the prior into consumers; constants are for the probes to find."
+        free = {k for k, s in sites.items() if s.free}
+        groups = [g for g in groups if any(c.name in free for c in g.consumers)]
         if self.prior is None:
             return
 
@@ -859,11 +861,11 @@ class _Layerwise:
             probes = replace(probes, model=copy.deepcopy(net.model))
         sites = find_sites(net, groups, chosen, every=self.refit)
         pair = _SideBySide(probes, net.model, sites, self.ridge)
-        self.begin(net, groups, chosen)
+        self.begin(net, groups, chosen, sites)
         why = _attempt(pair)
         if not why:
             return pair.missed
-        self.begin(net, groups, chosen)
+        self.begin(net, groups, chosen, sites)
         missed = _OneByOne(probes, net.model, sites, self.ridge).run()
         what = 'dense and restored network were run one after the other'
         warnings.warn(f'{why}; {what}', stacklevel=2)

@@ -1,10 +1,11 @@
-"""How many probes a restoration of the networks in `photographs.py` needs.
+"""How many probes a restoration of the networks in `photographs.py` needs, and what prior.
 
     python benchmarks/trials/probes.py FOLDER LITE0
 
 Plans are those that the default chooses; the default's mixture of photographs and noise restores
-them, in several numbers. All is measured on the 100 photographs that serve to choose. Rows go into
-nbs/results/probes.csv; the same call goes on where it stopped. About an hour on one core.
+them, in several numbers, and the ridge pulls to the weights of kept channels or to what `gaussian`
+makes of them. All is measured on the 100 photographs that serve to choose. Rows go into
+nbs/results/probes.csv; the same call goes on where it stopped. Half an hour on one core.
 """
 
 import sys
@@ -13,21 +14,23 @@ from pathlib import Path
 
 from photographs import RESULTS, SHARES, X, answers, chosen, images, network
 
-from lbyl_nb import layerwise
+from lbyl_nb import gaussian, layerwise
 from lbyl_nb.bench import sweep
 from lbyl_nb.fisher import divergence
 from lbyl_nb.photographs import stand_ins
 from lbyl_nb.plans import check_plan
 from lbyl_nb.recover import verified
 
+PRIORS = dict(pruning=None, gaussian=gaussian())
 
-def restored(s, source, folder, file):
+
+def restored(s, source, folder, file, **kwargs):
     "The plan that the default chooses, restored with a source of probes; seconds that this took."
     net, _ = network(s['network'], folder, file)
     made, _ = chosen(s['network'], folder, file, s['share'], 'default')
     keep = lambda model, traced, groups: check_plan(made, groups)
     start = time.process_time()
-    small = verified(net, X, layerwise(source), keep, streams=True).model
+    small = verified(net, X, layerwise(source, **kwargs), keep, streams=True).model
     return small, time.process_time() - start
 
 
@@ -42,7 +45,8 @@ def moved(s, small, folder, file):
 
 def measure(s, folder, file):
     "One restoration with so many probes."
-    small, seconds = restored(s, stand_ins(s['probes'], s['seed']), folder, file)
+    source = stand_ins(s['probes'], s['seed'])
+    small, seconds = restored(s, source, folder, file, prior=PRIORS[s['prior']])
     return moved(s, small, folder, file) | dict(seconds=seconds)
 
 
@@ -51,8 +55,9 @@ def settings():
     for name, shares in SHARES.items():
         for share in shares:
             for n in (16, 32, 64, 128):
-                for seed in range(2):
-                    yield dict(network=name, share=share, probes=n, seed=seed)
+                for prior in PRIORS:
+                    for seed in range(2):
+                        yield dict(network=name, share=share, probes=n, prior=prior, seed=seed)
 
 
 if __name__ == '__main__':
