@@ -44,10 +44,10 @@ from lbyl_nb.moments import (
     in_turn,
     layer_moments,
     look,
-    nearest,
     regress,
     row_moments,
     total,
+    trusted,
 )
 from .photographs import stand_ins
 from .probes import Probes, noise
@@ -145,7 +145,7 @@ def _site_fit(
     layer: nn.Module,  # with its dense weights
     halves: list,  # two `_site_moments`
     ridge: float | None,  # None: chosen on held-out probes
-    start: Tensor | None = None,  # other weights, by output, that the ridge may pull to
+    prior: Tensor | None = None,  # other weights, by output, that the ridge may pull to
 ) -> Fit:  # V: (o, columns x taps), c: (o,)
     "New taps and bias of a layer."
     if not sum(M.n for M in halves):
@@ -154,10 +154,14 @@ def _site_fit(
         return _channel_fit(s, layer, halves, ridge)
     W, n = by_output(layer).detach(), conv_groups(layer)
     at = in_weight(layer, s.read).to(W.device)
-    priors = [v[:, at].flatten(1) for v in (W, start) if v is not None]
-    if n > 1:
-        priors = [v.view(n, len(W) // n, -1) for v in priors]
-    fit = regress(halves, nearest(halves, priors), ridge)
+
+    def taps(weight):
+        rows = weight[:, at].flatten(1)
+        return rows if n == 1 else rows.view(n, len(rows) // n, -1)
+
+    own = taps(W)
+    to = own if prior is None else trusted(halves, own, taps(prior))
+    fit = regress(halves, to, ridge)
     # in its final precision: the taps of all layers are held at once
     return replace(fit, V=fit.V.flatten(0, -2).to(layer.weight), c=fit.c.flatten())
 
@@ -883,8 +887,8 @@ def layerwise(
 
     Where samples are not in the first dimension, or depend on each other, one network is run after
     the other, with a warning that names a layer. The ridge pulls the weights of a layer to those
-    for kept channels that it has, or with `prior` to what that makes of them, whichever comes
-    nearer to what the dense layer gives. ValueError for ridge <= 0."""
+    for kept channels that it has, or with `prior` to what that makes of them, unless it goes
+    astray. ValueError for ridge <= 0."""
     if ridge is not None:
         check_ridge(ridge)
     return _Layerwise(source, refit, ridge, prior)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RIDGES', 'unfolded_gram', 'stationary_gram', 'patch_gram', 'patch_cross', 'Moments', 'Centred', 'in_turn', 'total',
            'layer_moments', 'row_moments', 'for_target', 'prediction_error', 'held_out_ridge', 'Fit', 'regress',
-           'nearest', 'look']
+           'trusted', 'look']
 
 # %% ../nbs/07_moments.ipynb #f5d729e0
 import math
@@ -431,22 +431,24 @@ def regress(
     return Fit(V, c, ridge, missed.item())
 
 # %% ../nbs/07_moments.ipynb #069b0b35
-def nearest(
+def trusted(
     halves: list,  # `Moments` of two halves of the probes
-    priors: list,  # (o, d) taps each
+    own: Tensor,  # (o, d) taps that a layer has
+    prior: Tensor,  # (o, d) others, made without probes
 ) -> Tensor:  # one of them
-    "The taps that leave least of the wanted outputs unexplained."
-    if len(priors) == 1:
-        return priors[0]
-    some, _ = _some_outputs(halves, priors[0])
+    """What a ridge should pull to: the prior, unless it is worthless.
+
+    That is, if it explains less of the wanted outputs than a constant does, and less than what the
+    layer has."""
+    some, _ = _some_outputs(halves, own)
     M = total(some).centred()
 
-    def lost(prior):
-        _, taps = _some_outputs(halves, prior)
+    def lost(taps):
+        _, taps = _some_outputs(halves, taps)
         share = (_unexplained(taps.to(M.G), M) / M.var.clamp(min=1e-12)).mean().item()
         return share if math.isfinite(share) else math.inf
 
-    return min(priors, key=lost)
+    return prior if lost(prior) <= max(1.0, lost(own)) else own
 
 # %% ../nbs/07_moments.ipynb #899b1bf4
 def _check_called(names, seen):
