@@ -7,6 +7,7 @@ __all__ = ['Consumer', 'Family', 'Group', 'find_groups', 'Reader', 'find_readers
            'follow_sizes', 'Filters', 'Channels', 'channels', 'add_constant']
 
 # %% ../nbs/10_graph.ipynb #02c4cf7c
+import copy
 import math
 from collections import defaultdict
 from contextlib import contextmanager
@@ -21,7 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .closed_form import _products
 from .errors import bn_affine
+from .experts import takes_constants
 from .gaussian import Activation, relu
+from .heads import bound_classes, of_one_sample, settings_of
 from lbyl_nb.layers import (
     _NORMS,
     LAYERS,
@@ -33,7 +36,16 @@ from lbyl_nb.layers import (
     is_plain,
     width,
 )
-from .trace import _FIXED, Traced, _Node, _record, _Recorder, _tensors_within, _varying
+from lbyl_nb.trace import (
+    _FIXED,
+    Traced,
+    _compact,
+    _Node,
+    _record,
+    _Recorder,
+    _tensors_within,
+    _varying,
+)
 
 # %% ../nbs/10_graph.ipynb #80bbc3c2
 @dataclass(frozen=True)
@@ -97,6 +109,7 @@ class Group:
     scales: tuple = ()  # for each summand, what it is multiplied by (m,), or None
     cut: tuple = ()  # pairs (producer, or module behind it that keeps channels apart, (m, span))
     parameters: tuple = ()  # other parameters cut with them: (module, attribute, places (m, span))
+    heads: bool = False  # do the channels pass an attention, so that heads go as a whole?
     reason: str = ''  # why the group is left alone; empty where it can be pruned
     roots: Tensor | None = field(default=None, repr=False, compare=False)  # (m,) label classes
     family: Family | None = field(default=None, repr=False, compare=False)  # with whom it is chosen
@@ -163,24 +176,41 @@ class _Table:
     def __init__(self, net: Traced, streams: bool):
         self.net, self.reasons = net, {}
         seen = net.seen
+        self.bound = _marked(seen.same.size, [bound_classes(seen)])
         self.depthwise = {k for k in seen.out if is_depthwise(net.model.get_submodule(k))}
         for name in seen.out:
             if why := _refusal(net, name):
                 self.refuse(torch.cat([seen.out[name], seen.read[name]]), why)
         for c, why in zip(self.roots(seen.pins), seen.pins.values()):
             self.reasons.setdefault(c, why)
-        if not streams:
-            self.refuse(_numbers(seen.added), _STREAM)
         self.places = {k: seen.same.roots(v).flatten() for k, v in _occurrences(self)}
         written, read = (
             _marked(seen.same.size, [v for k, v in self.places.items() if k[0] == kind])
             for kind in ('out', 'in')
         )
         self.written = written
-        for c in (written & ~read).nonzero().flatten().tolist():
-            self.reasons.setdefault(c, _NO_READER)
-        while _stuck(self):
-            pass
+        if not streams:
+            added = _marked(seen.same.size, [seen.same.roots(_numbers(seen.added))])
+            self.refuse((added & ~self.turned()).nonzero().flatten(), _STREAM)
+        unread = written & ~read & ~self.with_others(read)
+        for dead in (unread & ~self.bound, unread):  # what is of a head may have another reason
+            for c in dead.nonzero().flatten().tolist():
+                self.reasons.setdefault(c, _NO_READER)
+            while _stuck(self):
+                pass
+
+    def turned(self) -> Tensor:
+        "Which classes are of heads and of a single layer, as what a rotary embedding adds is?"
+        layers = torch.zeros(len(self.bound), dtype=torch.long)
+        for k, v in self.places.items():
+            if k[0] == 'out':
+                layers[v.unique()] += 1
+        return self.bound & (layers == 1)
+
+    def with_others(self, read: Tensor) -> Tensor:
+        "Which classes are of heads that a layer reads, some channels of theirs at least?"
+        units = self.net.seen.together.roots(torch.arange(len(read)))
+        return self.bound & torch.isin(units, units[read])
 
     def roots(self, labels) -> list:
         "Classes of many labels."
@@ -227,8 +257,6 @@ _STUCK = 'it must lose as many channels as another piece of the same split, whic
 def _units(table: _Table) -> list:
     "The unit of every class. Classes that are tied to a refused one are refused."
     seen = table.net.seen
-    labels = torch.arange(2, seen.same.size)
-    seen.together.join(labels, seen.same.roots(labels))
     units = seen.together.roots(torch.arange(seen.same.size))
     bad = {}
     for u, why in zip(units[_numbers(table.reasons)].tolist(), table.reasons.values()):
@@ -380,7 +408,11 @@ def _name(layer: str, places: list, m: int) -> str:
     if places == list(range(places[0], places[-1] + 1, step)):
         by = f':{step}' if step > 1 else ''
         return f'{layer}[{places[0]}:{places[-1] + 1}{by}]'
-    return f'{layer}[{", ".join(map(str, places))}]'
+    starts = [p for p in places if p - 1 not in places] if len(places) > 8 else places
+    ends = [p + 1 for p in places if p + 1 not in places]
+    runs = zip(starts, ends) if len(places) > 8 else ()
+    ranges = [f'{a}:{b}' if b - a > 1 else str(a) for a, b in runs] or map(str, places)
+    return f'{layer}[{", ".join(ranges)}]'
 
 # %% ../nbs/10_graph.ipynb #6d1fa0b3
 def _places(classes: Tensor, roots: Tensor) -> Tensor:
@@ -423,6 +455,7 @@ def _group(table, keys, roots, order):
         scales=scales,
         cut=tuple(cut.items()),
         parameters=tuple(parameters),
+        heads=bool(table.bound[roots].any()),
         roots=roots,
     )
 
@@ -832,6 +865,7 @@ class _Left:
             for d, stays in enumerate(_along(self.stays[v])):
                 v = v.index_select(d, stays.nonzero().flatten())
             given[k] = v
+        self.bound = torch.cat([torch.zeros(0, dtype=torch.long), *net.seen.bound])
         self.given = given  # labels of layers' outputs and of parameters
         self.made = torch.zeros(self.size, dtype=torch.bool)
         for v in (*net.seen.out.values(), *net.seen.param.values()):
@@ -840,15 +874,25 @@ class _Left:
 
     def plain(self, v, cut):
         "What neither a layer nor a parameter made has labels of its own in each pass."
-        v = v.flatten()
         inside = v.where(v < self.size, 0)
         plain = self.roots[inside].where(self.made[self.roots[inside]], (v > 0).long())
-        return plain if cut else plain[self.stays[plain]]
+        return of_one_sample(_compact(plain if cut else self.without(plain))).flatten()
+
+    def without(self, v):
+        "Labels that stay, in as many dimensions as before if that is possible."
+        stays = self.stays[v]
+        along = _along(stays)
+        if math.prod(int(k.sum()) for k in along) != int(stays.sum()):
+            return v[stays]
+        for d, keep in enumerate(along):
+            v = v.index_select(d, keep.nonzero().flatten())
+        return v
 
     def signature(self, n, cut):
         "An operation's kind, and what its labels are, or should be, without the classes."
         labels = (*n.labels, n.read)
-        return n.kind, [None if v is None else self.plain(v, cut) for v in labels]
+        kind = n.kind.removeprefix('_unsafe_')  # depends on the memory that a cut leaves
+        return kind, [None if v is None else self.plain(v, cut) for v in labels]
 
     def first_fault(self, again):
         "The first operation of another pass that is not as it should be, or where it ended."
@@ -858,7 +902,7 @@ class _Left:
                 return node
         return dense[len(again.nodes)] if len(again.nodes) < len(dense) else None
 
-
+# %% ../nbs/10_graph.ipynb #9e3a7f0d
 def _same(a, b):
     "Are two signatures of operations the same?"
     if a[0] != b[0]:
@@ -870,6 +914,7 @@ def _same(a, b):
 def _once_more(left, args):
     "The first operation of the cut network that is not as it should be, or None; and the error."
     again, error = _Recorder(left.net.model, left.given), ''
+    again.heads_before = left.bound
     for c in (again.same, again.together):
         c.new(left.size)
     try:
@@ -918,13 +963,22 @@ def _sizes(left, name):
     found = defaultdict(set)
     inside = [n for n in left.net.seen.nodes if name in (n.module, n.module.rpartition('.')[0])]
     labels = [v for n in inside for k in (n, *n.inputs) for v in k.labels if v is not None]
-    for v in labels:
+    for v in map(of_one_sample, labels):
         stays = _along(left.stays[v])
         for d in _varying(v):
             found[v.shape[d]].add(int(stays[d].sum()))
     return found
 
 # %% ../nbs/10_graph.ipynb #bb8353d9
+def _other_settings(settings, new: dict):
+    "Copies of a configuration with one number of heads put right."
+    for a, n in vars(settings).items():
+        if 'head' in a and type(n) is int and n in new:
+            other = copy.copy(settings)
+            other.__dict__ = vars(settings) | {a: new[n]}
+            yield other
+
+
 def _changes(left, name):
     "What may be tried in a module: new values of attributes, for one number alone, then for all."
     module = left.net.model.get_submodule(name)
@@ -940,6 +994,7 @@ def _changes(left, name):
         changes += [{k: v} for k, v in others.items()]
         if len(others) > 1:
             changes.append(others)
+        changes += [{k: v} for k, c in settings_of(module) for v in _other_settings(c, new)]
     return changes
 
 # %% ../nbs/10_graph.ipynb #092304ca
@@ -1228,10 +1283,10 @@ def add_constant(
     norm: str | None,  # batch norm directly behind it
     constant: Tensor,  # (o,) what to add to the layer's output
 ):
-    "Add a constant to a layer's output, wherever it has room for one."
+    "Add a constant to a layer's output, wherever it has room for one; nothing if it has none."
     layer = model.get_submodule(name)
     bn = model.get_submodule(norm) if norm else None
-    if not constant.any():
+    if not constant.any() or not takes_constants(layer):
         return
     constant = constant.to(layer.weight)
     if layer.bias is not None:

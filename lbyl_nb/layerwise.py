@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from .closed_form import check_ridge
 from .delivery import Delivery, removed
+from .experts import takes_constants
 from .graph import Reader, add_constant, channels, find_readers
 from lbyl_nb.layers import (
     as_called,
@@ -150,6 +151,8 @@ def _site_fit(
     "New taps and bias of a layer."
     if not sum(M.n for M in halves):
         raise ValueError(f'{s.reader.name}: reads nothing when the probes pass the network')
+    if not takes_constants(layer):  # then none is fitted
+        halves = [replace(M, p=0 * M.p, y=0 * M.y) for M in halves]
     if not s.free:
         return _channel_fit(s, layer, halves, ridge)
     W, n = by_output(layer).detach(), conv_groups(layer)
@@ -165,7 +168,7 @@ def _site_fit(
     # in its final precision: the taps of all layers are held at once
     return replace(fit, V=fit.V.flatten(0, -2).to(layer.weight), c=fit.c.flatten())
 
-
+# %% ../nbs/14_layerwise.ipynb #ab82f9de
 def _channel_fit(s: _Site, layer: nn.Module, halves: list, ridge: float | None) -> Fit:
     "`_site_fit` where all taps of a channel are delivered together, by one matrix."
     W = by_output(layer).detach()
@@ -1006,6 +1009,7 @@ class _ProbedLbyl:
         def measure(c, layer, x, y):
             return row_moments(_channel_rows(layer, x, c.columns), name=c.name)
 
+        groups = [g for g in groups if not g.heads]  # their weights do not say what they look at
         seen = look_at_consumers(probes, groups, measure)
         for g in groups:
             ch, keep = channels(original, g), chosen[g.name]

@@ -175,7 +175,7 @@ class _LeastLost:
         moments = {k: total(halves) for k, halves in seen.items()}
         counts = lambda c: _output_scale(net.model, c)
         out = {}
-        for g in tqdm(groups, 'choosing channels', delay=2, leave=False):
+        for g in tqdm([g for g in groups if g.consumers], 'choosing', delay=2, leave=False):
             read, unit = _read_of(net.model, g, moments, counts)
             units = int(unit.max()) + 1
             consumers = [_Columns(G, V, units, self.ridge) for G, V, _ in read]

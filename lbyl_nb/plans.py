@@ -93,9 +93,9 @@ def unit_scores(
 
 
 def _mean_scores(f: Family, scores: dict) -> torch.Tensor:
-    "(units,) means of the scores {group: (m,)} of the channels in each unit."
-    s = torch.cat([scores[name].cpu() for name, _ in f.members])
-    units = torch.cat([u for _, u in f.members])
+    "(units,) means of the scores {group: (m,)}, where a group has some, of the channels in each."
+    told = [(scores[name].cpu(), u) for name, u in f.members if name in scores]
+    s, units = (torch.cat(v) for v in zip(*told))
     sums = torch.zeros(f.units, dtype=s.dtype).index_add_(0, units, s)
     return sums / units.bincount(minlength=f.units)
 
@@ -357,11 +357,12 @@ def _check_family(plan, f, size):
     gone = torch.zeros(f.units, dtype=torch.bool)
     for name, u in named:
         gone[u[removed(plan[name], size[name])]] = True
-    for name, u in f.members:
+    rest = [(name, u) for name, u in f.members if name not in plan]
+    for name, u in named + rest:
         kept = (~gone[u]).nonzero().flatten().tolist()
         if name in plan and plan[name] != kept:
             what = 'channels that must be kept or removed together, as those of a grouped'
-            how = 'convolution, are not all in the plan, or not all out of it'
+            how = 'convolution or of a head, are not all in the plan, or not all out of it'
             raise ValueError(f'keep: {name}: {what} {how}')
         if named and len(kept) < len(u):
             plan[name] = kept

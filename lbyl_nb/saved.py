@@ -16,7 +16,7 @@ from .delivery import removed
 from .files import read_safetensors, write_safetensors
 from .graph import find_groups, follow_sizes, lost, remove_channels
 from .plans import check_plan
-from .recover import _dress
+from .recover import _dress, number_heads
 from .trace import trace
 
 # %% ../nbs/37_saved.ipynb #c3a7cdfc
@@ -57,6 +57,7 @@ def load_restored(
     gone = {k: removed(kept, width[k]).tolist() for k, kept in keep.items()}
     small = remove_channels(net, groups, gone)
     follow_sizes(net, net.args, lost(groups, gone))
+    number_heads(net, net.args, lost(groups, gone))
     return _load_tensors(_dress(small, model), tensors, path)
 
 # %% ../nbs/37_saved.ipynb #57a0bce6

@@ -218,7 +218,8 @@ class _Losses:
         names = dict.fromkeys(c.name for g in groups for c in g.consumers)
         self.fisher = fisher(self.probes, names)
         self.curves, self.units = {}, {}
-        for g in tqdm(groups, 'choosing channels', delay=2, leave=False):
+        read = [g for g in groups if g.consumers]
+        for g in tqdm(read, 'choosing channels', delay=2, leave=False):
             self.curves[g.name], self.units[g.name] = self._curve_of(g)
 
     def _curve_of(self, g) -> tuple:
@@ -253,6 +254,8 @@ class _Losses:
         "(units,) predicted losses of the units of a family: sums over their channels."
         loss = torch.zeros(f.units, dtype=torch.float64)
         for name, unit in f.members:
+            if name not in self.units:  # queries and keys, which no layer reads
+                continue
             own = self.units[name]
             of_channel = self.curves[name].shares() / own.bincount()
             loss.index_add_(0, unit, of_channel[own])

@@ -183,12 +183,13 @@ def _tensors_within(value, seen=None, depth: int = 8) -> list:
     """Tensors in what a network puts out.
 
     They are found in collections, mappings and data classes at any depth, in attributes of other
-    objects down to a depth.
+    objects down to a depth. A cache of keys and values is the network's own.
     """
     seen = set() if seen is None else seen
     if isinstance(value, Tensor):
         return [value]
-    if isinstance(value, _NOTHING) or id(value) in seen or not depth:
+    is_cache = hasattr(type(value), 'get_seq_length')
+    if isinstance(value, _NOTHING) or is_cache or id(value) in seen or not depth:
         return []
     seen.add(id(value))
     if isinstance(value, Mapping):
@@ -246,6 +247,12 @@ class _Recorder(TorchDispatchMode):
         self.made = []  # ranges of labels that layers made
         self.balances = []  # lists of pieces that must lose equally many channels
         self.pieces = {}  # {(id of a node, dimension): its pieces}
+        self.divisions = []  # matrices of labels, of dimensions that were divided into two
+        self.bound = []  # labels of channels that stay or go as whole heads
+        self.unless_read = []  # (node, labels, reason): pinned if anything reads what it puts out
+        self.unless_heads = []  # (labels, dimensions) where they meet a tensor of a fixed size
+        self.heads_before = None  # labels of heads, of a network that was recorded before
+        self.heads = []  # (module, labels of heads of queries, of keys, width) of attentions
         self.out, self.read = {}, {}  # {layer: labels of its outputs, of what it reads}
         self.calls = {}  # {layer: number of calls}
         self.of = {}  # {layer: node}
@@ -494,10 +501,17 @@ def _record(r: _Recorder, args):
     "Run the network once and write everything down."
     with torch.no_grad(), _watched(r), _Whole(r), r:
         out = call(r.model, args)
-    for t in _tensors_within(out):
-        m = _mark(r, t)
+    given = [_mark(r, t) for t in _tensors_within(out)]
+    ends = {id(m.node) for m in given}
+    for node, labels, reason in r.unless_read:
+        if node.outputs or id(node) in ends:
+            _hold(r, labels, reason)
+    for m in given:
         if m.labels is not None and not m.const:
             _hold(r, m.labels, "its channels are the network's output")
+    _settle_divisions(r)
+    several = [(m, k) for m, k in r.names.items() if hasattr(m, 'equal_losses')]
+    r.balances += [parts for m, k in several if (parts := m.equal_losses(k, r.out))]
     for parts in r.pieces.values():
         if len(parts) > 1 and len({len(p) for p in parts}) == 1:
             r.balances.append(parts)
@@ -609,11 +623,10 @@ def _shape_of_labels(r: _Recorder, c: _Call) -> list:
             return type(v)(map(labels, v))
         if not isinstance(v, Tensor):
             return v
-        known = _mark(r, v).labels
-        if known is not None:
-            return known
-        index = c.name in ('index', 'index_select') and v is not c.args[0]
-        return v if index else torch.full((1,) * v.ndim, _FIXED).expand(v.shape)
+        m, index = _mark(r, v), c.name in ('index', 'index_select') and v is not c.args[0]
+        if m.labels is not None and not (index and m.const):
+            return m.labels
+        return v.cpu() if index else torch.full((1,) * v.ndim, _FIXED).expand(v.shape)
 
     if c.name in ('view', '_unsafe_view', '_reshape_alias'):
         return [labels(c.args[0]).reshape(c.out.shape)]
@@ -636,6 +649,9 @@ def _shapes(r: _Recorder, c: _Call, marks: list):
     if any(v.dtype != torch.long or v.shape != t.shape for v, t in zip(labels, c.outs)):
         return _unknown(r, c, marks)
     if not all(v.numel() for v in labels):
+        d = (c['dim'] or 0) % c.tensors[0].ndim
+        if c.name == 'slice' and not c.out.shape[d] and d in _varying(marks[0].labels):
+            return _put(r, c.out, _Mark())  # behind the last channel
         why = f'nothing of its channels is left on example_inputs, behind {c.name}'
         return _unknown(r, c, marks, why)
     labels = [_compact(v).expand(v.shape) for v in labels]
@@ -648,6 +664,7 @@ def _shapes(r: _Recorder, c: _Call, marks: list):
 
 # %% ../nbs/09_trace.ipynb #afb63395
 _CUTS = set('slice split split_with_sizes chunk narrow unbind select'.split())
+_FIXED_SIZE = 'its channels meet a tensor of a fixed size'
 _VIEWS = set('view _unsafe_view reshape _reshape_alias unflatten as_strided'.split())
 
 
@@ -673,7 +690,21 @@ def _note_division(r: _Recorder, c: _Call, marks: list, labels: Tensor):
     if len(after) < 2 or len(after) <= len(_varying(marks[0].labels)):
         return
     rows = _compact(labels).reshape(-1, labels.shape[after[-1]])
-    _tie(r, rows[:1].expand_as(rows), rows)
+    r.divisions.append(rows)
+
+
+def _settle_divisions(r: _Recorder):
+    "What is divided in heads loses whole rows; all else the same places of every row."
+    labels = torch.arange(_FIXED + 1, r.same.size)
+    r.together.join(labels, r.same.roots(labels))
+    for v, dims in r.unless_heads:
+        units = r.together.roots(v)
+        if dims & set(_varying(units)):
+            _hold(r, v, _FIXED_SIZE)
+    for rows in r.divisions:
+        units = r.together.roots(rows)
+        if not (units == units[:, :1]).all():
+            _tie(r, rows[:1].expand_as(rows), rows)
 
 # %% ../nbs/09_trace.ipynb #4953ad71
 @_rule('constant_pad_nd')
@@ -771,6 +802,21 @@ def _along(r: _Recorder, c: _Call, marks: list):
     _finish(r, c, _add_node(r, c.name, marks), [labels for _ in c.outs])
 
 # %% ../nbs/09_trace.ipynb #0efc7663
+def _fixed_along(r: _Recorder, labels: Tensor, dims: set):
+    "Channels along these dimensions must stay, unless they are of heads, which may go as a whole."
+    if dims == set(_varying(labels)):
+        _hold(r, labels, _FIXED_SIZE)
+    elif dims:
+        r.unless_heads.append((labels, dims))
+
+
+def _for_all(r: _Recorder, v: Tensor, others: list) -> bool:
+    "Do all that numbers of one tensor meet in others stay or go with them?"
+    units = lambda w: r.together.roots(_compact(w))
+    pairs = [torch.broadcast_tensors(units(v), units(w)) for w in others]
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
 def _met(r: _Recorder, c: _Call, marks: list):
     "Labels of what a pointwise operation returns, compact; None if nothing that has any is left."
     shape = c.outs[0].shape
@@ -781,7 +827,8 @@ def _met(r: _Recorder, c: _Call, marks: list):
     for i, v in enumerate(parts):
         broadcast = {d for d in range(n) if v.shape[d] == 1 and shape[d] > 1}
         if broadcast & set().union(*vary[:i], *vary[i + 1 :]):
-            _hold(r, v, 'its channels meet others of another number')
+            if not _for_all(r, v, parts[:i] + parts[i + 1 :]):
+                _hold(r, v, 'its channels meet others of another number')
         elif total is None:
             total = _compact(v)
         else:
@@ -790,8 +837,7 @@ def _met(r: _Recorder, c: _Call, marks: list):
         if total is None or m.labels is not None or not m.fixed:
             continue
         wide = {d + n - t.ndim for d in range(t.ndim) if t.shape[d] > 1}
-        if wide & set(_varying(total)):
-            _hold(r, total, 'its channels meet a tensor of a fixed size')
+        _fixed_along(r, total, wide & set(_varying(total)))
     return total
 
 # %% ../nbs/09_trace.ipynb #f0ee3dd7
@@ -975,13 +1021,18 @@ def _product(r: _Recorder, c: _Call, marks: list):
     _finish(r, c, node, [_compact(la if va else lb).expand(c.out.shape)])
 
 # %% ../nbs/09_trace.ipynb #72a61a13
+def _not_followed(r: _Recorder, c: _Call, marks: list):
+    "Pin all channels that a function reads."
+    _unknown(r, c, marks, f'its channels go through {c.name}{_inside(r)}')
+
+
 def _whole(r: _Recorder, c: _Call):
     "Write down a function that was looked at as a whole."
     marks = [_mark(r, t) for t in c.tensors]
     if all(m.labels is None for m in marks[:3]):
         return _unlabelled(r, c, [_Mark(fixed=True)])
     if c.name != 'instance_norm':
-        return _unknown(r, c, marks, f'its channels go through {c.name}{_inside(r)}')
+        return _RULES.get(c.name, _not_followed)(r, c, marks)
     names = ('input', 'running_mean', 'running_var', 'weight', 'bias')
     c.named |= dict(zip(names, c.args))
     labels = _columns(r, c['input'], 1)
@@ -1025,23 +1076,34 @@ def _as_batch_norm(m: nn.Module) -> nn.Module:
     return new
 
 
-_EQUALS = {
-    'Conv1D': (_as_linear, lambda m: (2, m.weight.shape[0])),
-    'FrozenBatchNorm2d': (_as_batch_norm, lambda m: (2, len(m.weight), 3, 3)),
+def _same_on(shape):
+    "Do two layers give the same for an input of a shape, a function of the first?"
+
+    def same(m, new):
+        x = torch.arange(math.prod(shape(m))).cos().view(shape(m)).to(m.weight)
+        return torch.allclose(m(x), new(x), rtol=1e-3, atol=1e-4)
+
+    return same
+
+
+_EQUALS = {  # name of a class -> what makes the layer of PyTorch, and whether it gives the same
+    'Conv1D': (_as_linear, _same_on(lambda m: (2, m.weight.shape[0]))),
+    'FrozenBatchNorm2d': (_as_batch_norm, _same_on(lambda m: (2, len(m.weight), 3, 3))),
 }
 
 
 @torch.no_grad()
 def _equal_layer(m: nn.Module) -> nn.Module | None:
     "PyTorch's own layer that does what a layer of another library does; None if there is none."
-    if type(m).__name__ not in _EQUALS:
+    name = type(m).__name__
+    name = 'Experts' if name.endswith('Experts') else name
+    if name not in _EQUALS:
         return None
-    make, shape = _EQUALS[type(m).__name__]
+    make, same = _EQUALS[name]
     try:
         new = make(m).eval()
-        x = torch.arange(math.prod(shape(m))).cos().view(shape(m)).to(m.weight)
-        return new if torch.allclose(m(x), new(x), rtol=1e-3, atol=1e-4) else None
-    except (RuntimeError, AttributeError, TypeError):
+        return new if same(m, new) else None
+    except (RuntimeError, AttributeError, TypeError, ValueError):
         return None
 
 # %% ../nbs/09_trace.ipynb #f9173249

@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
+from lbyl_nb.graph import find_groups
 from lbyl_nb.layerwise import layerwise, probe
 from lbyl_nb.probes import calibration, noise
 from lbyl_nb.pruned_elsewhere import restore_inside
 from lbyl_nb.recover import lbyl_restore, plan, restore
 from lbyl_nb.restorers import lbyl, prune_only
 from lbyl_nb.saved import load_restored, save_restored
+from lbyl_nb.trace import trace
 
 RESTORERS = dict(lbyl=lbyl(), probe=probe(noise(8)), layerwise=layerwise(noise(8)))
 each_restorer = pytest.mark.parametrize('restorer', RESTORERS.values(), ids=RESTORERS.keys())
@@ -384,7 +386,7 @@ L = nn.Linear
 ATTENTION = dict(
     own=(own_attention, dict(qkv=L(8, 24), p=L(8, 8)), 'qkv'),
     separate=(separate_attention, dict(q=L(8, 8), k=L(8, 8), v=L(8, 8), p=L(8, 8)), 'v'),
-    module=(module_attention, dict(p=nn.MultiheadAttention(8, 2, batch_first=True)), 'i'),
+    module=(module_attention, dict(p=nn.MultiheadAttention(8, 2, batch_first=True)), 'p.v_proj'),
 )
 
 
@@ -392,19 +394,26 @@ ATTENTION = dict(
 @pytest.mark.parametrize('streams', [False, True])
 @pytest.mark.parametrize('kind', ATTENTION)
 def test_attention(kind, streams, restorer):
-    """Heads keep their width: layers that write to them are left alone.
+    """Heads go as a whole, where the code does not say how wide all of them are.
 
-    A plan that names one is refused. What lies between attentions is pruned.
+    A plan for some channels of a head is refused. What lies between attentions is pruned.
     """
     f, layers, name = ATTENTION[kind]
     net = Net(f, i=L(6, 8), **layers, u=L(8, 12), d=L(12, 8), o=L(8, 3))
     r = restore(net, sequence, ratio=0.5, streams=streams, restorer=restorer)
     assert r.plan.keys() >= {'u'}
-    assert name not in r.plan
     assert r.model(sequence).shape == (4, 3)
     assert r.model.u.out_features == 6
-    with pytest.raises(ValueError, match=f'keep: {name} cannot be pruned: '):
+    with pytest.raises(ValueError, match=f'keep: {name}.*(together|no channel)'):
         lbyl_restore(net, sequence, keep={name: [0, 1, 2]})
+    if kind == 'module':
+        assert (r.model.p.num_heads, r.model.p.out_proj.in_features) == (1, 4)
+        return
+    assert all(name not in k for k in r.plan)
+    values = [g for g in find_groups(trace(net, sequence)) if g.heads and name in g.name][-1]
+    one_head = {values.name: list(range(4))}
+    with pytest.raises(ValueError, match='cannot be pruned: the network does not run'):
+        lbyl_restore(net, sequence, keep=one_head)
 
 
 @each_restorer
@@ -656,7 +665,7 @@ GPT2 = dict(n_embd=16, n_layer=1, n_head=2, n_positions=16)
 def test_bert(restorer):
     """Inputs by keyword, an output of a class of its own, attention, layer norms.
 
-    The inner layers of the feed-forward blocks and the pooler are pruned.
+    Heads, the inner layers of the feed-forward blocks and the pooler are pruned.
     """
     hf = transformers()
     net = hf.BertForSequenceClassification(small_config(hf.BertConfig, **BERT)).eval()
@@ -666,7 +675,9 @@ def test_bert(restorer):
     out = r.model(words)
     assert type(out) is type(net(words))
     assert out.logits.shape == (4, 2)
-    assert r.plan.keys() == {'bert.encoder.layer.0.intermediate.dense', 'bert.pooler.dense'}
+    block = 'bert.encoder.layer.0'
+    inner = {f'{block}.attention.self.{k}' for k in ('query', 'key', 'value')}
+    assert r.plan.keys() == inner | {f'{block}.intermediate.dense', 'bert.pooler.dense'}
 
 
 def test_bert_with_a_tied_head():
@@ -676,7 +687,9 @@ def test_bert_with_a_tied_head():
     r = restore(net, dict(input_ids=words), ratio=0.5)
     assert r.model.cls.predictions.decoder.weight is r.model.bert.embeddings.word_embeddings.weight
     assert 'shares a parameter' in reasons(r)['cls.predictions.decoder']
-    assert r.plan.keys() == {'bert.encoder.layer.0.intermediate.dense'}
+    block = 'bert.encoder.layer.0'
+    inner = {f'{block}.attention.self.{k}' for k in ('query', 'key', 'value')}
+    assert r.plan.keys() == inner | {f'{block}.intermediate.dense'}
 
 
 @pytest.mark.parametrize('cache', [False, True])
@@ -691,7 +704,7 @@ def test_gpt2(cache):
     inputs = dict(input_ids=words, use_cache=cache)
     r = restore(net, inputs, ratio=0.5, restorer=prune_only())
     hidden = [k for k, m in net.named_modules() if k.endswith('mlp.c_fc')]
-    assert {k for k, v in r.plan.items() if len(v) < net.get_submodule(k).nf} >= set(hidden)
+    assert {k: len(r.plan[k]) * 2 for k in hidden} == {k: net.get_submodule(k).nf for k in hidden}
     small, dense = r.model.get_submodule(hidden[0]), net.get_submodule(hidden[0])
     assert type(small) is type(dense)
     assert (small.nx, small.nf) == (dense.nx, dense.nf // 2) == tuple(small.weight.shape)

@@ -1,0 +1,707 @@
+"""Heads of attention go as a whole, and what repeats another head is removed without loss.
+
+Networks of transformers are built from tiny configurations, with random weights.
+"""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lbyl_nb.graph import find_groups
+from lbyl_nb.heads import HeadsLeft
+from lbyl_nb.layerwise import layerwise, probe
+from lbyl_nb.least_lost import least_lost
+from lbyl_nb.plans import families_of
+from lbyl_nb.probes import calibration
+from lbyl_nb.recover import restore
+from lbyl_nb.restorers import lbyl, prune_only
+from lbyl_nb.saved import load_restored, save_restored
+from lbyl_nb.sensitivity import output_loss
+from lbyl_nb.trace import _tensors_within, trace
+
+EXACT = dict(
+    probe=lambda x: probe(calibration(x), ridge=1e-10),
+    layerwise=lambda x: layerwise(calibration(x), refit=False, ridge=1e-10),
+)
+WIDTH, HEADS = 32, 4
+D = WIDTH // HEADS
+
+
+def words(n=48, length=7, seed=0):
+    gen = torch.Generator().manual_seed(seed)
+    return torch.randint(2, 48, (n, length), generator=gen)
+
+
+def pictures(n=24, side=16):
+    return torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(0)).double()
+
+
+def own(kind, attention='sdpa', **given):
+    "A network of transformers, and the attention it shall use."
+    tf = pytest.importorskip('transformers')
+    tf.logging.set_verbosity_error()
+    config = getattr(tf, f'{kind[0]}Config')(**given)
+    config._attn_implementation = attention
+    return getattr(tf, kind[0] + kind[1])(config)
+
+
+SIZES = dict(
+    vocab_size=48,
+    hidden_size=WIDTH,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=HEADS,
+    max_position_embeddings=32,
+)
+PATCHES = {k: v for k, v in SIZES.items() if k not in ('vocab_size', 'max_position_embeddings')}
+PATCHES |= dict(image_size=16, patch_size=4)
+
+
+def llama(attention):
+    net = own(('Llama', 'ForCausalLM'), attention, **SIZES, num_key_value_heads=2)
+    return net, dict(input_ids=words(), use_cache=False)
+
+
+def qwen2(attention):
+    net = own(('Qwen2', 'ForCausalLM'), attention, **SIZES, num_key_value_heads=2)
+    return net, dict(input_ids=words(), use_cache=False)
+
+
+def gpt2(attention):
+    sizes = dict(vocab_size=48, n_positions=32, n_embd=WIDTH, n_layer=2, n_head=HEADS)
+    net = own(('GPT2', 'LMHeadModel'), attention, **sizes)
+    return net, dict(input_ids=words(), use_cache=False)
+
+
+def bert(attention):
+    mask = torch.ones(48, 7, dtype=torch.long)
+    mask[::2, 5:] = 0
+    net = own(('Bert', 'ForSequenceClassification'), attention, **SIZES)
+    return net, dict(input_ids=words(), attention_mask=mask)
+
+
+def vit(attention):
+    return own(('ViT', 'ForImageClassification'), attention, **PATCHES), dict(
+        pixel_values=pictures()
+    )
+
+
+def clip(attention):
+    text, image = SIZES | dict(max_position_embeddings=16, eos_token_id=47), PATCHES
+    net = own(('CLIP', 'Model'), attention, text_config=text, vision_config=image)
+    return net, dict(input_ids=words(24), pixel_values=pictures())
+
+
+def whisper(attention):
+    names = 'encoder_layers decoder_layers'.split()
+    sizes = dict.fromkeys(names, 2) | dict(d_model=WIDTH, num_mel_bins=8, vocab_size=48)
+    sizes |= dict.fromkeys(['encoder_attention_heads', 'decoder_attention_heads'], HEADS)
+    sizes |= dict.fromkeys(['encoder_ffn_dim', 'decoder_ffn_dim'], 40)
+    sizes |= dict(max_source_positions=10, max_target_positions=16, pad_token_id=0)
+    sizes |= dict(bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)
+    net = own(('Whisper', 'ForConditionalGeneration'), attention, **sizes)
+    sound = torch.randn(24, 8, 20, generator=torch.Generator().manual_seed(0)).double()
+    return net, dict(input_features=sound, decoder_input_ids=words(24, 5), use_cache=False)
+
+
+def phi3(attention):
+    net = own(('Phi3', 'ForCausalLM'), attention, **SIZES, num_key_value_heads=2, pad_token_id=0)
+    return net, dict(input_ids=words(), use_cache=False)
+
+
+def mixtral(attention):
+    sizes = SIZES | dict(num_key_value_heads=2, num_local_experts=4)
+    net = own(('Mixtral', 'ForCausalLM'), attention, **sizes)
+    net.config._experts_implementation = 'eager'  # the only one in double precision
+    return net, dict(input_ids=words(), use_cache=False)
+
+
+def qwen3(attention):
+    sizes = SIZES | dict(num_key_value_heads=2, head_dim=D)
+    return own(('Qwen3', 'ForCausalLM'), attention, **sizes), dict(
+        input_ids=words(), use_cache=False
+    )
+
+
+def t5(attention):
+    sizes = dict(vocab_size=48, d_model=WIDTH, d_kv=D, d_ff=40, num_layers=2, num_heads=HEADS)
+    net = own(('T5', 'ForConditionalGeneration'), attention, **sizes)
+    return net, dict(input_ids=words(), decoder_input_ids=words(48, 5, 1), use_cache=False)
+
+
+def swin(attention):
+    sizes = dict(embed_dim=WIDTH, depths=[2], num_heads=[HEADS], window_size=4, mlp_ratio=1.25)
+    net = own(('Swin', 'ForImageClassification'), attention, image_size=32, patch_size=4, **sizes)
+    return net, dict(pixel_values=pictures(side=32))
+
+
+def segformer(attention):
+    sizes = dict(num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[16, WIDTH])
+    sizes |= dict(patch_sizes=[7, 3], strides=[4, 2], num_attention_heads=[2, HEADS])
+    net = own(('Segformer', 'ForSemanticSegmentation'), attention, **sizes, decoder_hidden_size=16)
+    return net, dict(pixel_values=pictures(side=32))
+
+
+class Modulated(nn.Module):
+    "A block of a diffusion transformer: packed projections, shifts and scales by a condition."
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.norm = HEADS, nn.LayerNorm(WIDTH, elementwise_affine=False)
+        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.fc1, self.fc2 = nn.Linear(WIDTH, 40), nn.Linear(40, WIDTH)
+        self.ada = nn.Sequential(nn.SiLU(), nn.Linear(WIDTH, 6 * WIDTH))
+
+    def forward(self, x, c):
+        a, b, g, d, e, h = self.ada(c)[:, None].chunk(6, -1)
+        z = self.qkv(self.norm(x) * (1 + b) + a)
+        q, k, v = z.reshape(*x.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + g * self.proj(y)
+        return x + h * self.fc2(F.gelu(self.fc1(self.norm(x) * (1 + e) + d), approximate='tanh'))
+
+
+class DiT(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patch, self.blocks = (
+            nn.Conv2d(3, WIDTH, 4, 4),
+            nn.ModuleList([Modulated() for _ in 'ab']),
+        )
+        self.time, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 12)
+
+    def forward(self, pixel_values, t):
+        x = self.patch(pixel_values).flatten(2).transpose(1, 2)
+        c = self.time((t[:, None] * torch.arange(1.0, WIDTH + 1).to(t) / 9).cos())
+        for b in self.blocks:
+            x = b(x, c)
+        return self.last(x)
+
+
+def dit(attention):
+    return DiT(), dict(pixel_values=pictures(), t=torch.arange(24.0).double() / 24)
+
+
+class Encoder(nn.Module):
+    "PyTorch's own."
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 40, batch_first=True, norm_first=True)
+        self.inner = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.first, self.last = nn.Linear(6, WIDTH), nn.Linear(WIDTH, 5)
+
+    def forward(self, x, mask):
+        return self.last(self.inner(self.first(x), src_key_padding_mask=mask).mean(1))
+
+
+def encoder(attention):
+    x = torch.randn(48, 7, 6, generator=torch.Generator().manual_seed(0)).double()
+    return Encoder(), dict(x=x, mask=torch.arange(7) > torch.arange(48)[:, None] % 4 + 3)
+
+
+FAMILIES = dict(
+    llama=llama,
+    qwen2=qwen2,
+    qwen3=qwen3,
+    phi3=phi3,
+    mixtral=mixtral,
+    gpt2=gpt2,
+    bert=bert,
+    vit=vit,
+    clip=clip,
+    whisper=whisper,
+    t5=t5,
+    swin=swin,
+    segformer=segformer,
+    dit=dit,
+    encoder=encoder,
+)
+
+
+def made(kind, attention='sdpa'):
+    "A network in double precision with weights that matter, and its inputs."
+    torch.manual_seed(0)
+    net, x = FAMILIES[kind](attention)
+    net = net.double().eval()
+    for name, p in net.named_parameters():
+        if p.ndim > 1 and 'embed' not in name:
+            nn.init.normal_(p, std=2 / p.shape[-1] ** 0.5)
+        elif p.ndim == 1:
+            p.data += 0.2 * torch.randn_like(p)
+    return net, x
+
+
+def projections(net):
+    "For each attention, (layer, first row, heads) of queries, keys and values."
+    for name, m in net.named_modules():
+        kids = dict(m.named_children())
+        prefix = f'{name}.' if name else ''
+        for parts in (('q_proj', 'k_proj', 'v_proj'), ('query', 'key', 'value'), ('q', 'k', 'v')):
+            if set(parts) <= set(kids):
+                yield [(prefix + k, 0, kids[k].out_features // D) for k in parts]
+        for packed in {'c_attn', 'qkv'} & set(kids):
+            yield [(prefix + packed, i * WIDTH, HEADS) for i in range(3)]
+        if 'qkv_proj' in kids:  # four heads of queries, two of keys and of values
+            heads = HEADS, HEADS // 2, HEADS // 2
+            yield [(prefix + 'qkv_proj', D * sum(heads[:i]), heads[i]) for i in range(3)]
+        if isinstance(m, nn.MultiheadAttention):
+            yield [(name, i * WIDTH, HEADS) for i in range(3)]
+
+
+@torch.no_grad()
+def repeat_heads(net):
+    "The second half of all heads becomes equal to the first; what reads them stays as it is."
+    for layers in projections(net):
+        for name, first, heads in layers:
+            layer = net.get_submodule(name)
+            half = heads // 2 * D
+            for p in layer.parameters(recurse=False):
+                rows = p.T if type(layer).__name__ == 'Conv1D' and p.ndim > 1 else p
+                rows[first + half : first + 2 * half] = rows[first : first + half]
+    for p in tables(net):
+        p[:, HEADS // 2 :] = p[:, : HEADS // 2]
+
+
+def tables(net):
+    "Tables of positions, with a column for each head."
+    for name, p in net.named_parameters():
+        if 'relative' in name and p.ndim == 2:
+            yield p
+
+
+def first_half(net, x):
+    "The plan that keeps the first half of the heads of every attention."
+    groups = find_groups(trace(net, x), streams=True)
+    keep = {}
+    for f in families_of(groups):
+        members = {g.name: g for g in groups if g.name in dict(f.members)}
+        if all(g.heads for g in members.values()):
+            units = f.members[-1][1].unique_consecutive()
+            keep |= f.rows(units[: len(units) // 2].tolist())
+    return keep
+
+
+def gap(a, b):
+    "The largest relative difference of what two networks put out."
+    pairs = list(zip(_tensors_within(a), _tensors_within(b), strict=True))
+    return max(((p - q).abs().max() / q.abs().max()).item() for p, q in pairs)
+
+
+def run(net, x):
+    with torch.no_grad():
+        return net(**x)
+
+
+WRITTEN_OUT = 'llama phi3 gpt2 bert whisper t5 swin'.split()
+
+
+@pytest.mark.parametrize(
+    'kind, attention', [(k, 'sdpa') for k in FAMILIES] + [(k, 'eager') for k in WRITTEN_OUT]
+)
+def test_repeated_heads_are_removed_without_loss(kind, attention):
+    net, x = made(kind, attention)
+    repeat_heads(net)
+    keep = first_half(net, x)
+    pruned = restore(net, x, keep=keep, restorer=prune_only()).model
+    assert rows(pruned) == {k: n // 2 for k, n in rows(net).items()} and rows(net)
+    assert gap(run(pruned, x), run(net, x)) > 1e-3
+    for f in EXACT.values():
+        small = restore(net, x, keep=keep, restorer=f(x)).model
+        assert gap(run(small, x), run(net, x)) < 1e-5
+
+
+def rows(net):
+    "{layer of an attention: rows of its weights}."
+    found = {}
+    for name in {layer for layers in projections(net) for layer, *_ in layers}:
+        m = net.get_submodule(name)
+        weight = m.in_proj_weight if isinstance(m, nn.MultiheadAttention) else m.weight
+        found[name] = weight.shape[type(m).__name__ == 'Conv1D']
+    return found
+
+
+HIDDEN = 'up_proj gate_up_proj gate_up c_fc intermediate.dense fc1 wi linear1'.split()
+
+
+@torch.no_grad()
+def repeat_hidden(net):
+    "The second half of the hidden units of each feed-forward block becomes equal to the first."
+    for name, m in net.named_modules():
+        packed = getattr(m, 'gate_up_proj', None)
+        if packed is not None:  # in a layer, or of several experts
+            weight = getattr(packed, 'weight', packed)
+            for part in weight.chunk(2, -2):
+                half = part.shape[-2] // 2
+                part[..., half:, :] = part[..., :half, :]
+            if packed is weight:
+                yield from ((f'{name}.experts.{e}.gate_up', half) for e in range(len(weight)))
+            else:
+                yield f'{name}.gate_up_proj', half
+        if not name.endswith(tuple(HIDDEN)) or name.endswith('gate_up_proj'):
+            continue
+        for layer in (m, *gates(net, name)):
+            for p in layer.parameters():
+                row = p.T if type(m).__name__ == 'Conv1D' and p.ndim > 1 else p
+                half = len(row) // 2
+                row[half:] = row[:half]
+        yield name, half
+
+
+def gates(net, name):
+    "The layer of the gate beside a layer of hidden units, or a depthwise convolution behind it."
+    modules = dict(net.named_modules())
+    beside = {name.replace('up_proj', 'gate_proj'), name.replace('fc1', 'dwconv.dwconv')} - {name}
+    return [modules[k] for k in beside if k in modules]
+
+
+@pytest.mark.parametrize('kind', FAMILIES)
+def test_repeated_hidden_units_are_removed_without_loss(kind):
+    net, x = made(kind)
+    halves = dict(repeat_hidden(net))
+    groups = {g.name for g in find_groups(trace(net, x)) if not g.reason}
+    keep = {}
+    for name, half in halves.items():
+        keep[name if name in groups else name.replace('up_proj', 'gate_proj')] = list(range(half))
+    assert keep
+    for f in EXACT.values():
+        small = restore(net, x, keep=keep, restorer=f(x)).model
+        assert gap(run(small, x), run(net, x)) < 1e-5
+
+
+# shares of the channels of queries, keys, values, gates and hidden units that can go
+REACHED = dict.fromkeys(FAMILIES, 1.0)
+
+
+@pytest.mark.parametrize('kind', FAMILIES)
+def test_all_channels_inside_of_blocks_are_reached(kind):
+    net, x = made(kind)
+    inner = {layer for layers in projections(net) for layer, *_ in layers}
+    t, free = trace(net, x), {}
+    inner |= {k for k, _ in t.model.named_modules() if k.endswith((*HIDDEN, 'gate_proj'))}
+    for g in find_groups(t):
+        for k, at in g.cut if not g.reason else ():
+            free[k] = free.get(k, 0) + at.numel()
+    sizes = {k: m.out_features for k, m in t.model.named_modules() if isinstance(m, nn.Linear)}
+    parts = [k for k in sizes if k in inner or k.rpartition('.')[0] in inner and 'out' not in k]
+    assert sum(free.get(k, 0) for k in parts) >= REACHED[kind] * sum(sizes[k] for k in parts) > 0
+
+
+@pytest.mark.parametrize('ratio', [0.3, 0.5, 0.9])
+@pytest.mark.parametrize('kind', ['llama', 'phi3', 'gpt2', 'bert', 'whisper', 't5', 'swin'])
+def test_numbers_of_heads_are_right(kind, ratio):
+    """Modules and configurations say how many heads there are.
+
+    At least one is left. The dense network says what it said."""
+    net, x = made(kind)
+    before, weights = said(net), copy.deepcopy(net.state_dict())
+    small = restore(net, x, ratio=ratio, restorer=prune_only()).model
+    assert said(net) == before
+    assert all(torch.equal(v, weights[k]) for k, v in net.state_dict().items())
+    units = HEADS // 2 if kind in ('llama', 'phi3') else HEADS
+    left = {HEADS: max(round(units * (1 - ratio)), 1) * HEADS // units}
+    if units < HEADS:
+        left[2] = left[HEADS] // 2
+    for k, numbers in said(small).items():
+        if kind != 't5' or k:  # T5 itself has a configuration that no attention holds
+            assert numbers == {a: left[n] for a, n in before[k].items()}, k
+    assert run(small, x)[0].isfinite().all()
+
+
+BY_HEADS = """num_heads num_attention_heads num_key_value_heads n_head n_heads
+    encoder_attention_heads decoder_attention_heads""".split()
+
+
+def said(net):
+    "{module: its numbers of heads, and those of its configuration}."
+    found = {}
+    for name, m in net.named_modules():
+        held = vars(m) | vars(getattr(m, 'config', object))
+        numbers = {k: v for k, v in held.items() if k in BY_HEADS and type(v) is int}
+        if numbers:
+            found[name] = numbers
+    return found
+
+
+def test_layers_with_different_numbers_of_heads_get_configurations_of_their_own():
+    net, x = made('bert')
+    first = 'bert.encoder.layer.0.attention.self'
+    keep = {f'{first}.value': list(range(D))}
+    small = restore(net, x, keep=keep, restorer=prune_only()).model
+    other = small.bert.encoder.layer[1].attention.self
+    assert small.get_submodule(first).config.num_attention_heads == 1
+    assert small.get_submodule(first).num_attention_heads == 1
+    assert (other.num_attention_heads, other.config.num_attention_heads) == (HEADS, HEADS)
+    assert small.config.num_attention_heads == net.config.num_attention_heads == HEADS
+
+
+def test_weights_alone_hand_nothing_from_head_to_head():
+    net, x = made('vit')
+    keep = {'vit.layers.0.attention.v_proj': list(range(2 * D))}
+    keep = (
+        keep if 'vit.layers.0.attention.v_proj' in dict(net.named_modules()) else first_half(net, x)
+    )
+    a, b = (restore(net, x, keep=keep, restorer=f) for f in (lbyl(), prune_only()))
+    assert gap(run(a.model, x), run(b.model, x)) == 0
+    row = a.report[a.report.kept < a.report.channels].iloc[-1]
+    assert row.activation == 'attention' and row.re_after == row.re_before
+
+
+def test_plans_that_heads_forbid():
+    net, x = made('llama')
+    layer = 'model.layers.0.self_attn'
+    for name, kept, says in (
+        ('q_proj', range(4), 'together'),  # half a head of queries and their rotated halves
+        ('q_proj', range(D // 2), 'together'),  # one of two heads that share keys and values
+        ('v_proj', range(D - 1), 'together|no channel'),
+        ('v_proj', (), 'no channel'),
+    ):
+        with pytest.raises(ValueError, match=f'keep: {layer}.{name}.*({says})'):
+            restore(net, x, keep={f'{layer}.{name}': list(kept)})
+    with pytest.raises(ValueError, match='ratio must be a number in'):
+        restore(net, x, ratio=1.0)
+
+
+def test_criteria_that_look_at_consumers_and_budgets(tmp_path):
+    net, x = made('gpt2')
+    for criterion in (least_lost(calibration(x)), output_loss(calibration(x))):
+        r = restore(net, x, ratio=0.5, criterion=criterion, restorer=prune_only())
+        assert rows(r.model) == {k: n // 2 for k, n in rows(net).items()}
+    for how in (dict(macs=0.7), dict(params=0.8)):
+        r = restore(net, x, **how, criterion=least_lost(calibration(x)), restorer=prune_only())
+        assert run(r.model, x)[0].shape == run(net, x)[0].shape
+    save_restored(r.model, r.plan, tmp_path / 'small')
+    again = load_restored(made('gpt2')[0], x, tmp_path / 'small')
+    assert gap(run(again, x), run(r.model, x)) == 0 and said(again) == said(r.model)
+
+
+def test_less_is_lost_of_the_output_when_a_twin_goes():
+    "The criterion that looks at consumers takes heads that others can stand in for."
+    net, x = made('bert')
+    repeat_heads(net)
+    criterion = least_lost(calibration(x), ridge=1e-6)
+    r = restore(net, x, ratio=0.5, criterion=criterion, restorer=EXACT['probe'](x))
+    kept = r.plan['bert.encoder.layer.0.attention.self.value']
+    assert {k // D % (HEADS // 2) for k in kept} == set(range(HEADS // 2))
+
+
+@pytest.mark.parametrize('batch_first', [False, True])
+@pytest.mark.parametrize('need_weights', [False, True])
+def test_own_attention_with_one_head_less(batch_first, need_weights):
+    "Against PyTorch's, with the columns that read the head at zero; masks, and weights."
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.i, self.o = nn.Linear(6, 12), nn.Linear(12, 3)
+            self.a = nn.MultiheadAttention(12, 3, batch_first=batch_first)
+
+        def forward(self, x, causal):
+            z = self.i(x)
+            y = self.a(z, z, z, attn_mask=causal, need_weights=need_weights)[0]
+            return self.o(torch.cat([y, z.tanh()], -1)[..., :12])
+
+    torch.manual_seed(0)
+    net, x = Net().double().eval(), torch.randn(8, 8, 6).double()
+    args = x, torch.ones(8, 8).triu(1).bool()
+    keep = {'a.v_proj': [*range(4), *range(8, 12)]}
+    small = restore(net, args, keep=keep, restorer=prune_only())
+    silent = copy.deepcopy(net)
+    silent.a.out_proj.weight.data[:, 4:8] = 0
+    with torch.no_grad():
+        assert gap(small.model(*args), silent(*args)) < 1e-12
+        assert gap(small.model.train().eval()(*args), silent(*args)) < 1e-12
+    assert type(small.model.a) is HeadsLeft and small.model.a.num_heads == 2
+    assert small.model.a.in_proj_weight.shape == (24, 12)
+
+
+def test_what_cannot_be_followed_is_left_alone():
+    "A width in the code, weights of all heads in the output, a single head of keys."
+
+    class Net(nn.Module):
+        def __init__(self, kind):
+            super().__init__()
+            self.kind = kind
+            self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 2 if kind == 'shared' else 8)
+            self.v, self.o = nn.Linear(8, 8), nn.Linear(8, 3)
+            self.u, self.d = nn.Linear(3, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            q, k, v = (
+                f(x).unflatten(-1, (-1, 2)).transpose(1, 2) for f in (self.q, self.k, self.v)
+            )
+            w = (q @ k.mT).softmax(-1)
+            y = (w @ v).transpose(1, 2)
+            y = y.reshape(len(x), -1, 8) if self.kind == 'width' else y.flatten(2)
+            out = self.d(self.u(self.o(y)).relu())
+            return (out, w) if self.kind == 'weights' else out
+
+    x = torch.randn(4, 5, 8)
+    reasons = dict(
+        width='does not run without its channels',
+        weights="its channels are the network's output",
+        shared='its channels go through a product of matrices',
+    )
+    for kind, why in reasons.items():
+        r = restore(Net(kind), x, ratio=0.5, restorer=prune_only())
+        assert why in r.report.set_index('layer').left_alone['q'], kind
+        assert r.model.q.out_features == 8 and r.model.u.out_features == 3
+
+
+class Written(nn.Module):
+    "Four heads of width four between two layers; a function says how attention is written."
+
+    def __init__(self, f, **more):
+        super().__init__()
+        self.f, self.heads = f, 4
+        self.i, self.q, self.k, self.v = (nn.Linear(n, 16) for n in (6, 16, 16, 16))
+        self.o, self.u, self.d = nn.Linear(16, 16), nn.Linear(16, 8), nn.Linear(8, 3)
+        for k, m in more.items():
+            setattr(self, k, m)
+
+    def parts(self, z):
+        return (f(z).unflatten(-1, (-1, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
+
+    def forward(self, x):
+        z = self.i(x)
+        return self.d(self.u(z + self.o(self.f(self, z))).relu())
+
+
+def side_by_side(y):
+    return y.transpose(1, 2).flatten(2)
+
+
+def by_einsum(s, z):
+    q, k, v = (f(z).view(*z.shape[:2], s.heads, -1) for f in (s.q, s.k, s.v))
+    w = torch.einsum('bqhd,bkhd->bhqk', q, k).softmax(-1)
+    return torch.einsum('bhqk,bkhd->bqhd', w, v).reshape(*z.shape[:2], -1)
+
+
+def by_bmm(s, z):
+    b, t, _ = z.shape
+    q, k, v = (x.reshape(b * s.heads, t, -1) for x in s.parts(z))
+    y = torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v)
+    return y.view(b, s.heads, t, -1).transpose(1, 2).reshape(b, t, -1)
+
+
+def without_scores(s, z):
+    q, k, v = s.parts(z)
+    return side_by_side(q.softmax(-1) @ (k.softmax(-2).mT @ v))
+
+
+def of_channels(s, z):
+    q, k, v = s.parts(z)
+    w = F.normalize(q, dim=-2).mT @ F.normalize(k, dim=-2)
+    return side_by_side((w.softmax(-1) @ v.mT).mT)
+
+
+def by_cosines(s, z):
+    q, k, v = s.parts(z)
+    w = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * s.factor
+    return side_by_side(w.softmax(-1) @ v)
+
+
+def gated(s, z):
+    q, k, v = s.parts(z)
+    return side_by_side((q @ k.mT).softmax(-1) @ v) * s.gate(z).sigmoid()
+
+
+def with_slopes(s, z):
+    q, k, v = s.parts(z)
+    slope = 2.0 ** -torch.arange(1, s.heads + 1).to(z)[:, None, None]
+    return side_by_side((q @ k.mT + slope * torch.arange(z.shape[1])).softmax(-1) @ v)
+
+
+def with_sinks(s, z):
+    q, k, v = s.parts(z)
+    sink = s.sink.expand(len(z), -1, z.shape[1], 1)
+    w = torch.cat([q @ k.mT, sink], -1).softmax(-1)[..., :-1]
+    return side_by_side(w @ v)
+
+
+def parameter(*shape):
+    return nn.Parameter(torch.randn(shape))
+
+
+WRITTEN = dict(
+    einsum=(by_einsum, dict),
+    bmm=(by_bmm, dict),
+    without_scores=(without_scores, dict),
+    of_channels=(of_channels, dict),
+    cosines=(by_cosines, lambda: dict(factor=parameter(4, 1, 1))),
+    gated=(gated, lambda: dict(gate=nn.Linear(16, 16))),
+    sinks=(with_sinks, lambda: dict(sink=parameter(4, 1, 1))),
+)
+
+
+@pytest.mark.parametrize('kind', WRITTEN)
+def test_ways_to_write_attention(kind):
+    "Without two of four heads it is what the dense one is that does not listen to them."
+    torch.manual_seed(0)
+    f, more = WRITTEN[kind]
+    net, x = Written(f, **more()).double().eval(), torch.randn(8, 5, 6).double()
+    r = restore(net, x, ratio={'v': 0.5}, restorer=prune_only())
+    kept = r.plan['v']
+    assert len(kept) == 8 and {k // 4 * 4 + i for k in kept for i in range(4)} == set(kept)
+    silent = copy.deepcopy(net)
+    silent.o.weight.data[:, [i for i in range(16) if i not in kept]] = 0
+    with torch.no_grad():
+        assert gap(r.model(x), silent(x)) < 1e-12
+    sizes = {k: getattr(r.model, k).out_features for k in 'qkv'}
+    assert sizes == dict(q=8, k=8, v=8) and r.model.o.in_features == 8
+
+
+def test_slopes_that_the_number_of_heads_makes_are_not_those_of_other_heads():
+    torch.manual_seed(0)
+    net, x = Written(with_slopes).double().eval(), torch.randn(8, 5, 6).double()
+    first = restore(net, x, keep=dict(v=[*range(8)]), restorer=prune_only()).model
+    silent = copy.deepcopy(net)
+    silent.o.weight.data[:, 8:] = 0
+    with torch.no_grad():
+        assert gap(first(x), silent(x)) < 1e-12 and first.heads == 2
+    with pytest.raises(ValueError, match='keep: v cannot be pruned: o computes something else'):
+        restore(net, x, keep=dict(v=[*range(8, 16)]), restorer=prune_only())
+
+
+def test_heads_of_more_than_one_attention_that_mix():
+    "Scores that a layer mixes: heads of queries go by themselves, those of values likewise."
+
+    def mixed(s, z):
+        q, k, v = s.parts(z)
+        w = s.mix((q @ k.mT).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return side_by_side(w.softmax(-1) @ v)
+
+    torch.manual_seed(0)
+    net = Written(mixed, mix=nn.Linear(4, 4)).double().eval()
+    x = torch.randn(8, 5, 6).double()
+    r = restore(net, x, ratio={'v': 0.25, 'k': 0.5}, restorer=prune_only())
+    assert (r.model.mix.out_features, r.model.mix.in_features) == (3, 2)
+    assert [getattr(r.model, k).out_features for k in 'qkv'] == [8, 8, 12]
+    silent = copy.deepcopy(net)
+    lost = [i for i in range(4) if 4 * i not in r.plan['k']]
+    silent.mix.weight.data[:, lost] = 0
+    silent.o.weight.data[:, [i for i in range(16) if i not in r.plan['v']]] = 0
+    with torch.no_grad():
+        assert gap(r.model(x), silent(x)) < 1e-12
+
+
+def test_a_cache_of_keys_and_values_is_no_output():
+    net, x = made('llama')
+    x = dict(input_ids=x['input_ids'])
+    small = restore(net, x, ratio=0.5, restorer=prune_only()).model
+    assert rows(small) == {k: n // 2 for k, n in rows(net).items()}
+    how = dict(max_new_tokens=4, do_sample=False)
+    some = [small.generate(x['input_ids'][:2], use_cache=c, **how) for c in (True, False)]
+    assert torch.equal(*some)
+
+
+def test_half_precision_and_training_mode():
+    net, x = made('gpt2')
+    net = net.bfloat16().train()
+    r = restore(net, x, ratio=0.5, restorer=prune_only())
+    assert r.model.training and {p.dtype for p in r.model.parameters()} == {torch.bfloat16}
+    assert rows(r.model) == {k: n // 2 for k, n in rows(net).items()}
+    assert run(r.model, x)[0].isfinite().all()
