@@ -454,6 +454,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'lbyl_nb.layers.map_samples': ('layers.html#map_samples', 'lbyl_nb/layers.py'),
                                 'lbyl_nb.layers.map_tensors': ('layers.html#map_tensors', 'lbyl_nb/layers.py'),
                                 'lbyl_nb.layers.norm_scale': ('layers.html#norm_scale', 'lbyl_nb/layers.py'),
+                                'lbyl_nb.layers.own_copy': ('layers.html#own_copy', 'lbyl_nb/layers.py'),
                                 'lbyl_nb.layers.padded': ('layers.html#padded', 'lbyl_nb/layers.py'),
                                 'lbyl_nb.layers.samples': ('layers.html#samples', 'lbyl_nb/layers.py'),
                                 'lbyl_nb.layers.selected': ('layers.html#selected', 'lbyl_nb/layers.py'),

@@ -6,11 +6,10 @@
 __all__ = ['takes_constants', 'pack_experts']
 
 # %% ../nbs/09b_experts.ipynb #63c384e2
-import copy
-
 import torch
 from torch import Tensor, nn
 
+from .layers import own_copy
 from .trace import _EQUALS
 
 # %% ../nbs/09b_experts.ipynb #a71c0877
@@ -98,7 +97,7 @@ def pack_experts(
     like: nn.Module,  # what it was made of
 ) -> nn.Module:  # of the same class
     "Experts with their weights in two parameters."
-    new, experts = copy.copy(like), now.experts
+    new, experts = own_copy(like), now.experts
     new._parameters = dict(
         like._parameters,
         gate_up_proj=nn.Parameter(torch.stack([e.gate_up.weight.data for e in experts])),

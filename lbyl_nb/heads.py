@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .layers import own_copy
 from lbyl_nb.trace import (
     _ALONG,
     _EQUALS,
@@ -516,7 +517,7 @@ def put_together(
     like: nn.MultiheadAttention,  # what it was made of
 ) -> nn.MultiheadAttention:  # of the same class, or a `HeadsLeft` if it lost heads
     "An attention with its parameters as PyTorch keeps them."
-    new, layers = copy.copy(like), (now.q_proj, now.k_proj, now.v_proj)
+    new, layers = own_copy(like), (now.q_proj, now.k_proj, now.v_proj)
     reads, width = [f.in_features for f in layers], now.q_proj.out_features
     whole = [like.embed_dim, like.kdim, like.vdim, like.embed_dim, like.embed_dim]
     if [*reads, width, now.out_proj.out_features] != whole:
@@ -530,8 +531,7 @@ def put_together(
         own['in_proj_weight'] = None
     if own.get('in_proj_bias') is not None:
         own['in_proj_bias'] = nn.Parameter(torch.cat([f.bias.data for f in layers]))
-    out = copy.copy(like.out_proj)
+    out, new._parameters = new.out_proj, own
     out._parameters = dict(now.out_proj._parameters)
     out.in_features, out.out_features = now.out_proj.in_features, now.out_proj.out_features
-    new._parameters, new._modules = own, like._modules | dict(out_proj=out)
     return new

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BATCH_NORM', 'LAYERS', 'tensors', 'map_tensors', 'batch_size', 'samples', 'map_samples', 'as_args', 'call',
-           'evaluating', 'statistics_of', 'norm_scale', 'is_depthwise', 'width', 'by_output', 'channel_dim', 'selected',
-           'padded', 'conv_groups', 'in_weight', 'as_called', 'is_plain']
+           'evaluating', 'own_copy', 'statistics_of', 'norm_scale', 'is_depthwise', 'width', 'by_output', 'channel_dim',
+           'selected', 'padded', 'conv_groups', 'in_weight', 'as_called', 'is_plain']
 
 # %% ../nbs/05_layers.ipynb #94d400c1
 import copy
@@ -142,6 +142,14 @@ def evaluating(
     finally:
         for m, training in modes.items():
             m.training = training
+
+# %% ../nbs/05_layers.ipynb #3e35f281
+def own_copy(
+    module: nn.Module,  # any
+) -> nn.Module:  # of the same class
+    "A copy that shares parameters and buffers alone, for others to take their place."
+    held = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(v): v for v in held})
 
 # %% ../nbs/05_layers.ipynb #8baa8de1
 BATCH_NORM = nn.modules.batchnorm._BatchNorm

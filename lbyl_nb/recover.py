@@ -7,7 +7,6 @@ __all__ = ['check_model', 'Restoration', 'number_heads', 'verified', 'agreement'
 
 # %% ../nbs/13_recover.ipynb #9212111b
 import contextlib
-import copy
 import functools
 import math
 import warnings
@@ -40,7 +39,7 @@ from lbyl_nb.graph import (
     silence,
 )
 from .heads import put_together, set_numbers_of_heads, take_back
-from .layers import BATCH_NORM, as_args, by_output, conv_groups, evaluating
+from .layers import BATCH_NORM, as_args, by_output, conv_groups, evaluating, own_copy
 from .photographs import _drawn_photographs, _takes_images
 from .plans import Limits, by_ratio, check_plan
 from .probes import Probes, _drawn_noise, random_args, random_like
@@ -287,7 +286,7 @@ def _own_class(now, ref):
         return put_together(now, ref)
     if hasattr(now, 'experts') and hasattr(ref, 'gate_up_proj'):
         return pack_experts(now, ref)
-    new = copy.copy(ref)
+    new = own_copy(ref)
     parameters = {}
     for k, p in ref._parameters.items():
         if p is not None:

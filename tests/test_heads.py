@@ -705,3 +705,16 @@ def test_half_precision_and_training_mode():
     assert r.model.training and {p.dtype for p in r.model.parameters()} == {torch.bfloat16}
     assert rows(r.model) == {k: n // 2 for k, n in rows(net).items()}
     assert run(r.model, x)[0].isfinite().all()
+
+
+@pytest.mark.parametrize('kind', ['gpt2', 'encoder', 'mixtral'])
+def test_nothing_is_shared_with_the_network_that_was_given(kind):
+    "Not a hook, not a module, not a number, also of layers that come back in their own classes."
+    net, x = made(kind)
+    small = restore(net, x, ratio=0.5, restorer=prune_only()).model
+    for m in small.modules():
+        m.register_forward_hook(lambda *_: None)
+    assert not any(m._forward_hooks for m in net.modules())
+    assert not {id(m) for m in small.modules()} & {id(m) for m in net.modules()}
+    kept = {v.data_ptr() for v in net.state_dict().values() if v.numel()}
+    assert not {v.data_ptr() for v in small.state_dict().values() if v.numel()} & kept
