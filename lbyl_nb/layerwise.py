@@ -849,10 +849,10 @@ class _Layerwise:
 
     def begin(self, net, groups, chosen, sites):
         "Put the coefficients of the prior into consumers; constants are for the probes to find."
-        free = {k for k, s in sites.items() if s.free}
-        groups = [g for g in groups if any(c.name in free for c in g.consumers)]
         if self.prior is None:
             return
+        free = {k for k, s in sites.items() if s.free}
+        groups = [g for g in groups if any(c.name in free for c in g.consumers)]
 
         def coefficients(ch, keep):
             S = self.prior(ch, keep).S

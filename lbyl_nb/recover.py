@@ -44,7 +44,7 @@ from .photographs import _drawn_photographs, _takes_images
 from .plans import Limits, by_ratio, check_plan
 from .probes import Probes, _drawn_noise, random_args, random_like
 from .restorers import prune_only
-from .trace import Traced, _equal_layer, trace
+from .trace import Traced, trace
 
 # %% ../nbs/13_recover.ipynb #e2f04132
 def _check_kind(model):
@@ -304,9 +304,10 @@ def _own_class(now, ref):
 def _own_classes(small, model):
     "The smaller copy with layers of other libraries in their own classes again."
     for name, ref in model.named_modules():
-        if _equal_layer(ref) is None:
+        now = small.get_submodule(name)
+        if type(now) is type(ref):
             continue
-        new = _own_class(small.get_submodule(name), ref)
+        new = _own_class(now, ref)
         if not name:
             return new
         parent, _, child = name.rpartition('.')

@@ -31,13 +31,19 @@ QUOTED = re.compile(r'(?<!`)`([^`\n]+)`(?!`)')
 FILE = re.compile(r'[\w/.*{}-]+\.(?:md|py|npz|csv|ipynb|yml|ini|toml|safetensors|png|sh)')
 
 
+def introduced(n) -> set:
+    "The name that a node of the tree introduces: of a function, a class or a parameter."
+    if isinstance(n, (ast.FunctionDef, ast.ClassDef)):
+        return {n.name}
+    return {n.arg} if isinstance(n, ast.arg) else set()
+
+
 def said(tree) -> set:
     "All names in code: what it defines, calls and reads, keywords, and texts such as columns."
     found = set()
     for n in ast.walk(tree):
-        if isinstance(n, (ast.FunctionDef, ast.ClassDef)):
-            found.add(n.name)
-        elif isinstance(n, (ast.arg, ast.keyword)):
+        found |= introduced(n)
+        if isinstance(n, ast.keyword):
             found.add(n.arg)
         elif isinstance(n, ast.Name):
             found.add(n.id)
@@ -55,11 +61,8 @@ def defined(tree) -> set:
     "Names that a module has for others: functions, classes, values, methods, fields, parameters."
     found = set()
     for n in ast.walk(tree):
-        if isinstance(n, (ast.FunctionDef, ast.ClassDef)):
-            found.add(n.name)
-        elif isinstance(n, ast.arg):
-            found.add(n.arg)
-        elif isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store):
+        found |= introduced(n)
+        if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store):
             found.add(n.attr)
         if isinstance(n, (ast.Module, ast.ClassDef)):
             own = [x for x in n.body if isinstance(x, (ast.Assign, ast.AnnAssign))]
