@@ -191,26 +191,13 @@ class _Table:
         self.written = written
         if not streams:
             added = _marked(seen.same.size, [seen.same.roots(_numbers(seen.added))])
-            self.refuse((added & ~self.turned()).nonzero().flatten(), _STREAM)
-        unread = written & ~read & ~self.with_others(read)
+            self.refuse((added & ~_turned(self)).nonzero().flatten(), _STREAM)
+        unread = written & ~read & ~_with_others(self, read)
         for dead in (unread & ~self.bound, unread):  # what is of a head may have another reason
             for c in dead.nonzero().flatten().tolist():
                 self.reasons.setdefault(c, _NO_READER)
             while _stuck(self):
                 pass
-
-    def turned(self) -> Tensor:
-        "Which classes are of heads and of a single layer, as what a rotary embedding adds is?"
-        layers = torch.zeros(len(self.bound), dtype=torch.long)
-        for k, v in self.places.items():
-            if k[0] == 'out':
-                layers[v.unique()] += 1
-        return self.bound & (layers == 1)
-
-    def with_others(self, read: Tensor) -> Tensor:
-        "Which classes are of heads that a layer reads, some channels of theirs at least?"
-        units = self.net.seen.together.roots(torch.arange(len(read)))
-        return self.bound & torch.isin(units, units[read])
 
     def roots(self, labels) -> list:
         "Classes of many labels."
@@ -223,6 +210,21 @@ class _Table:
     def refused(self) -> Tensor:
         "Which classes are."
         return _marked(len(self.written), [_numbers(self.reasons)])
+
+# %% ../nbs/10_graph.ipynb #fc925970
+def _turned(table: _Table) -> Tensor:
+    "Which classes are of heads and of a single layer, as what a rotary embedding adds is?"
+    layers = torch.zeros(len(table.bound), dtype=torch.long)
+    for k, v in table.places.items():
+        if k[0] == 'out':
+            layers[v.unique()] += 1
+    return table.bound & (layers == 1)
+
+
+def _with_others(table: _Table, read: Tensor) -> Tensor:
+    "Which classes are of heads that a layer reads, some channels of theirs at least?"
+    units = table.net.seen.together.roots(torch.arange(len(read)))
+    return table.bound & torch.isin(units, units[read])
 
 # %% ../nbs/10_graph.ipynb #0c9be4d7
 def _held(table: _Table):

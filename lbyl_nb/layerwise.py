@@ -529,6 +529,19 @@ def _fingerprint(t: Tensor, n: int) -> Tensor:
     weights = torch.arange(rows.shape[1], dtype=torch.float64, device=t.device).cos()
     return rows @ weights.to(rows)
 
+# %% ../nbs/14_layerwise.ipynb #60df5262
+def _halving_hook(pair, name: str):
+    "A hook in front of a layer that keeps its input and passes on the dense half."
+    n = 2 * len(pair.probes)
+
+    def hook(layer, inputs):
+        x, *rest = inputs
+        if len(x) % n == 0:
+            pair.given[name] = x
+            return (x[: len(x) // 2], *rest)
+
+    return hook
+
 # %% ../nbs/14_layerwise.ipynb #b407f5e2
 class _SideBySide(_Restoring):
     "Dense and restored network as two halves of one batch."
@@ -548,18 +561,7 @@ class _SideBySide(_Restoring):
 
     def before(self):
         "The restored half is made by new weights: a layer computes the dense one alone."
-        n = 2 * len(self.probes)
-
-        def halve(name):
-            def hook(layer, inputs):
-                x, *rest = inputs
-                if len(x) % n == 0:
-                    self.given[name] = x
-                    return (x[: len(x) // 2], *rest)
-
-            return hook
-
-        return {k: halve(k) for k in self.sites}
+        return {k: _halving_hook(self, k) for k in self.sites}
 
     def whole(self, s, x, out):
         "Input and output for both networks; the second half of the output is not made yet."
