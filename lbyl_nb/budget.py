@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from .closed_form import all_finite
 from .cost import _dry_run, _sample_count
 from .criteria import l2_norm
 from .layers import LAYERS, by_output, conv_groups, width
@@ -172,7 +173,7 @@ def bill(
 # %% ../nbs/17_budget.ipynb #3332d438
 def _check_scores(name, scores):
     "ValueError naming a group whose scores cannot be compared with those of others."
-    if not torch.isfinite(scores).all() or (scores < 0).any():
+    if not all_finite(scores) or (scores < 0).any():
         what = 'the criterion gives scores that are not finite, or negative'
         raise ValueError(f'{name}: {what}, and cannot be compared across layers')
 

@@ -11,6 +11,7 @@ import zlib
 import torch
 from torch import Tensor
 
+from .closed_form import all_finite
 from .graph import Channels
 
 # %% ../nbs/11_criteria.ipynb #26a4cb70
@@ -67,6 +68,6 @@ def keep_best(
     name: str = '',  # layer, for messages
 ) -> list[int]:  # sorted indices of the kept channels
     "The t best channels. ValueError where a score is not finite."
-    if not torch.isfinite(scores).all():
+    if not all_finite(scores):
         raise ValueError(f'{name}: the criterion gives scores that are not finite')
     return sorted(scores.argsort(descending=True, stable=True)[:t].tolist())

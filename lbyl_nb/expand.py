@@ -19,6 +19,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
+from .closed_form import all_finite
+
 # %% ../nbs/20_expand.ipynb #0d87b047
 def _expanded_width(
     channels: int,  # of the compact layer
@@ -76,7 +78,7 @@ def factorise(
     ValueError if the rate is under 1 or `W` isn't finite."""
     shape = W.shape[2:]
     W1, W2, W3 = None, _per_group(W.detach().cpu().double(), groups), None
-    if not W2.isfinite().all():
+    if not all_finite(W2):
         raise ValueError(f'{name}: its weight holds NaN or infinity')
     _, n, m, _ = W2.shape
     if factors == 3 or m < n:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .closed_form import all_finite
 from .layers import call, channel_dim, map_samples
 from .probes import Probes
 from .trace import _tensors_within
@@ -154,5 +155,5 @@ def _check_seen(names: list, sums: dict):
     for name in names:
         if name not in sums:
             raise ValueError(f'{name}: the output does not depend on it when the probes pass')
-        if not sums[name].isfinite().all():
+        if not all_finite(sums[name]):
             raise ValueError(f'{name}: NaN or infinity met in a backward pass')

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .closed_form import all_finite
+
 # %% ../nbs/23_strategies.ipynb #42eb6220
 from .bench import _seeded, accuracy, place
 from .budget import bill
@@ -133,7 +135,7 @@ class _ThiNet:
 
         def measure(c, layer, x, y):
             M = contribution_gram(layer, x, c.columns)
-            if not M.isfinite().all():
+            if not all_finite(M):
                 raise ValueError(f'{c.name}: NaN or infinity met on the images')
             return M
 
@@ -170,7 +172,7 @@ def _check_maps(name: str, y: Tensor):
             f'{name}: hrank needs feature maps (n, m, h, w), and this layer puts out '
             f'{tuple(y.shape)}; leave it out by a ratio for each layer'
         )
-    if not y.isfinite().all():
+    if not all_finite(y):
         raise ValueError(f'{name}: NaN or infinity met on the images')
 
 
