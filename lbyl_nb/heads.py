@@ -255,6 +255,8 @@ def _embedding(r: _Recorder, c: _Call, marks: list):
         return _unknown(r, c, marks)
     _as_positions(r, table)
     row = _mark(r, table).labels[0]
+    if not _mark(r, c['indices']).const:
+        r.made.append((int(row.min()), int(row.max()) + 1))
     _finish(r, c, _add_node(r, c.name, marks), [row.expand(c.out.shape)])
 
 

@@ -244,7 +244,7 @@ class _Recorder(TorchDispatchMode):
         self.pins = {}  # {label: reason}
         self.trouble = {}  # {layer: reason}
         self.added = set()  # labels of channels added to others
-        self.made = []  # ranges of labels that layers made
+        self.made = []  # ranges of labels of channels that layers made, or that tokens looked up
         self.balances = []  # lists of pieces that must lose equally many channels
         self.pieces = {}  # {(id of a node, dimension): its pieces}
         self.divisions = []  # matrices of labels, of dimensions that were divided into two

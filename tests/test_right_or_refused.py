@@ -498,6 +498,27 @@ def test_tokens(rows, width, seed, padded, restorer):
     assert zeros < missed(real[:1], prune_only())
 
 
+@pytest.mark.parametrize('by_token', [True, False])
+def test_what_tokens_look_up_and_a_layer_adds_to_is_a_stream(by_token):
+    "It keeps its channels unless streams are asked for; what positions look up is a constant."
+
+    def f(net, x, tokens):
+        return net.o((net.up(x) + net.table(tokens if by_token else net.places)).relu())
+
+    torch.manual_seed(0)
+    layers = dict(up=nn.Linear(4, 8), o=nn.Linear(8, 3))
+    net = Net(f, table=nn.Embedding(7, 8), **layers).eval()
+    net.register_buffer('places', torch.arange(5))
+    inputs = torch.randn(2, 5, 4), torch.randint(7, (2, 5))
+    kept = plan(net, inputs, ratio=0.5, streams=True)
+    assert [len(v) for v in kept.values()] == [4]
+    if by_token:
+        with pytest.raises(ValueError, match='residual stream'):
+            plan(net, inputs, ratio=0.5)
+    else:
+        assert [len(v) for v in plan(net, inputs, ratio=0.5).values()] == [4]
+
+
 # Half precision
 
 
