@@ -94,6 +94,7 @@ def pages(processed, tmp_path_factory):
         log = media / f'{name}.json'
         number_results(notebook)
         options = ['--mathml', f'--extract-media={media / name}', f'--log={log}']
+        options.append(f'--resource-path={processed}')
         text = json.dumps(notebook)
         html = pypandoc.convert_text(text, 'html', format='ipynb', extra_args=options)
         warnings = [m for m in json.loads(log.read_text()) if m['verbosity'] == 'WARNING']
@@ -359,15 +360,25 @@ def test_settings_of_quarto_have_what_they_name(processed):
 
 def test_pictures_are_what_the_script_draws(tmp_path):
     load_tool('pictures').draw(tmp_path)
-    for name in ('card.png', 'favicon.svg'):
+    for name in ('card.png', 'favicon.svg', 'head_to_head.png'):
         drawn, stored = tmp_path / name, NBS / 'images' / name
         if name.endswith('png'):
             a, b = (np.asarray(Image.open(p).convert('RGB'), dtype=float) for p in (drawn, stored))
-            assert a.shape == b.shape == (630, 1200, 3)
+            assert a.shape == b.shape and a.shape[1] > 1000
             assert abs(a - b).mean() < 6  # letters of another version of matplotlib may differ
         else:
             shapes = [re.findall(r'fill: (#\w+)', p.read_text()) for p in (drawn, stored)]
             assert shapes[0] == shapes[1] and len(shapes[0]) == 8
+
+
+def test_figure_of_the_front_page_is_of_these_results(tmp_path):
+    "The numbers that it shows are stored with it."
+    tool = load_tool('pictures')
+    tool.draw(tmp_path)
+    drawn, stored = (Image.open(d / 'head_to_head.png') for d in (tmp_path, NBS / 'images'))
+    shown = json.loads(stored.info['Description'])
+    assert shown == json.loads(drawn.info['Description'])
+    assert {*tool.THEIRS, *tool.OURS, 'unpruned'} <= set(shown)
 
 
 def test_llms_txt_lists_every_page(processed):
@@ -454,6 +465,26 @@ def test_make_docs_renders_and_fails_with_quarto(make_docs):
 def test_readme_is_the_index():
     stored = (ROOT / 'README.md').read_text(encoding='utf-8')
     assert stored == docs.readme(NBS / 'index.ipynb'), 'make readme writes it anew'
+
+
+def test_readme_is_a_front_page():
+    "Short, without HTML, every notebook one link away, parts in the order that readers need."
+    text = (ROOT / 'README.md').read_text(encoding='utf-8')
+    assert text.count('\n') <= 150
+    prose = re.sub(r'^```.*?^```|`[^`\n]+`', '', text, flags=re.M | re.S)
+    assert not re.search(r'<\w+[ />]', prose)
+    assert [n for n in NOTEBOOKS if n != 'index.ipynb' and f'(nbs/{n})' not in text] == []
+    parts = (
+        'head_to_head.png',
+        'pip install',
+        '```python',
+        '| situation',
+        'cannot do',
+        'make demo',
+    )
+    parts += ('map.ipynb', '```bibtex', '(LICENSE)')
+    places = [text.index(p) for p in parts]
+    assert places == sorted(places)
 
 
 def test_readme_links_resolve():

@@ -98,6 +98,16 @@ def test_papers_of_the_citation_are_those_of_the_list(entries):
         assert titles[r['title'].lower()] == [a['family-names'] for a in r['authors']]
 
 
+def test_front_page_cites_both_papers():
+    "With the entries of references.bib, letter for letter."
+    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
+    [cited] = re.findall(r'^```bibtex\n(.*?)^```', readme, re.M | re.S)
+    bib = (ROOT / 'references.bib').read_text(encoding='utf-8')
+    found = re.findall(r'^@\w+\{.*?^\}', cited, re.M | re.S)
+    assert [re.search(r'eprint = \{(.+?)\}', e)[1] for e in found] == ['2502.08474', '2204.11444']
+    assert [e for e in found if e not in bib] == []
+
+
 def test_changes_begin_with_this_version():
     changes = (ROOT / 'CHANGELOG.md').read_text(encoding='utf-8')
     assert re.findall(r'^## (\S+)', changes, re.M)[0] == settings()['version']

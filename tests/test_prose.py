@@ -148,8 +148,10 @@ def faults(
 
 
 def quotes(name) -> list:
-    "Everything in backticks in the text of a notebook."
+    "Everything in backticks in the text of a notebook, and in tables that it stores as text."
     texts = [FENCE.sub('', c['source']) for c in cells(NBS / name, 'markdown')]
+    stored = [o.get('data', {}) for c in cells(NBS / name, 'code') for o in c['outputs']]
+    texts += [''.join(data['text/markdown']) for data in stored if 'text/markdown' in data]
     return [q for t in texts for q in QUOTED.findall(t)]
 
 
