@@ -11,6 +11,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'lbyl_nb.bench._Page.__repr__': ('bench.html#_page.__repr__', 'lbyl_nb/bench.py'),
                                'lbyl_nb.bench._Page._repr_html_': ('bench.html#_page._repr_html_', 'lbyl_nb/bench.py'),
                                'lbyl_nb.bench._append': ('bench.html#_append', 'lbyl_nb/bench.py'),
+                               'lbyl_nb.bench._as_text': ('bench.html#_as_text', 'lbyl_nb/bench.py'),
                                'lbyl_nb.bench._distinct': ('bench.html#_distinct', 'lbyl_nb/bench.py'),
                                'lbyl_nb.bench._ends_process': ('bench.html#_ends_process', 'lbyl_nb/bench.py'),
                                'lbyl_nb.bench._evaluating': ('bench.html#_evaluating', 'lbyl_nb/bench.py'),

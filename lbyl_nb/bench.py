@@ -345,11 +345,20 @@ def _html(cells: pd.DataFrame) -> str:
         return cells.to_html(notebook=True, escape=False)
 
 
+def _as_text(form: str, cell) -> str:
+    "A cell as it is printed: numbers in a form, zero without a sign, and nothing for None and NaN"
+    if pd.isna(cell):
+        return ''
+    text = form.format(cell) if isinstance(cell, float) else str(cell)
+    return text if _leading(text) else text.removeprefix('-')
+
+
 def shown(
     table: pd.DataFrame,  # numbers, or texts that begin with one, as from `mean_sd`
     *,
     by=None,  # column to sort by, best first; as the table is without
     best: Callable | None = max,  # which of a column's numbers to mark: `max`, `min` or None
+    columns: Iterable | None = None,  # where to mark; all without
     beside: Iterable = (),  # names of rows that are never marked
     form: str = '{:.1f}',  # of numbers
     rows: int = 8,  # how many are seen; what is behind them unfolds
@@ -360,13 +369,12 @@ def shown(
         column = numbers[by].reset_index(drop=True)
         order = column.sort_values(ascending=best is min, kind='stable').index
         table, numbers = table.iloc[order], numbers.iloc[order]
-    text = table.map(lambda v: form.format(v) if isinstance(v, float) else v)
-    text = text.astype(object).where(table.notna(), '')
-    cells = text.map(lambda v: escape(str(v)))
+    text = table.map(partial(_as_text, form))
+    cells = text.map(escape)
     if best:
-        among = numbers.drop(index=list(beside))
+        among = numbers.drop(index=list(beside))[list(table if columns is None else columns)]
         top = among.min() if best is min else among.max()
-        marked = numbers.eq(top) & numbers.index.isin(among.index)[:, None]
+        marked = among.eq(top).reindex_like(numbers).fillna(False).astype(bool)
         cells = cells.mask(marked, '<strong>' + cells + '</strong>')
     cells = cells.rename(index=lambda v: escape(str(v)), columns=lambda v: escape(str(v)))
     html = _html(cells[:rows])
