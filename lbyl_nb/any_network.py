@@ -43,10 +43,10 @@ def _arc(ax, i, j, side, n, **style):
 
 def _plain_axes(ax, ticks):
     "Names of layers below, what arcs mean on the left, and nothing else."
-    ax.set_xlabel('layers as they are called, and their channels', fontsize=8)
+    ax.set_xlabel('layers as they are called, and their channels', fontsize=10)
     ax.set(xlim=(-0.5, len(ticks) - 0.5), ylim=(-0.75, 1))
-    ax.set_xticks(range(len(ticks)), ticks, fontsize=8)
-    ax.set_yticks([0.5, -0.4], ['is read by', 'shares with'], fontsize=8)
+    ax.set_xticks(range(len(ticks)), ticks, fontsize=10)
+    ax.set_yticks([0.5, -0.4], ['is read by', 'shares with'], fontsize=10)
     ax.grid(False)
     ax.tick_params(length=0)
     ax.spines[['left', 'bottom']].set_visible(False)
@@ -62,7 +62,7 @@ def draw_groups(
     Above are those who read each other's channels, below those who share channels."""
     at = {k: i for i, k in enumerate(net.calls)}
     if ax is None:
-        _, ax = plt.subplots(figsize=(0.54 * len(at) + 0.8, 1.5))
+        _, ax = plt.subplots(figsize=(max(7.2, 0.54 * len(at) + 0.8), 1.9))
     palette = cycle(plt.get_cmap('Dark2').colors[:7])
     colours = dict.fromkeys(at, '.7')
     for g in groups:

@@ -355,7 +355,7 @@ def plot_sensitivity(
     from matplotlib.colors import LogNorm
 
     if ax is None:
-        _, ax = plt.subplots(figsize=(7, 1 + 0.28 * len(table)), layout='constrained')
+        _, ax = plt.subplots(figsize=(7.2, 1.2 + 0.34 * len(table)), layout='constrained')
     shown = table.clip(lower=1e-4)
     shown.columns = [f'{r:.0%}' for r in table.columns]
     how = dict(annot=table.to_numpy(), fmt='.2g', cbar=False, norm=LogNorm(1e-4, 10))

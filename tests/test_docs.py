@@ -300,15 +300,40 @@ def test_imports_are_folded():
         assert not tool.is_setup(source)
 
 
+def without_directives(source):
+    return re.sub(r'^#\|.*\n?', '', source, flags=re.M).strip()
+
+
 @pytest.mark.parametrize('name', NOTEBOOKS)
 def test_folded_cells_are_imports(name, processed):
-    "Imports, and nothing else, are folded, and no cell is left without code."
+    """Imports are folded, and what a notebook says itself; no cell is left without code.
+
+    A cell that a notebook folds says what is in it.
+    """
     code = cells(processed / name, 'code')
-    assert [c for c in code if not re.sub(r'^#\|.*\n?', '', c['source'], flags=re.M).strip()] == []
+    assert [c for c in code if not without_directives(c['source'])] == []
+    own = [c for c in cells(NBS / name, 'code') if '#| code-fold: true\n' in c['source']]
+    assert [c for c in own if '\n#| code-summary: ' not in c['source']] == []
+    own = {without_directives(c['source']) for c in own}
     folded = [c for c in code if '#| code-fold: true' in c['source']]
-    assert folded
-    nodes = [n for c in folded for n in ast.parse(c['source']).body]
+    assert own <= {without_directives(c['source']) for c in folded}
+    imports = [c for c in folded if without_directives(c['source']) not in own]
+    assert imports
+    nodes = [n for c in imports for n in ast.parse(c['source']).body]
     assert {type(n) for n in nodes} <= {ast.Import, ast.ImportFrom, ast.Assign}
+
+
+@pytest.mark.parametrize('name', [n for n in NOTEBOOKS if n[:1] in '34'])
+def test_figures_have_words(name, processed):
+    "Every figure is at least 700 pixels wide and has a text in its place, on the page as well."
+    drawn = lambda c: [o for o in c['outputs'] if 'image/png' in o.get('data', {})]
+    figures = [c for c in cells(NBS / name, 'code') if drawn(c)]
+    page = {without_directives(c['source']): c['source'] for c in cells(processed / name, 'code')}
+    for c in figures:
+        alt = re.search(r'^#\| fig-alt: .{20,}', c['source'], re.M)
+        assert alt, c['source'][:200]
+        assert alt[0] in page[without_directives(c['source'])]
+        assert all(o['metadata']['image/png']['width'] >= 700 for o in drawn(c))
 
 
 def test_colab_copies_install_the_package(processed):

@@ -1,6 +1,7 @@
 """What the text has in backticks exists: in the package, in the notebook's own code, or in Python.
 
-Names that are none of these stand in EXCUSED, with what they are.
+Names that are none of these stand in EXCUSED, with what they are. And what the text of an
+experiment has with a decimal point stands in what its cells show or assert.
 """
 
 import ast
@@ -204,3 +205,45 @@ def test_faults_are_found():
     assert faults('ratio=0.3', set()) == []
     assert faults('ratios_of=0.3', set()) == ['ratios_of']
     assert faults('W @ x + b', set()) == []
+
+
+DECIMAL = re.compile(r'(?<![\w.,/])(?:\d[\d,]*)?\.\d+(?![\d.]*\w)')
+NUMBER = re.compile(r'(?<![\w.])\d+(?:\.\d+)?(?:e-?\d+)?')
+NO_PROSE = re.compile(r'`[^`\n]*`|\$[^$]*\$|\]\([^)]*\)|arXiv:? ?[\d.]+')
+
+
+def unfounded(
+    text,  # of a cell
+    known,  # numbers of the notebook's code and outputs
+) -> list:  # what is not among them
+    "Decimal numbers that are no rounded number of the notebook; formulas and links aside."
+    found = DECIMAL.findall(NO_PROSE.sub('', FENCE.sub('', text)))
+
+    def is_known(n):
+        half = 0.5001 * 10 ** -len(n.partition('.')[2])
+        return any(abs(float(n.replace(',', '')) - k) <= half for k in known)
+
+    return [n for n in found if not is_known(n)]
+
+
+def numbers_in(name) -> set:
+    "Numbers that stand in the code of a notebook and in what it shows, without their signs."
+    found = set()
+    for c in cells(NBS / name, 'code'):
+        shown = [o.get('data', {}) for o in c['outputs']]
+        texts = [''.join(d.get(k, '')) for d in shown for k in ('text/html', 'text/plain')]
+        found.update(float(n) for t in (c['source'], *texts) for n in NUMBER.findall(t))
+    return found
+
+
+@pytest.mark.parametrize('name', [n for n in NOTEBOOKS if n.startswith('4')])
+def test_numbers_of_experiments_are_measured(name):
+    known = numbers_in(name)
+    wrong = [n for c in cells(NBS / name, 'markdown') for n in unfounded(c['source'], known)]
+    assert not wrong, f'{name} says {wrong}, which no cell of it shows or asserts'
+
+
+def test_unfounded_numbers_are_found():
+    known = {83.24, 1000.5, 0.92}
+    assert unfounded('83.2 % of 1,000.5, [a](b_1.5.html), `x=0.7`, $1.5$ and .92', known) == []
+    assert unfounded('It keeps 83.3 and 0.93, see arXiv 2204.11444.', known) == ['83.3', '0.93']
