@@ -74,18 +74,22 @@ NOT_INHERITED = {
 KEEPING = dict(MALLOC_MMAP_THRESHOLD_='4294967296', MALLOC_TRIM_THRESHOLD_='4294967296')
 
 
+def environment(**env):
+    "Variables of a process with one thread: what it inherits, and on top what is given."
+    inherited = {k: v for k, v in os.environ.items() if k not in NOT_INHERITED}
+    env = {**inherited, 'OMP_NUM_THREADS': '1', **KEEPING, **env}
+    return {k: v for k, v in env.items() if v is not None}
+
+
 def call(*args, cwd, timeout=600, **env):
     """Run a command with one thread; its completed process, output and errors in one text.
 
     `env` is put on top of the environment; None takes a variable away.
     """
-    inherited = {k: v for k, v in os.environ.items() if k not in NOT_INHERITED}
-    env = {**inherited, 'OMP_NUM_THREADS': '1', **KEEPING, **env}
-    env = {k: v for k, v in env.items() if v is not None}
     return subprocess.run(
         [str(a) for a in args],
         cwd=cwd,
-        env=env,
+        env=environment(**env),
         timeout=timeout,
         text=True,
         stdout=subprocess.PIPE,

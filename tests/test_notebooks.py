@@ -7,15 +7,22 @@ import ast
 import base64
 import io
 import json
+import multiprocessing
+import os
 import re
 import shutil
+from multiprocessing import forkserver
+from unittest.mock import patch
 
 import numpy as np
 import pytest
-from conftest import BUILT, LIB, NBS, NOTEBOOKS, ROOT, call, cells, command
+from conftest import BUILT, LIB, NBS, NOTEBOOKS, ROOT, call, cells, command, environment
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from run_notebook import run_notebook
 
+# matplotlib reads the settings of figures where it is imported first
+PRELOADED = 'torch torchvision pandas sklearn.datasets tqdm.auto nbdev.test'.split()
 THEORY = [n for n in NOTEBOOKS if n[:2].isdigit() and int(n[:2]) < 10]
 # mean absolute difference, of 255, that drawings of one figure may have; other figures have 28
 SAME_VERSION, OTHER_VERSION = 0.5, 6.0
@@ -89,39 +96,68 @@ def check_same(stored, printed, where):
 
 
 @pytest.fixture(scope='session')
-def executed(tmp_path_factory):
-    """Runs a notebook once under nbdev's runner, in a copy of the project.
+def runner(tmp_path_factory):
+    """Runs a notebook, a path, under nbdev's runner: its exit status, and what it said.
 
-    It gives the run, the outputs stored before and the notebook that the run saved. Notebooks
-    draw from results/; none may need images or weights that a reader may not have.
+    Notebooks draw from results/; none may need images or weights that a reader may not have.
+    Each runs in a process of its own, forked from one that has imported the large libraries,
+    which takes seconds.
     """
+    no_data, log = str(tmp_path_factory.mktemp('no-data')), tmp_path_factory.mktemp('log') / 'said'
+    env = environment(LBYL_DATA=no_data, LBYL_WEIGHTS=None, TQDM_DISABLE='1')
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(PRELOADED)
+    with patch.dict(os.environ, env, clear=True):
+        forkserver.ensure_running()
+
+    def run(notebook):
+        log.write_text('')
+        process = context.Process(target=run_notebook, args=(notebook, log))
+        process.start()
+        process.join()
+        return process.exitcode, log.read_text()
+
+    return run
+
+
+@pytest.fixture(scope='session')
+def executed(tmp_path_factory, runner):
+    "Runs a notebook once, in a copy of the project: status, what it said, outputs before, path."
     copy = tmp_path_factory.mktemp('run') / 'project'
     shutil.copytree(ROOT, copy, ignore=BUILT, symlinks=True)
-    no_data = str(tmp_path_factory.mktemp('no-data'))
-    env = dict(LBYL_DATA=no_data, LBYL_WEIGHTS=None, TQDM_DISABLE='1')
     done = {}
 
     def run(name):
         notebook = copy / 'nbs' / name
         if name not in done:
             stored = outputs(notebook)
-            completed = call(command('nbdev-test'), '--save', notebook, cwd=copy, **env)
-            done[name] = completed, stored, notebook
+            done[name] = *runner(notebook), stored, notebook
         return done[name]
 
     return run
 
 
+def test_a_notebook_that_fails_is_told(project, runner):
+    notebook = project / 'nbs' / '36_files.ipynb'
+    whole = json.loads(notebook.read_text())
+    code = [c for c in whole['cells'] if c['cell_type'] == 'code']
+    code[-1]['source'] = 'assert 1 + 1 == 3'
+    notebook.write_text(json.dumps(whole))
+    status, said = runner(notebook)
+    assert status == 1
+    assert 'AssertionError' in said and '36_files.ipynb' in said
+
+
 @pytest.mark.parametrize('name', NOTEBOOKS)
 def test_runs(name, executed):
-    run, *_ = executed(name)
-    assert run.returncode == 0, run.stdout
+    status, said, *_ = executed(name)
+    assert status == 0, said
 
 
 @pytest.mark.parametrize('name', THEORY)
 def test_stored_outputs_are_printed_again(name, executed):
-    run, before, saved = executed(name)
-    if run.returncode:
+    status, _, before, saved = executed(name)
+    if status:
         pytest.skip('the notebook does not run, see test_runs')
     assert call(command('nbdev-clean'), '--fname', saved, cwd=saved.parent).returncode == 0
     after = outputs(saved)
