@@ -1,7 +1,8 @@
 """Networks of each family, random weights: pruned and restored as they come.
 
-With LBYL_ZOO=1 all of torchvision's up to 150 million parameters and 20 of timm's. Notebook 46
-does the same for all of them and keeps a table of what was reached.
+By weights all of them, from probes those that differ in what a layer reads. With LBYL_ZOO=1 all of
+torchvision's up to 150 million parameters and 20 of timm's. Notebook 46 does the same for all of
+them and keeps a table of what was reached.
 """
 
 import os
@@ -52,6 +53,15 @@ if SLOW:
         'poolformer_s12',
         'hrnet_w18_small',
     ]
+# pooling, concatenation, depthwise and shuffled convolutions, gates, tokens
+PROBED = [
+    'densenet121',
+    'efficientnet_b0',
+    'googlenet',
+    'resnet18',
+    'shufflenet_v2_x0_5',
+    'deit_tiny_patch16_224',
+]
 # the hidden units of its MLPs are normalised by each other, its stream by a norm over channels
 REFUSED = 'convnextv2_atto'
 # pixels where 64 are too few
@@ -76,10 +86,15 @@ def pixels(name):
     return next((v for k, v in LARGE.items() if name.startswith(k)), 64)
 
 
-@pytest.mark.parametrize('name', FAMILIES + TIMM)
-@pytest.mark.parametrize('how', RESTORERS)
+TRIALS = [('lbyl', n) for n in FAMILIES + TIMM]
+TRIALS += [
+    (how, n) for how in ('probe', 'layerwise') for n in (FAMILIES + TIMM if SLOW else PROBED)
+]
+
+
+@pytest.mark.parametrize('how, name', TRIALS)
 @pytest.mark.filterwarnings('ignore')  # of models about their own initialisation
-def test_zoo(name, how):
+def test_zoo(how, name):
     net = made(name)
     x = torch.randn(2, 3, pixels(name), pixels(name))
     r = restore(net, x, ratio=0.3, streams=True, restorer=RESTORERS[how])
