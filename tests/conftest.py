@@ -37,6 +37,17 @@ BUILT = shutil.ignore_patterns(
 )
 
 
+# files whose tests together take two minutes; `-k fast` runs them
+FAST = 'bad_models cost elsewhere files graph kinds layerwise papers project prose reach'
+FAST += ' similarity style'
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem.removeprefix('test_') in FAST.split():
+            item.add_marker('fast')
+
+
 def settings():
     "What settings.ini says, as a mapping."
     parser = ConfigParser(delimiters='=', interpolation=None)
