@@ -372,9 +372,11 @@ def shown(
     text = table.map(partial(_as_text, form))
     cells = text.map(escape)
     if best:
-        among = numbers.drop(index=list(beside))[list(table if columns is None else columns)]
-        top = among.min() if best is min else among.max()
-        marked = among.eq(top).reindex_like(numbers).fillna(False).astype(bool)
+        apart = numbers.index.isin(list(beside))
+        where = list(numbers if columns is None else columns)
+        among = numbers.loc[~apart, where]
+        top = (among.min() if best is min else among.max()).reindex(numbers.columns)
+        marked = numbers.eq(top) & ~apart[:, None]
         cells = cells.mask(marked, '<strong>' + cells + '</strong>')
     cells = cells.rename(index=lambda v: escape(str(v)), columns=lambda v: escape(str(v)))
     html = _html(cells[:rows])
