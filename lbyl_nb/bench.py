@@ -379,6 +379,7 @@ def shown(
         marked = numbers.eq(top) & ~apart[:, None]
         cells = cells.mask(marked, '<strong>' + cells + '</strong>')
     cells = cells.rename(index=lambda v: escape(str(v)), columns=lambda v: escape(str(v)))
+    cells.index.names = [name or None for name in cells.index.names]
     html = _html(cells[:rows])
     if len(cells) > rows:
         summary = f'<summary>{len(cells) - rows} more</summary>'
