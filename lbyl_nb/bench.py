@@ -338,7 +338,7 @@ class _Page:
     def __repr__(self) -> str:
         return self.text
 
-# %% ../nbs/32_bench.ipynb #6984ad47
+# %% ../nbs/32_bench.ipynb #ab32eca2
 def _html(cells: pd.DataFrame) -> str:
     "A table of HTML as a notebook shows it, with no cell cut short"
     with pd.option_context('display.max_colwidth', None):
@@ -352,7 +352,7 @@ def _as_text(form: str, cell) -> str:
     text = form.format(cell) if isinstance(cell, float) else str(cell)
     return text if _leading(text) else text.removeprefix('-')
 
-
+# %% ../nbs/32_bench.ipynb #6984ad47
 def shown(
     table: pd.DataFrame,  # numbers, or texts that begin with one, as from `mean_sd`
     *,
