@@ -988,4 +988,10 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'lbyl_nb.trace._widened': ('trace.html#_widened', 'lbyl_nb/trace.py'),
                                'lbyl_nb.trace._without_history': ('trace.html#_without_history', 'lbyl_nb/trace.py'),
                                'lbyl_nb.trace._written': ('trace.html#_written', 'lbyl_nb/trace.py'),
-                               'lbyl_nb.trace.trace': ('trace.html#trace', 'lbyl_nb/trace.py')}}}
+                               'lbyl_nb.trace.trace': ('trace.html#trace', 'lbyl_nb/trace.py')},
+            'lbyl_nb.written': { 'lbyl_nb.written._beginnings': ('written.html#_beginnings', 'lbyl_nb/written.py'),
+                                 'lbyl_nb.written._can_write': ('written.html#_can_write', 'lbyl_nb/written.py'),
+                                 'lbyl_nb.written._tokens_of': ('written.html#_tokens_of', 'lbyl_nb/written.py'),
+                                 'lbyl_nb.written._with_texts': ('written.html#_with_texts', 'lbyl_nb/written.py'),
+                                 'lbyl_nb.written._write': ('written.html#_write', 'lbyl_nb/written.py'),
+                                 'lbyl_nb.written.written': ('written.html#written', 'lbyl_nb/written.py')}}}
