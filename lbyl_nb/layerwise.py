@@ -10,6 +10,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -325,6 +326,10 @@ def _apply_fit(layer: nn.Module, V: Tensor, c: Tensor, read: Tensor) -> Tensor:
     return layer._conv_forward(read, V, c)
 
 # %% ../nbs/14_layerwise.ipynb #cf12d00a
+class _Enough(Exception):
+    "A forward pass has come past the last layer of interest."
+
+
 @torch.no_grad()
 def _walk(model: nn.Module, args, hooks: dict, before: dict | None = None):
     """One forward pass with forward hooks, {name of a module: hook}, that come before all others.
@@ -338,7 +343,8 @@ def _walk(model: nn.Module, args, hooks: dict, before: dict | None = None):
             handles.append(module.register_forward_hook(hook, prepend=True))
         for name, hook in (before or {}).items():
             handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
-        with torch.random.fork_rng(gpus):  # the next pass starts from the same state
+        # the next pass starts from the same state
+        with torch.random.fork_rng(gpus), suppress(_Enough):
             call(model, map_tensors(args, torch.clone))  # a network may work in place on them
     finally:
         for h in handles:
@@ -357,6 +363,7 @@ def _layer_hook(road, s: _Site):
         x, out = road.whole(s, inputs[0], out)
         plain, x = as_called(layer, x)
         road.meet(s, plain, x, out)
+        road.go_on()
         return out
 
     return hook
@@ -412,6 +419,9 @@ class _Pass(TorchFunctionMode):
         "What a layer was given, and what shall be its output."
         return x, out
 
+    def go_on(self):
+        "Raise `_Enough` where the rest of the pass is not needed."
+
     def see(self, f, args, kwargs):
         "Stop at a function if it adds one of the summands to something of its shape."
         for a, other, factor in _summands(f, args, kwargs):
@@ -419,6 +429,7 @@ class _Pass(TorchFunctionMode):
             if expected and a.shape == other.shape:
                 out, what = self.pending.pop(id(a))
                 self.join(out, what, other, factor)
+                self.go_on()
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -466,6 +477,11 @@ class _Restoring(_Pass):
         now = by_output(self.target.get_submodule(s.reader.name)).detach()
         changed = not torch.equal(now, by_output(layer))
         return _site_fit(s, layer, halves, ridge, now if changed else None)
+
+    def go_on(self):
+        "Stop the pass behind the last layer."
+        if len(self.missed) == len(self.sites):
+            raise _Enough
 
     def solve(self, s, layer, read, dense, y, out):
         "Find new weights for a layer, and go on with what it gives by them."

@@ -635,7 +635,7 @@ def plan(
     ratio: float | dict,  # fraction to remove of each group, in [0, 1), or {layer: fraction}
     criterion=l2_norm,  # a function from `Channels` to one score a channel
     streams: bool = False,  # residual streams too
-    **limits,  # `ignore`, `round_to`, `at_least`: as in `Limits`
+    **limits,  # `ignore`, `round_to`, `at_least`, `together`: as in `Limits`
 ) -> dict[str, list[int]]:  # {layer: kept channels}, for every group that can be pruned
     """Which channels to keep.
 
