@@ -519,7 +519,7 @@ def test_the_check_costs_one_forward_pass():
 
     def source(model, args):
         copied = copy.deepcopy(model)
-        copied.register_forward_hook(lambda m, i, o: samples.append(len(i[0])))
+        copied.register_forward_pre_hook(lambda m, i: samples.append(len(i[0])))
         return Probes(copied, (x,))
 
     lbyl_restore(net, x[:1], ratio=0.5, restorer=layerwise(source))
