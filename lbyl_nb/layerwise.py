@@ -42,6 +42,7 @@ from lbyl_nb.moments import (
     _check_called,
     _check_halves,
     _rows_in_blocks,
+    counted_positions,
     for_target,
     in_turn,
     layer_moments,
@@ -618,7 +619,8 @@ class _SideBySide(_Restoring):
 
     def halves(self, s, f, *v):
         "A function of even samples, and of odd ones."
-        return in_turn(f, *v)
+        layer = self.model.get_submodule(s.reader.name)
+        return in_turn(f, *v, counted=counted_positions(layer, self.probes.args))
 
 # %% ../nbs/14_layerwise.ipynb #481ea795
 def _same_print(a: Tensor, b: Tensor) -> bool:
@@ -844,6 +846,9 @@ class _OneByOne(_Restoring):
         "A function of even samples, and of odd ones."
         layer, place = self.model.get_submodule(s.reader.name), self.place[s.reader.name]
         ordered = [_samples_first(layer, place, len(self.probes), t) for t in v]
+        some = counted_positions(layer, self.probes.args)
+        if place == 1 and some is not None:
+            return in_turn(f, *(t[:, 0] for t in ordered), counted=some)
         of_rows = lambda *part: f(*(t.flatten(0, 2) for t in part))
         return in_turn(of_rows, *ordered)
 

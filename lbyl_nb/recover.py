@@ -59,6 +59,9 @@ def _check_kind(model):
             'give the module that it was made from'
         )
     for name, m in model.named_modules():
+        if isinstance(getattr(m, 'base_layer', None), nn.Module):
+            what = 'an adapter around a layer; merge it into the layer first'
+            raise ValueError(f'{name}: {what} (PEFT: merge_and_unload)')
         for k in ('weight', 'bias'):
             if isinstance(vars(m).get(k), Tensor):
                 raise ValueError(
@@ -84,6 +87,15 @@ def _fault(v) -> str:
     return ''
 
 # %% ../nbs/13_recover.ipynb #b5d0a3e1
+def _packed(name: str, v: torch.Tensor) -> str:
+    "What is wrong with a weight that is packed into fewer bits; empty if it is none."
+    if not isinstance(v, torch.Tensor) or (v.is_floating_point() and v.dtype.itemsize > 1):
+        return ''
+    if name.rpartition('.')[2] not in ('weight', 'qweight') or v.is_complex() or v.ndim < 2:
+        return ''
+    return f'weights are quantized ({v.dtype}); load or convert them to float first'
+
+
 def check_model(
     model: nn.Module,  # any network; not changed
 ):
@@ -96,7 +108,7 @@ def check_model(
     for name, v in model.state_dict().items():
         if name.endswith('_extra_state'):
             continue
-        if fault := _fault(v):
+        if fault := _packed(name, v) or _fault(v):
             raise ValueError(f'{name}: {fault}')
     for name, m in model.named_modules():
         if isinstance(m, BATCH_NORM) and m.running_var is not None and (m.running_var < 0).any():
