@@ -17,13 +17,14 @@ from .recover import lbyl_restore, plan, restore
 from .restorers import gaussian, lbyl, merging, prune_only, with_mean
 from .saved import load_restored, save_restored
 from .sensitivity import output_loss, sensitivity
+from .written import written
 
 __all__ = [
     'lbyl_restore', 'restore', 'plan', 'budget', 'output_loss', 'sensitivity',
     'from_masks', 'from_pruned',
     'prune_only', 'merging', 'lbyl', 'gaussian', 'with_mean',
     'probe', 'layerwise', 'default_restorer',
-    'noise', 'photographs', 'distilled', 'calibration',
+    'noise', 'photographs', 'distilled', 'written', 'calibration',
     'expand', 'contract', 'finetune', 'boost', 'restore_and_boost',
     'save_restored', 'load_restored',
 ]  # fmt: skip

@@ -21,7 +21,16 @@ from .closed_form import all_finite
 from .cost import _dry_run, _sample_count
 from .criteria import l2_norm
 from .layers import LAYERS, by_output, conv_groups, width
-from .plans import Limits, _balance, _choose_units, cells_of, families_of, unit_scores
+from lbyl_nb.plans import (
+    Limits,
+    _balance,
+    _choose_units,
+    cells_of,
+    equally_many,
+    evened,
+    families_of,
+    unit_scores,
+)
 from .recover import verified
 from .restorers import prune_only
 from .trace import Traced
@@ -234,13 +243,14 @@ def _cheapest_first(
     return order
 
 # %% ../nbs/17_budget.ipynb #826e9a96
-def _kept_after(n, order, families, limits):
+def _kept_after(n, order, families, limits, sets):
     "Units that the cells of each family keep after the first n removals, within the limits."
     gone = Counter(order[:n])
-    kept = {}
+    left = {f.name: [c.units - gone[c.name] for c in cells_of(f)] for f in families}
+    left, kept = evened(left, sets), {}
     for f in families:
         cells = cells_of(f)
-        wanted = [limits.units(c, c.units - gone[c.name]) for c in cells]
+        wanted = [limits.units(c, k) for c, k in zip(cells, left[f.name])]
         least = [limits.units(c, 0) for c in cells]
         kept[f.name] = _balance(f, wanted, least)
     return kept
@@ -282,6 +292,7 @@ def within(
 
     def choose(model, net, groups):
         families = families_of(limits.prunable(groups))
+        sets = equally_many(limits.together, limits.prunable(groups))
         chosen = {name for f in families for name, _ in f.members}
         groups = [g for g in groups if g.name in chosen]
         costs, cells = bill(net, groups), [c for f in families for c in cells_of(f)]
@@ -297,7 +308,7 @@ def within(
 
         def left(n):
             "Share that is left after the first n removals."
-            lost = _lost(_kept_after(n, order, families, limits), families)
+            lost = _lost(_kept_after(n, order, families, limits, sets), families)
             return costs.total(lost)[what] / costs.total({})[what]
 
         smallest = left(len(order))
@@ -305,7 +316,7 @@ def within(
             why = f'{smallest:.3f} are left when everything is removed that may be'
             raise ValueError(f'{what}: {share} of them cannot be reached, {why}')
         n = _first(lambda n: left(n) <= share, len(order))
-        kept = _kept_after(n, order, families, limits)
+        kept = _kept_after(n, order, families, limits, sets)
         plan = {}
         for f in families:
             plan.update(_choose_units(scores[f.name], f, kept[f.name], limits))
@@ -323,7 +334,7 @@ def budget(
     criterion=l2_norm,  # scores the channels of a group, not negative; better is `output_loss()`
     streams: bool = False,  # residual streams too
     at_least: int | float = 0.1,  # channels that stay in every group; below 1, a fraction of them
-    **limits,  # `ignore` and `round_to`, as in `Limits`
+    **limits,  # `ignore`, `round_to`, `together`: as in `Limits`
 ) -> dict[str, list[int]]:  # {layer: kept channels}
     """A plan within a budget: channels of all layers in one ranking by normalised scores.
 

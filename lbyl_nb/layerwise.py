@@ -10,6 +10,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,6 +42,7 @@ from lbyl_nb.moments import (
     _check_called,
     _check_halves,
     _rows_in_blocks,
+    counted_positions,
     for_target,
     in_turn,
     layer_moments,
@@ -325,6 +327,10 @@ def _apply_fit(layer: nn.Module, V: Tensor, c: Tensor, read: Tensor) -> Tensor:
     return layer._conv_forward(read, V, c)
 
 # %% ../nbs/14_layerwise.ipynb #cf12d00a
+class _Enough(Exception):
+    "A forward pass has come past the last layer of interest."
+
+
 @torch.no_grad()
 def _walk(model: nn.Module, args, hooks: dict, before: dict | None = None):
     """One forward pass with forward hooks, {name of a module: hook}, that come before all others.
@@ -338,7 +344,8 @@ def _walk(model: nn.Module, args, hooks: dict, before: dict | None = None):
             handles.append(module.register_forward_hook(hook, prepend=True))
         for name, hook in (before or {}).items():
             handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
-        with torch.random.fork_rng(gpus):  # the next pass starts from the same state
+        # the next pass starts from the same state
+        with torch.random.fork_rng(gpus), suppress(_Enough):
             call(model, map_tensors(args, torch.clone))  # a network may work in place on them
     finally:
         for h in handles:
@@ -357,6 +364,7 @@ def _layer_hook(road, s: _Site):
         x, out = road.whole(s, inputs[0], out)
         plain, x = as_called(layer, x)
         road.meet(s, plain, x, out)
+        road.go_on()
         return out
 
     return hook
@@ -412,6 +420,9 @@ class _Pass(TorchFunctionMode):
         "What a layer was given, and what shall be its output."
         return x, out
 
+    def go_on(self):
+        "Raise `_Enough` where the rest of the pass is not needed."
+
     def see(self, f, args, kwargs):
         "Stop at a function if it adds one of the summands to something of its shape."
         for a, other, factor in _summands(f, args, kwargs):
@@ -419,6 +430,7 @@ class _Pass(TorchFunctionMode):
             if expected and a.shape == other.shape:
                 out, what = self.pending.pop(id(a))
                 self.join(out, what, other, factor)
+                self.go_on()
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -466,6 +478,11 @@ class _Restoring(_Pass):
         now = by_output(self.target.get_submodule(s.reader.name)).detach()
         changed = not torch.equal(now, by_output(layer))
         return _site_fit(s, layer, halves, ridge, now if changed else None)
+
+    def go_on(self):
+        "Stop the pass behind the last layer."
+        if len(self.missed) == len(self.sites):
+            raise _Enough
 
     def solve(self, s, layer, read, dense, y, out):
         "Find new weights for a layer, and go on with what it gives by them."
@@ -602,7 +619,8 @@ class _SideBySide(_Restoring):
 
     def halves(self, s, f, *v):
         "A function of even samples, and of odd ones."
-        return in_turn(f, *v)
+        layer = self.model.get_submodule(s.reader.name)
+        return in_turn(f, *v, counted=counted_positions(layer, self.probes.args))
 
 # %% ../nbs/14_layerwise.ipynb #481ea795
 def _same_print(a: Tensor, b: Tensor) -> bool:
@@ -828,6 +846,9 @@ class _OneByOne(_Restoring):
         "A function of even samples, and of odd ones."
         layer, place = self.model.get_submodule(s.reader.name), self.place[s.reader.name]
         ordered = [_samples_first(layer, place, len(self.probes), t) for t in v]
+        some = counted_positions(layer, self.probes.args)
+        if place == 1 and some is not None:
+            return in_turn(f, *(t[:, 0] for t in ordered), counted=some)
         of_rows = lambda *part: f(*(t.flatten(0, 2) for t in part))
         return in_turn(of_rows, *ordered)
 

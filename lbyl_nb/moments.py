@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['RIDGES', 'unfolded_gram', 'stationary_gram', 'patch_gram', 'patch_cross', 'Moments', 'Centred', 'in_turn', 'total',
-           'layer_moments', 'row_moments', 'for_target', 'prediction_error', 'held_out_ridge', 'Fit', 'regress',
-           'trusted', 'look']
+           'counted_positions', 'layer_moments', 'row_moments', 'for_target', 'prediction_error', 'held_out_ridge',
+           'Fit', 'regress', 'trusted', 'look']
 
 # %% ../nbs/07_moments.ipynb #f5d729e0
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 
@@ -178,9 +178,12 @@ class Centred:
 def in_turn(
     f: Callable,  # of some samples of each tensor
     *tensors: Tensor,  # samples first, as many in each
+    counted: Tensor | None = None,  # (n, t) which positions of (n, t, ...) count; None: all
 ) -> list:  # of two
     "A function of even samples, and the same function of odd samples."
-    return [f(*(v[i::2] for v in tensors)) for i in (0, 1)]
+    if counted is None or any(v.shape[:2] != counted.shape for v in tensors):
+        return [f(*(v[i::2] for v in tensors)) for i in (0, 1)]
+    return [f(*(v[i::2][counted[i::2]] for v in tensors)) for i in (0, 1)]
 
 
 def total(
@@ -194,6 +197,17 @@ def _stacked(parts):
     "`Moments` of the same positions, stacked along a new first axis."
     along = lambda field: torch.stack([getattr(M, field) for M in parts])
     return Moments(parts[0].n, *map(along, ('G', 'C', 'p', 'y', 'yy')))
+
+# %% ../nbs/07_moments.ipynb #bc131965
+def counted_positions(
+    layer: nn.Module,  # linear, or any other
+    args,  # arguments of the network
+) -> Tensor | None:  # (n, t) which positions are no padding; None: all count, or it is not known
+    "Positions of texts that a layer is to be judged by."
+    mask = args.get('attention_mask') if isinstance(args, Mapping) else None
+    if not isinstance(layer, nn.Linear) or not isinstance(mask, Tensor) or mask.ndim != 2:
+        return None
+    return None if mask.bool().all() else mask.bool()
 
 # %% ../nbs/07_moments.ipynb #972e256a
 def _over_samples(layer, v: Tensor) -> Tensor:  # (o,) in float64
@@ -469,12 +483,13 @@ def look(
     """Moments of what the named layers read and give.
 
     ValueError naming the layer where NaN or infinity is met, or that is not called."""
-    sums, hooks = {}, []
+    sums, hooks, now = {}, [], [None]
 
     def hook(name):
         def add(layer, inputs, y):
             layer, x = as_called(layer, inputs[0])
-            new = in_turn(lambda x, y: measure(layer, x, y, name), x, y)
+            some = counted_positions(layer, now[0])
+            new = in_turn(lambda x, y: measure(layer, x, y, name), x, y, counted=some)
             sums[name] = [a + b for a, b in zip(sums[name], new)] if name in sums else new
 
         return add
@@ -484,6 +499,7 @@ def look(
             layer = probes.model.get_submodule(name)
             hooks.append(layer.register_forward_hook(hook(name), prepend=True))
         for args in probes.batches(batch):
+            now[0] = args
             call(probes.model, args)
     finally:
         for h in hooks:

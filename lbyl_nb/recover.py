@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .closed_form import all_finite
+from .configuration import describe
 from .cost import _count
 from .criteria import l2_norm
 from .delivery import Delivery, removed
@@ -33,6 +34,7 @@ from lbyl_nb.graph import (
     add_constant,
     channels,
     find_groups,
+    find_readers,
     follow_sizes,
     lost,
     remove_channels,
@@ -57,6 +59,9 @@ def _check_kind(model):
             'give the module that it was made from'
         )
     for name, m in model.named_modules():
+        if isinstance(getattr(m, 'base_layer', None), nn.Module):
+            what = 'an adapter around a layer; merge it into the layer first'
+            raise ValueError(f'{name}: {what} (PEFT: merge_and_unload)')
         for k in ('weight', 'bias'):
             if isinstance(vars(m).get(k), Tensor):
                 raise ValueError(
@@ -82,6 +87,15 @@ def _fault(v) -> str:
     return ''
 
 # %% ../nbs/13_recover.ipynb #b5d0a3e1
+def _packed(name: str, v: torch.Tensor) -> str:
+    "What is wrong with a weight that is packed into fewer bits; empty if it is none."
+    if not isinstance(v, torch.Tensor) or (v.is_floating_point() and v.dtype.itemsize > 1):
+        return ''
+    if name.rpartition('.')[2] not in ('weight', 'qweight') or v.is_complex() or v.ndim < 2:
+        return ''
+    return f'weights are quantized ({v.dtype}); load or convert them to float first'
+
+
 def check_model(
     model: nn.Module,  # any network; not changed
 ):
@@ -94,7 +108,7 @@ def check_model(
     for name, v in model.state_dict().items():
         if name.endswith('_extra_state'):
             continue
-        if fault := _fault(v):
+        if fault := _packed(name, v) or _fault(v):
             raise ValueError(f'{name}: {fault}')
     for name, m in model.named_modules():
         if isinstance(m, BATCH_NORM) and m.running_var is not None and (m.running_var < 0).any():
@@ -379,7 +393,14 @@ def _suspects(groups, name, gone):
 
 # %% ../nbs/13_recover.ipynb #eb7086c5
 def _attempt(
-    model, example_inputs, restorer, choose, left_alone, streams=False, dtype=torch.float64
+    model,
+    example_inputs,
+    restorer,
+    choose,
+    left_alone,
+    streams=False,
+    dtype=torch.float64,
+    new_biases=True,
 ):
     """Prune and restore with some groups left alone.
 
@@ -395,6 +416,8 @@ def _attempt(
             gone[g.name] = removed(chosen[g.name], g.channels).tolist()
     touched = [g for g in groups if gone.get(g.name)]
     before = _count(net.model, net.args)
+    if not new_biases:
+        _without_new_biases(net)
     errors, missed = {}, {}
     if hasattr(restorer, 'rewrite'):
         missed = restorer.rewrite(net, touched, chosen)
@@ -406,7 +429,19 @@ def _attempt(
     if wrong:
         return None, wrong
     costs = pd.DataFrame(dict(before=before, after=_count(small, net.args))).T
-    return Restoration(_dress(small, model), chosen, report, costs), {}
+    small = _dress(small, model)
+    for m in small.modules():
+        vars(m).pop('takes_no_constant', None)
+    describe(small, model)
+    return Restoration(small, chosen, report, costs), {}
+
+# %% ../nbs/13_recover.ipynb #07c63639
+def _without_new_biases(net: Traced):
+    "Let layers without bias, and without a batch norm behind them, take no constants; in place."
+    for r in find_readers(net):
+        layer = net.model.get_submodule(r.name)
+        if layer.bias is None and r.norm is None:
+            layer.takes_no_constant = True
 
 # %% ../nbs/13_recover.ipynb #a93be410
 def _left_alone(groups, reasons):
@@ -442,7 +477,7 @@ def verified(
     example_inputs,  # a tensor, tuple or dict that its forward accepts
     restorer,  # a function from `Channels` and kept channels to a `Delivery`, or with `rewrite`
     choose,  # a function from model, traced network and groups to a plan {layer: kept channels}
-    **kwargs,  # `streams`, `dtype`: as in `restore`
+    **kwargs,  # `streams`, `dtype`, `new_biases`: as in `restore`
 ) -> Restoration:  # of a plan that leaves alone what turned out to be no group
     "Prune and restore, again and again until every group that is cut is one."
     check_model(model)
@@ -577,6 +612,7 @@ def restore(
     restorer=None,  # `Channels`, kept -> `Delivery`, or with `rewrite`; None: `default_restorer`
     streams: bool = False,  # prune residual streams too, if there is no plan
     dtype=torch.float64,  # precision of the solver, whatever the model's
+    new_biases: bool = True,  # may layers that have no bias get one?
 ) -> Restoration:  # the smaller network, its plan, report and cost, and how far its output moved
     """Prune a network and let the kept channels carry the removed ones.
 
@@ -598,7 +634,8 @@ def restore(
         choose = _by_budget(how, wanted[how], criterion)
     if restorer is None:
         restorer = _default()
-    done = verified(model, example_inputs, restorer, choose, streams=streams, dtype=dtype)
+    how = dict(streams=streams, dtype=dtype, new_biases=new_biases)
+    done = verified(model, example_inputs, restorer, choose, **how)
     return compared(model, example_inputs, done)
 
 # %% ../nbs/13_recover.ipynb #88b22b13
@@ -635,7 +672,7 @@ def plan(
     ratio: float | dict,  # fraction to remove of each group, in [0, 1), or {layer: fraction}
     criterion=l2_norm,  # a function from `Channels` to one score a channel
     streams: bool = False,  # residual streams too
-    **limits,  # `ignore`, `round_to`, `at_least`: as in `Limits`
+    **limits,  # `ignore`, `round_to`, `at_least`, `together`: as in `Limits`
 ) -> dict[str, list[int]]:  # {layer: kept channels}, for every group that can be pruned
     """Which channels to keep.
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .configuration import describe
 from .delivery import removed
 from .files import read_safetensors, write_safetensors
 from .graph import find_groups, follow_sizes, lost, remove_channels
@@ -58,7 +59,9 @@ def load_restored(
     small = remove_channels(net, groups, gone)
     follow_sizes(net, net.args, lost(groups, gone))
     number_heads(net, net.args, lost(groups, gone))
-    return _load_tensors(_dress(small, model), tensors, path)
+    small = _load_tensors(_dress(small, model), tensors, path)
+    describe(small, model)
+    return small
 
 # %% ../nbs/37_saved.ipynb #57a0bce6
 def _new_biases(model: nn.Module, tensors: dict) -> dict:

@@ -480,7 +480,7 @@ def test_the_record_is_used_up_in_portions(monkeypatch):
     torch.manual_seed(0)
     net, x = Sequence(turn=True, mix=centred).eval(), torch.randn(8, 5, 6)
     how, small, passes = dict(keep=dict(up=range(6))), [], []
-    net.register_forward_hook(lambda m, i, o: passes.append(len(i[0])))
+    net.register_forward_pre_hook(lambda m, i: passes.append(len(i[0])))
     for size in (1, 2**28):
         monkeypatch.setattr(MODULE, '_RECORD', size)
         passes.clear()
@@ -519,7 +519,7 @@ def test_the_check_costs_one_forward_pass():
 
     def source(model, args):
         copied = copy.deepcopy(model)
-        copied.register_forward_hook(lambda m, i, o: samples.append(len(i[0])))
+        copied.register_forward_pre_hook(lambda m, i: samples.append(len(i[0])))
         return Probes(copied, (x,))
 
     lbyl_restore(net, x[:1], ratio=0.5, restorer=layerwise(source))

@@ -1,0 +1,175 @@
+"""Language models and their kin as people hand them over, and as other programs take them.
+
+Networks are built from tiny configurations, with random weights.
+"""
+
+import copy
+import io
+
+import pytest
+import torch
+from test_heads import gap, made, run, words
+from torch import nn
+
+from lbyl_nb import calibration, layerwise, noise, probe, prune_only, restore, written
+from lbyl_nb.least_lost import least_lost
+
+
+def small_of(kind, **how):
+    net, x = made(kind)
+    how = dict(restorer=layerwise(calibration(x)), new_biases=False) | how
+    return restore(net, x, ratio=0.5, **how).model, x
+
+
+def padded(x, more=3, left=False):
+    "Tokens with padding, and the mask that says so."
+    n, t = x.shape
+    zeros, ones = x.new_zeros(n, more), torch.ones_like(x)
+    parts = (zeros, x) if left else (x, zeros)
+    marks = (zeros, ones) if left else (ones, zeros)
+    return dict(input_ids=torch.cat(parts, 1), attention_mask=torch.cat(marks, 1))
+
+
+WAYS = dict(probe=probe, layerwise=layerwise)
+
+
+@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize('kind, left', [('llama', False), ('llama', True), ('gpt2', False)])
+def test_padding_is_not_looked_at(kind, left, way):
+    "Texts with padding restore the weights that texts without it restore."
+    net, x = made(kind)
+    tokens = words(40, 9)
+    give = lambda t: calibration(t | dict(use_cache=False))
+    plain, with_padding = dict(input_ids=tokens), padded(tokens, left=left)
+    how = dict(ratio=0.5, restorer=WAYS[way](give(plain), ridge=1e-3))
+    one = restore(net, x, **how).model
+    two = restore(net, x, **how | dict(restorer=WAYS[way](give(with_padding), ridge=1e-3))).model
+    full = dict(with_padding, attention_mask=torch.ones_like(with_padding['input_ids']))
+    three = restore(net, x, **how | dict(restorer=WAYS[way](give(full), ridge=1e-3))).model
+    largest = lambda a, b: max((a[k] - b[k]).abs().max().item() for k in a)
+    one, two, three = (m.state_dict() for m in (one, two, three))
+    assert largest(one, two) < 5e-5 < 1e-3 < largest(one, three)
+
+
+def test_padding_is_not_looked_at_by_criteria():
+    net, x = made('llama')
+    tokens = words(40, 9)
+    give = lambda t: calibration(t | dict(use_cache=False))
+    how = dict(ratio=0.5, restorer=prune_only())
+    plans = []
+    for t in (dict(input_ids=tokens), padded(tokens)):
+        plans.append(restore(net, x, criterion=least_lost(give(t)), **how).plan)
+    assert plans[0] == plans[1]
+
+
+def test_what_a_tokenizer_returns():
+    "A mapping of its own class, with a mask, is an example and a calibration set."
+    tf = pytest.importorskip('transformers')
+    net, x = made('llama')
+    given = tf.BatchEncoding(padded(words(24, 6)))
+    small = restore(net, given, ratio=0.5, restorer=layerwise(calibration(given))).model
+    assert run(small, given)[0].shape == (24, 9, 48)
+    drawn = restore(net, given, ratio=0.5, restorer=layerwise(noise(16))).model
+    assert run(drawn, given)[0].isfinite().all()
+
+
+def test_own_text_restores_and_who_cannot_write_is_told():
+    net, x = made('llama')
+    r = restore(net, x, ratio=0.5, restorer=layerwise(written(32, length=9)))
+    pruned = restore(net, x, ratio=0.5, restorer=prune_only())
+    texts = written(64, length=7, seed=1)(net, dict(input_ids=x['input_ids'])).args
+    dense = run(net, texts)[0].log_softmax(-1)
+    lost = lambda m: (dense.exp() * (dense - run(m, texts)[0].log_softmax(-1))).sum(-1).mean()
+    assert lost(r.model) < 0.5 * lost(pruned.model)
+    for kind in ('bert', 't5'):
+        net, x = made(kind)
+        with pytest.warns(UserWarning, match='cannot write a text by itself'):
+            restore(net, x, ratio=0.2, restorer=layerwise(written(16)))
+
+
+def test_tied_embeddings_are_named():
+    net, x = made('llama')
+    net.config.tie_word_embeddings = True
+    net.tie_weights()
+    assert net.lm_head.weight is net.model.embed_tokens.weight
+    with pytest.raises(ValueError, match='keep: .*lm_head.*shares a parameter'):
+        restore(net, x, keep={'lm_head': range(8)})
+    small = restore(net, x, ratio=0.5, restorer=layerwise(calibration(x))).model
+    assert small.lm_head.weight is small.model.embed_tokens.weight
+    assert torch.equal(small.lm_head.weight, net.lm_head.weight)
+
+
+def test_no_ratio_leaves_an_attention_without_heads():
+    net, x = made('llama')
+    small = restore(net, x, ratio=0.99, restorer=prune_only()).model
+    attention = small.model.layers[0].self_attn
+    assert attention.k_proj.out_features == attention.head_dim
+    assert attention.q_proj.out_features == 2 * attention.head_dim
+
+
+@pytest.mark.parametrize('kind', ['llama', 'qwen2', 'gpt2'])
+def test_the_same_text_with_a_cache_and_without(kind):
+    small, x = small_of(kind)
+    how = dict(max_new_tokens=8, do_sample=False, pad_token_id=0)
+    some = [small.generate(x['input_ids'][:4], use_cache=c, **how) for c in (True, False)]
+    assert torch.equal(*some)
+    step = x['input_ids'][:4]
+    for _ in range(8):
+        step = torch.cat([step, run(small, dict(input_ids=step))[0][:, -1:].argmax(-1)], 1)
+    assert torch.equal(some[0][:, :15], step[:, : some[0].shape[1]])
+
+
+@pytest.mark.parametrize('kind', ['vit', 'llama'])
+def test_exported_by_torch(kind):
+    small, x = small_of(kind)
+    program = torch.export.export(small, (), dict(x), strict=False)
+    assert gap(program.module()(**x)[0], run(small, x)[0]) < 1e-9
+
+
+class Logits(nn.Module):
+    "The first output alone."
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        named = 'pixel_values' if x.is_floating_point() else 'input_ids'
+        more = {} if x.is_floating_point() else dict(use_cache=False)
+        return self.net(**{named: x}, **more).logits
+
+
+@pytest.mark.parametrize('kind', ['vit', 'llama'])
+def test_exported_to_onnx(kind, tmp_path):
+    ort = pytest.importorskip('onnxruntime')
+    small, x = small_of(kind)
+    small = Logits(small.float())
+    given = next(iter(x.values()))
+    given = given.float() if given.is_floating_point() else given
+    file = io.BytesIO()
+    torch.onnx.export(small, (given,), file, dynamo=True, verbose=False)
+    session = ort.InferenceSession(file.getvalue())
+    (out,) = session.run(None, {session.get_inputs()[0].name: given.numpy()})
+    with torch.no_grad():
+        assert gap(torch.tensor(out), small(given)) < 1e-4
+
+
+@pytest.mark.parametrize('kind', ['vit', 'llama'])
+def test_gradient_checkpointing_gives_the_same_gradients(kind):
+    small, x = small_of(kind)
+    found = []
+    for checkpointing in (False, True):
+        net = copy.deepcopy(small).train()
+        if checkpointing:
+            net.gradient_checkpointing_enable()
+        net(**x)[0].square().mean().backward()
+        found.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
+    torch.testing.assert_close(*found)
+    assert found[0].any()
+
+
+@pytest.mark.parametrize('kind', ['vit', 'llama'])
+def test_compiled(kind):
+    small, x = small_of(kind)
+    whole = torch.compile(small, backend='eager')
+    assert gap(run(whole, x)[0], run(small, x)[0]) < 1e-9
