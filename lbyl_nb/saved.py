@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .configuration import describe
 from .delivery import removed
 from .files import read_safetensors, write_safetensors
 from .graph import find_groups, follow_sizes, lost, remove_channels
+from .layers import as_args
 from .plans import check_plan
-from .recover import _dress, number_heads
+from .recover import _dress, described, number_heads
 from .trace import trace
 
 # %% ../nbs/37_saved.ipynb #c3a7cdfc
@@ -60,7 +60,7 @@ def load_restored(
     follow_sizes(net, net.args, lost(groups, gone))
     number_heads(net, net.args, lost(groups, gone))
     small = _load_tensors(_dress(small, model), tensors, path)
-    describe(small, model)
+    described(small, model, as_args(example_inputs))
     return small
 
 # %% ../nbs/37_saved.ipynb #57a0bce6

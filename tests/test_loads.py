@@ -5,8 +5,9 @@ Networks are built from tiny configurations, with random weights.
 
 import pytest
 import torch
-from test_heads import gap, made, run
+from test_heads import WIDTH, gap, made, run
 
+from lbyl_nb import recover
 from lbyl_nb.budget import budget
 from lbyl_nb.layerwise import layerwise, probe
 from lbyl_nb.probes import calibration
@@ -98,6 +99,29 @@ def test_described_networks_are_loaded_from_their_plan_too(tmp_path):
     same = load_restored(tied()[0], x, tmp_path / 'small')
     assert gap(run(same, x), run(r.model, x)) == 0
     assert same.config.to_dict() == said
+
+
+def test_a_configuration_that_would_change_the_output_is_taken_back(monkeypatch):
+    "Something else than its own describes the copy: modules, biases and configuration stay."
+
+    def wrongly(small, dense):
+        small.config.intermediate_size = 7
+        small.model.layers[0].self_attn.scaling *= 2
+        small.model.layers[1].mlp.down_proj.bias = torch.nn.Parameter(torch.ones(WIDTH).double())
+
+    net, x = made('llama')
+    right = restore(net, x, ratio=0.5, restorer=prune_only()).model
+    monkeypatch.setattr(recover, 'describe', wrongly)
+    small = restore(net, x, ratio=0.5, restorer=prune_only()).model
+    assert gap(run(small, x), run(right, x)) == 0
+    assert small.model.layers[1].mlp.down_proj.bias is None
+    assert small.config.intermediate_size == net.config.intermediate_size
+
+
+def test_parameters_are_counted_as_they_are():
+    net, x = made('llama')
+    r = restore(net, x, ratio=0.5, restorer=layerwise(calibration(x)))
+    assert r.cost.params['after'] == sum(p.numel() for p in r.model.parameters())
 
 
 def test_a_fit_without_new_biases_is_the_least_squares_fit_without_a_constant():
