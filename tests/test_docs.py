@@ -323,7 +323,7 @@ def test_folded_cells_are_imports(name, processed):
     assert {type(n) for n in nodes} <= {ast.Import, ast.ImportFrom, ast.Assign}
 
 
-@pytest.mark.parametrize('name', [n for n in NOTEBOOKS if n != '10_graph.ipynb'])
+@pytest.mark.parametrize('name', NOTEBOOKS)
 def test_figures_have_words(name, processed):
     "Every figure is at least 700 pixels wide and has a text in its place, on the page as well."
     drawn = lambda c: [o for o in c['outputs'] if 'image/png' in o.get('data', {})]
