@@ -21,7 +21,6 @@ EXCUSED = {
     'OMP_NUM_THREADS': 'a variable of the environment, of OpenMP',
     'KilledWorker': 'an exception of distributed',
     'cat': 'a command',
-    'save_pretrained': 'a method of the networks of transformers',
     'dask_jobqueue.SLURMCluster': 'a class of a package that is not required',
     'flock': 'a call of the operating system',
     'register_ray': 'a function of a package that is not required',
