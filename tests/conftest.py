@@ -13,7 +13,10 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
-import torch
+
+# beside other programs, threads that wait for each other take ten times as long
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / 'nbs'
