@@ -10,6 +10,7 @@ from .distilled import distilled
 from .expand import contract, expand
 from .finetune import boost, finetune, restore_and_boost
 from .layerwise import default_restorer, layerwise, probe
+from .least_lost import fluctuation
 from .photographs import photographs
 from .probes import calibration, noise
 from .pruned_elsewhere import from_masks, from_pruned
@@ -20,7 +21,7 @@ from .sensitivity import output_loss, sensitivity
 from .written import written
 
 __all__ = [
-    'lbyl_restore', 'restore', 'plan', 'budget', 'output_loss', 'sensitivity',
+    'lbyl_restore', 'restore', 'plan', 'budget', 'fluctuation', 'output_loss', 'sensitivity',
     'from_masks', 'from_pruned',
     'prune_only', 'merging', 'lbyl', 'gaussian', 'with_mean',
     'probe', 'layerwise', 'default_restorer',
