@@ -461,8 +461,10 @@ def _attempt(
     small = _dress(small, model)
     for m in small.modules():
         vars(m).pop('takes_no_constant', None)
+    size = lambda: sum(p.numel() for p in small.parameters())
+    undescribed = size()
     described(small, model, as_args(example_inputs))
-    after |= dict(params=sum(p.numel() for p in small.parameters()))
+    after['params'] += size() - undescribed  # biases that are zero
     costs = pd.DataFrame(dict(before=before, after=after)).T
     return Restoration(small, chosen, report, costs), {}
 
