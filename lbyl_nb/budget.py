@@ -291,8 +291,8 @@ def within(
         raise ValueError(f'{what} must be a share in (0, 1], got {share}')
 
     def choose(model, net, groups):
-        families = families_of(limits.prunable(groups))
-        sets = equally_many(limits.together, limits.prunable(groups))
+        prunable = limits.prunable(groups)
+        families, sets = families_of(prunable), equally_many(limits.together, prunable)
         chosen = {name for f in families for name, _ in f.members}
         groups = [g for g in groups if g.name in chosen]
         costs, cells = bill(net, groups), [c for f in families for c in cells_of(f)]

@@ -589,7 +589,7 @@ class _SideBySide(_Restoring):
         "Solve for a layer: the first half of what it reads and gives is the dense network's."
         name, n = s.reader.name, len(self.probes)
         if len(out) == 1:
-            self.table(s, layer, x, out)
+            _fit_table(self, s, layer, x, out)
             return
         if len(out) % (2 * n):
             shape = tuple(out.shape)
@@ -599,15 +599,6 @@ class _SideBySide(_Restoring):
         read = selected(layer, restored, s.read)
         self.prints[name] = _fingerprint(y, n), _fingerprint(read, n)
         self.solve(s, layer, read, dense, y, out)
-
-    def table(self, s, layer, x, out):
-        "Fit a layer that reads the same for all samples."
-        name, read = s.reader.name, selected(layer, x, s.read)
-        self.tables.add(name)
-        self.prints[name] = _fingerprint(out, 1), _fingerprint(read, 1)
-        measure = lambda *v: _site_moments(s, layer, *v)
-        halves = self.halves(s, measure, read, x, out)
-        self.take(s, self.fit(s, layer, halves, self.ridge))
 
     def own(self, out):
         "The restored network's part of what a layer gives."
@@ -621,6 +612,16 @@ class _SideBySide(_Restoring):
         "A function of even samples, and of odd ones."
         layer = self.model.get_submodule(s.reader.name)
         return in_turn(f, *v, counted=counted_positions(layer, self.probes.args))
+
+# %% ../nbs/14_layerwise.ipynb #74618d25
+def _fit_table(pair, s, layer, x, out):
+    "Fit a layer that reads the same for all samples."
+    name, read = s.reader.name, selected(layer, x, s.read)
+    pair.tables.add(name)
+    pair.prints[name] = _fingerprint(out, 1), _fingerprint(read, 1)
+    measure = lambda *v: _site_moments(s, layer, *v)
+    halves = pair.halves(s, measure, read, x, out)
+    pair.take(s, pair.fit(s, layer, halves, pair.ridge))
 
 # %% ../nbs/14_layerwise.ipynb #481ea795
 def _same_print(a: Tensor, b: Tensor) -> bool:

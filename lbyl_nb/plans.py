@@ -315,11 +315,12 @@ def by_ratio(
         ratios = _ratios(ratio, groups)
         groups = [g for g in limits.prunable(groups) if g.family.name in ratios]
         scores = unit_scores(model, net, groups, criterion, dtype)
+        families = families_of(groups)
         left = lambda f: [c.units * (1 - ratios[f.name]) for c in cells_of(f)]
-        wanted = {f.name: left(f) for f in families_of(groups)}
+        wanted = {f.name: left(f) for f in families}
         wanted = evened(wanted, equally_many(limits.together, groups))
         plan = {}
-        for f in families_of(groups):
+        for f in families:
             plan.update(_choose_units(scores[f.name], f, wanted[f.name], limits))
         return {g.name: plan[g.name] for g in groups if g.name in plan}
 
