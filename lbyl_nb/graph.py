@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Consumer', 'Family', 'Group', 'find_groups', 'Reader', 'find_readers', 'lost', 'remove_channels', 'silence',
-           'follow_sizes', 'Filters', 'Channels', 'channels', 'add_constant']
+           'follow_sizes', 'Filters', 'Channels', 'channels', 'stored', 'add_constant']
 
 # %% ../nbs/10_graph.ipynb #02c4cf7c
 import copy
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .closed_form import _products
+from .closed_form import _products, all_finite
 from .errors import bn_affine
 from .experts import takes_constants
 from .gaussian import Activation, relu
@@ -1277,6 +1277,22 @@ def _stacked(folded):
         beta = sum(betas)
     return tuple(map(_scaled, stages, a)), torch.ones_like(b[0]), sum(b), gamma, beta
 
+# %% ../nbs/10_graph.ipynb #02bee6af
+def stored(
+    v: Tensor,
+    like: Tensor,  # whose dtype and device it gets
+    name: str,  # of what it is for, in the error
+) -> Tensor:
+    "A tensor in the precision of another. ValueError where it is too large for that."
+    with torch._C.DisableTorchFunction():
+        new = v.to(like)
+        if not all_finite(new) and all_finite(v):
+            raise ValueError(
+                f'{name}: its restored values are too large for {like.dtype}; '
+                'restore the network in bfloat16 or float32'
+            )
+        return new
+
 # %% ../nbs/10_graph.ipynb #ffad7301
 @torch.no_grad()
 def add_constant(
@@ -1285,15 +1301,18 @@ def add_constant(
     norm: str | None,  # batch norm directly behind it
     constant: Tensor,  # (o,) what to add to the layer's output
 ):
-    "Add a constant to a layer's output, wherever it has room for one; nothing if it has none."
+    """Add a constant to a layer's output, wherever it has room for one; nothing if it has none.
+
+    ValueError where it is too large for the precision of the layer."""
     layer = model.get_submodule(name)
     bn = model.get_submodule(norm) if norm else None
     if not constant.any() or not takes_constants(layer):
         return
-    constant = constant.to(layer.weight)
+    constant = constant.to(layer.weight.device)
     if layer.bias is not None:
-        layer.bias += constant
+        layer.bias.copy_(stored(layer.bias + constant, layer.bias, f'{name}.bias'))
     elif bn is not None and bn.running_mean is not None:
-        bn.running_mean -= constant
+        mean = bn.running_mean
+        mean.copy_(stored(mean - constant, mean, f'{norm}.running_mean'))
     else:
-        layer.bias = nn.Parameter(constant)
+        layer.bias = nn.Parameter(stored(constant, layer.weight, f'{name}.bias'))

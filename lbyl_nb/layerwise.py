@@ -6,7 +6,6 @@
 __all__ = ['taps_fit', 'find_sites', 'probe', 'layerwise', 'default_restorer', 'look_at_consumers', 'probed_lbyl']
 
 # %% ../nbs/14_layerwise.ipynb #b426e137
-import copy
 import math
 import warnings
 from collections.abc import Callable
@@ -22,13 +21,14 @@ from tqdm.auto import tqdm
 from .closed_form import check_ridge
 from .delivery import Delivery, removed
 from .experts import takes_constants
-from .graph import Reader, add_constant, channels, find_readers
+from .graph import Reader, add_constant, channels, find_readers, stored
 from lbyl_nb.layers import (
     as_called,
     by_output,
     call,
     channel_dim,
     conv_groups,
+    in_single,
     in_weight,
     is_depthwise,
     map_tensors,
@@ -56,7 +56,7 @@ from .photographs import stand_ins
 from .probes import Probes, noise
 from .recover import _absorb, _delivered, _in_blocks, _one_by_one
 from .restorers import gaussian, lbyl, prune_only
-from .trace import Traced
+from .trace import Traced, dense_copy
 
 # %% ../nbs/14_layerwise.ipynb #e34678d4
 _MOST_TAPS = 8192  # unknowns for one output; beyond, the Gram matrix is too large: channels instead
@@ -168,7 +168,8 @@ def _site_fit(
     to = own if prior is None else trusted(halves, own, taps(prior))
     fit = regress(halves, to, ridge)
     # in its final precision: the taps of all layers are held at once
-    return replace(fit, V=fit.V.flatten(0, -2).to(layer.weight), c=fit.c.flatten())
+    V = stored(fit.V.flatten(0, -2), layer.weight, f'{s.reader.name}.weight')
+    return replace(fit, V=V, c=fit.c.flatten())
 
 # %% ../nbs/14_layerwise.ipynb #ab82f9de
 def _channel_fit(s: _Site, layer: nn.Module, halves: list, ridge: float | None) -> Fit:
@@ -187,7 +188,7 @@ def _channel_fit(s: _Site, layer: nn.Module, halves: list, ridge: float | None) 
         for part in of_group.split(512):
             read = part[:, at].double().unflatten(1, (m, -1))  # (outputs, m, span, taps)
             V, c = delivery.absorb(read, keep)
-            taps.append(V.flatten(1).to(layer.weight))
+            taps.append(stored(V.flatten(1), layer.weight, f'{s.reader.name}.weight'))
             constants.append(c)
     own = 0 if layer.bias is None else layer.bias.detach().double()
     return replace(fit, V=torch.cat(taps), c=torch.cat(constants) + own)
@@ -461,7 +462,8 @@ def _solve_again(pair, p: _Pending, out: Tensor, lack: Tensor):
     fit = pair.fit(p.site, p.layer, changed, p.fit.ridge)
     pair.take(p.site, fit)
     new = _apply_fit(p.layer, fit.V, fit.c, p.read)
-    pair.own(out).copy_(norm.forward(new) if norm else new)
+    with in_single(pair.model):
+        pair.own(out).copy_(norm.forward(new) if norm else new)
 
 # %% ../nbs/14_layerwise.ipynb #05fb340d
 class _Restoring(_Pass):
@@ -886,10 +888,8 @@ class _Layerwise:
 
     def rewrite(self, net, groups, chosen):
         "Put all layers right, in place; returns what fraction of the variance each fit misses."
-        probes = self.source(net.model, net.args)
+        probes = self.source(dense_copy(net), net.args)
         _check_halves(probes, self.ridge)
-        if probes.model is net.model:
-            probes = replace(probes, model=copy.deepcopy(net.model))
         sites = find_sites(net, groups, chosen, every=self.refit)
         pair = _SideBySide(probes, net.model, sites, self.ridge)
         self.begin(net, groups, chosen, sites)
@@ -927,7 +927,7 @@ class _Default:
     def rewrite(self, net, groups, chosen):
         "Put all layers right, in place; returns what fraction of the variance each fit misses."
         try:
-            probes = stand_ins()(net.model, net.args)
+            probes = stand_ins()(dense_copy(net), net.args)
         except ValueError as e:
             what = 'restored from weights alone, by gaussian()'
             warnings.warn(f'{e}; {what}', stacklevel=2)
@@ -1027,8 +1027,8 @@ class _ProbedLbyl:
 
     def rewrite(self, net, groups, chosen):
         "Put all consumers right, in place, by the weights that miss least; nothing to report."
-        probes = self.source(net.model, net.args)
-        original = copy.deepcopy(net.model)
+        original = dense_copy(net)
+        probes = self.source(original, net.args)
 
         def measure(c, layer, x, y):
             return row_moments(_channel_rows(layer, x, c.columns), name=c.name)

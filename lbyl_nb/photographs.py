@@ -6,7 +6,6 @@
 __all__ = ['crops', 'input_range', 'photographs', 'stand_ins']
 
 # %% ../nbs/06a_photographs.ipynb #0beb7ff0
-import copy
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import cache
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import _joined_samples, call, map_samples, samples, statistics_of
+from .layers import _joined_samples, call, map_samples, samples, shared_copy, statistics_of
 from .probes import Probes, _drawn_noise, noise, pinned, random_args, random_like
 
 # %% ../nbs/06a_photographs.ipynb #fec9703c
@@ -156,7 +155,7 @@ def _drawn_photographs(model, args, n: int, seed: int, mean=None, std=None) -> P
     if not found:
         raise ValueError('photographs: the network takes no images; use noise()')
     if mean is None:
-        a, b = input_range(copy.deepcopy(model).eval(), given)
+        a, b = input_range(shared_copy(model), given)
         given = map_samples(given, lambda v: a * v + b if _is_image(v) else v)
     return Probes(model, given)
 

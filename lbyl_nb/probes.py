@@ -6,7 +6,6 @@
 __all__ = ['pin', 'Probes', 'random_like', 'random_args', 'pinned', 'noise', 'calibration']
 
 # %% ../nbs/06_probes.ipynb #723b1c6e
-import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from lbyl_nb.layers import (
     map_samples,
     map_tensors,
     samples,
+    shared_copy,
     statistics_of,
     tensors,
 )
@@ -49,7 +49,8 @@ def _settle(norm, ref, N, mean, squares):
     "End the measurement of a batch norm: it holds what was seen, or the statistics it had."
     norm.momentum = ref.momentum
     if not N:
-        norm.load_state_dict(ref.state_dict())
+        for k, v in ref._buffers.items():
+            getattr(norm, k).copy_(v)
         return
     norm.running_mean.copy_(mean)
     norm.running_var.copy_(squares / (N - 1))
@@ -61,7 +62,7 @@ def pin(
     batches,  # arguments of its forward, one after another
 ) -> nn.Module:  # a copy in evaluation mode
     "A copy whose batch norms hold the statistics of all these batches; if not called, their own."
-    net = copy.deepcopy(model).eval()
+    net = shared_copy(model)
     norms = statistics_of(net)
     seen = {m: (0, 0.0, 0.0) for m in norms}
 
@@ -204,7 +205,7 @@ def _lookups(model, args) -> dict:
     if not any(map(_is_index, tensors(args))):
         return {}
     with _Lookups(args) as seen:
-        call(copy.deepcopy(model).eval(), args)
+        call(shared_copy(model), args)
     counting = {id(v) for v in tensors(args) if _counts_up(v)}
     if seen.found.keys() <= counting:
         return seen.found
@@ -337,7 +338,7 @@ def calibration(
         given = map_tensors(as_args(images, 'images'), fit)
         if reflect:
             given = map_samples(given, _mirrored)
-        return Probes(copy.deepcopy(model).eval(), given)
+        return Probes(shared_copy(model), given)
 
     return source
 

@@ -40,6 +40,7 @@ from lbyl_nb.graph import (
     lost,
     remove_channels,
     silence,
+    stored,
 )
 from .heads import put_together, set_numbers_of_heads, take_back
 from .layers import BATCH_NORM, as_args, by_output, conv_groups, evaluating, own_copy
@@ -47,7 +48,7 @@ from .photographs import _drawn_photographs, _takes_images
 from .plans import Limits, by_ratio, check_plan
 from .probes import Probes, _drawn_noise, random_args, random_like
 from .restorers import prune_only
-from .trace import Traced, trace
+from .trace import Traced, gathered, trace
 
 # %% ../nbs/13_recover.ipynb #e2f04132
 def _check_kind(model):
@@ -60,7 +61,7 @@ def _check_kind(model):
             'give the module that it was made from'
         )
     for name, m in model.named_modules():
-        if isinstance(getattr(m, 'base_layer', None), nn.Module):
+        if hasattr(m, 'adapter_layer_names') and hasattr(m, 'base_layer'):
             what = 'an adapter around a layer; merge it into the layer first'
             raise ValueError(f'{name}: {what} (PEFT: merge_and_unload)')
         for k in ('weight', 'bias'):
@@ -137,8 +138,8 @@ def _absorb(model, consumer, delivery, keep):
     offsets = []
     for W, S, shift in blocks:
         for part in W.split(512):  # of the outputs: a large layer is not copied in double precision
-            V, offset = Delivery(S, shift).absorb(part[:, cols], keep)
-            part[:, cols[keep]] = V
+            V, offset = Delivery(S, shift).absorb(part[:, cols].to(S.dtype), keep)
+            part[:, cols[keep]] = stored(V, part, f'{consumer.name}.weight')
             offsets.append(offset)
     add_constant(model, consumer.name, consumer.norm, torch.cat(offsets))
 
@@ -279,13 +280,7 @@ def _dress(small, model):
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, v in [*small.named_parameters(), *small.named_buffers()]:
         like = _nearest(name, tensors)
-        new = v.data.to(like.dtype)
-        if not all_finite(new) and all_finite(v.data):
-            raise ValueError(
-                f'{name}: its restored values are too large for {like.dtype}; '
-                'restore the network in bfloat16 or float32'
-            )
-        v.data = new
+        v.data = stored(v.data, torch.empty(0, dtype=like.dtype, device=v.device), name)
         v.requires_grad_(like.requires_grad)
     for (_, m), (_, ref) in zip(small.named_modules(), model.named_modules()):
         m.training = ref.training
@@ -488,13 +483,14 @@ def _left_alone(groups, reasons):
     return left
 
 # %% ../nbs/13_recover.ipynb #3f8f8a38
-def _plain_precision(f):
-    "A function that works outside of `torch.autocast`."
+def _plainly(f):
+    "A function that works outside of `torch.autocast`, on a network with all its values."
 
     @functools.wraps(f)
     def inner(model, *args, **kwargs):
         kinds = {'cpu'}
         if isinstance(model, nn.Module):
+            model = gathered(model)
             kinds |= {v.device.type for v in (*model.parameters(), *model.buffers())}
         with contextlib.ExitStack() as stack:
             for k in kinds - {'meta'}:
@@ -504,7 +500,7 @@ def _plain_precision(f):
     return inner
 
 # %% ../nbs/13_recover.ipynb #d20c57b8
-@_plain_precision
+@_plainly
 def verified(
     model: nn.Module,  # the dense network; never changed
     example_inputs,  # a tensor, tuple or dict that its forward accepts
@@ -606,7 +602,7 @@ def _told(same: float, moved: float) -> str:
     return ('' if math.isnan(same) else classes) + f'divergence {moved:.3g}'
 
 
-@_plain_precision
+@_plainly
 def compared(
     model: nn.Module,  # the dense network; not changed
     example_inputs,  # as for `restore`

@@ -30,7 +30,7 @@ from .photographs import stand_ins
 from .plans import check_ratio, families_of
 from .probes import Probes
 from .recover import _prunable, check_model
-from .trace import trace
+from .trace import gathered, trace
 
 # %% ../nbs/15a_sensitivity.ipynb #dc1dbf4f
 def _root(F: Tensor, n: int) -> list:  # of (r, o)
@@ -330,6 +330,7 @@ def sensitivity(
 
     In nats for classes, else as a share of the output's variance. A layer is named by the first
     that shares its channels. ValueError or TypeError for bad input, naming layer or argument."""
+    model = gathered(model)
     check_model(model)
     for r in ratios:
         check_ratio(r)

@@ -6,14 +6,13 @@
 __all__ = ['written']
 
 # %% ../nbs/06b_written.ipynb #1c67f9ef
-import copy
 import warnings
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from .layers import samples
+from .layers import in_single, samples, shared_copy
 from .probes import Probes, _is_mask, _spans, noise
 
 # %% ../nbs/06b_written.ipynb #1834e185
@@ -85,10 +84,11 @@ def written(
             what = f'{type(model).__name__} cannot write a text by itself'
             warnings.warn(f'{what}; random inputs take the place of one', stacklevel=2)
             return noise(n, seed)(model, args)
-        net, parts = copy.deepcopy(model).eval(), []
+        net, parts = shared_copy(model), []
         _, tokens = _tokens_of(args)
         first = _beginnings(net, n, torch.Generator().manual_seed(seed)).to(tokens)
-        with torch.random.fork_rng({v.device for v in [tokens] if v.is_cuda}):
+        gpus = {v.device for v in [tokens] if v.is_cuda}
+        with torch.random.fork_rng(gpus), in_single(net):
             torch.manual_seed(seed)
             for i, j in _spans(n, batch):
                 parts.append(_write(net, first[i:j], length or tokens.shape[1]))

@@ -710,3 +710,20 @@ def test_gpt2(cache):
     assert (small.nx, small.nf) == (dense.nx, dense.nf // 2) == tuple(small.weight.shape)
     assert torch.equal(small.weight, dense.weight[:, r.plan[hidden[0]]])
     assert r.model(**inputs).logits.shape == net(**inputs).logits.shape
+
+
+class Named(nn.Module):
+    "A network with a part of the name that adapters give to what they are put around."
+
+    def __init__(self):
+        super().__init__()
+        self.base_layer = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+        self.head = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        return self.head(self.base_layer(x).relu())
+
+
+def test_a_base_layer_is_no_adapter():
+    r = restore(Named().eval(), torch.randn(2, 3, 9, 9), ratio=0.5, restorer=prune_only())
+    assert r.model.base_layer[0].out_channels == r.model.head.in_channels == 4

@@ -8,6 +8,7 @@ import io
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload, dispatch_model
 from test_heads import gap, made, run, words
 from torch import nn
 
@@ -173,3 +174,37 @@ def test_compiled(kind):
     small, x = small_of(kind)
     whole = torch.compile(small, backend='eager')
     assert gap(run(whole, x)[0], run(small, x)[0]) < 1e-9
+
+
+IN_MEMORY = ['lm_head', *(f'model.{k}' for k in ('embed_tokens', 'layers.0', 'norm', 'rotary_emb'))]
+AWAY = {
+    'cpu': lambda net, folder: cpu_offload(net, execution_device='cpu'),
+    'disk': lambda net, folder: disk_offload(net, folder, execution_device='cpu'),
+    'both': lambda net, folder: dispatch_model(
+        net,
+        dict.fromkeys(IN_MEMORY, 'cpu') | {'model.layers.1': 'disk'},
+        main_device='cpu',
+        offload_dir=folder,
+        force_hooks=True,
+    ),
+}
+
+
+@pytest.mark.parametrize('tied', [False, True])
+@pytest.mark.parametrize('where', AWAY)
+def test_networks_that_accelerate_keeps_elsewhere(where, tied, tmp_path):
+    "What comes back is whole, and what comes back for the network in memory."
+    net, x = made('llama')
+    if tied:
+        net.config.tie_word_embeddings = True
+        net.tie_weights()
+    away = AWAY[where](copy.deepcopy(net), tmp_path)
+    how = dict(ratio=0.5, restorer=layerwise(calibration(x)))
+    want, r = restore(net, x, **how), restore(away, x, **how)
+    assert r.plan == want.plan and r.cost.equals(want.cost)
+    assert gap(run(r.model, x), run(want.model, x)) < 1e-12
+    assert not any(hasattr(m, '_hf_hook') for m in r.model.modules())
+    assert (r.model.lm_head.weight is r.model.model.embed_tokens.weight) == tied
+    # the network that was passed in is where it was, and computes
+    assert any(p.is_meta for p in away.parameters())
+    assert gap(run(away, x), run(net, x)) < 1e-12
