@@ -24,7 +24,8 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm.auto import tqdm
+
+from .progress import progress
 
 # %% ../nbs/32_bench.ipynb #fded1fd2
 import lbyl_nb
@@ -60,7 +61,7 @@ def accuracy(
     device, dtype = place(model)
     right = 0
     with _evaluating(model):
-        for i in tqdm(range(0, len(dataset), batch), 'accuracy', delay=2, leave=False):
+        for i in progress(range(0, len(dataset), batch), 'accuracy'):
             part = dataset[i : i + batch].to(device)
             scores = model(normalise(part.images, mean, std).to(dtype))
             right += (scores.argmax(1) == part.labels).sum().item()
@@ -242,7 +243,7 @@ def _side_by_side(
 ):
     "Run trials in parallel; `RuntimeError` naming those that ended their process"
     left, killers, total = list(settings), [], len(settings)
-    with tqdm(total=total, desc=label, delay=2, leave=False) as bar:
+    with progress(total=total, desc=label) as bar:
         while left:
             pool = joblib.Parallel(n_jobs=jobs, return_as='generator_unordered')
             done = set()
@@ -282,7 +283,7 @@ def sweep(
     `RuntimeError` naming trials that ended their process, after all others are measured."""
     settings, path = list(settings), Path(path)
     if parallel is None:
-        bar = tqdm(settings, path.stem, delay=2)
+        bar = progress(settings, path.stem, leave=True)
         return pd.DataFrame([_run(path, measure, device, s) for s in bar])
     find = partial(_find_all, path, settings, environment(device))
     missing = [s for s, row in zip(settings, find()) if row is None]
@@ -472,7 +473,7 @@ def train(
     path = None if checkpoint is None else Path(checkpoint)
     parts = dict(model=model, opt=opt, cycle=cycle)
     run = dict(epochs=epochs, lr=lr, batch=batch, weight_decay=weight_decay, seed=seed)
-    with _seeded(seed, device), tqdm(total=epochs * steps, desc=label, leave=False) as bar:
+    with _seeded(seed, device), progress(total=epochs * steps, desc=label) as bar:
         done = _load_epoch(path, parts, run)
         bar.update(done * steps)
         for epoch in range(done, epochs):

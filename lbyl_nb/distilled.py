@@ -13,7 +13,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from lbyl_nb.layers import (
     _joined_samples,
@@ -25,6 +24,7 @@ from lbyl_nb.layers import (
 )
 from .photographs import _is_image, crops, input_range
 from .probes import _spans, calibration, random_args, random_like
+from .progress import progress
 
 # %% ../nbs/08_distilled.ipynb #06cb4bb9
 def _divergence(
@@ -130,7 +130,7 @@ def distil(
         raise ValueError('example_inputs: none is floating-point, so there is nothing to distil')
     opt = torch.optim.Adam(free, lr * scale)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps, lr * scale / 50)
-    bar = tqdm(range(steps), 'distilling', delay=2, leave=False)
+    bar = progress(range(steps), 'distilling')
     with _divergences(net) as seen, torch.enable_grad(), bar:
         for step in bar:
             seen.clear()

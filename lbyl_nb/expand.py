@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
-from tqdm.auto import tqdm
 
 from .closed_form import all_finite
+from .progress import progress
 
 # %% ../nbs/20_expand.ipynb #0d87b047
 def _expanded_width(
@@ -396,7 +396,7 @@ def expand(
     net = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
     new = {}
-    for name, m in tqdm(_choose(net, layers).items(), 'expanding', delay=2, leave=False):
+    for name, m in progress(_choose(net, layers).items(), 'expanding'):
         linear = isinstance(m, nn.Linear)
         factors = factorise(
             m.weight,

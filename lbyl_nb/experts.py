@@ -7,6 +7,7 @@ __all__ = ['takes_constants', 'pack_experts']
 
 # %% ../nbs/09b_experts.ipynb #63c384e2
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import own_copy
@@ -92,18 +93,27 @@ def _same_experts(m: nn.Module, new: nn.Module) -> bool:
 _EQUALS['Experts'] = _experts_apart, _same_experts
 
 
+def _room(weight: Tensor, units: int) -> int:
+    "How many units of zeros follow, for rows of a weight to begin at multiples of 16 bytes."
+    step = max(16 // weight.element_size(), 1)
+    return 0 if weight.shape[-1] % step else -units % step
+
+
 def pack_experts(
     now: nn.Module,  # of a traced copy, cut
     like: nn.Module,  # what it was made of
 ) -> nn.Module:  # of the same class
     "Experts with their weights in two parameters."
     new, experts = own_copy(like), now.experts
+    halves = torch.stack([torch.stack(e.gate_up.weight.data.chunk(2)) for e in experts])
+    down = torch.stack([e.down.weight.data for e in experts])
+    more = _room(like.down_proj, down.shape[-1])
     new._parameters = dict(
         like._parameters,
-        gate_up_proj=nn.Parameter(torch.stack([e.gate_up.weight.data for e in experts])),
-        down_proj=nn.Parameter(torch.stack([e.down.weight.data for e in experts])),
+        gate_up_proj=nn.Parameter(F.pad(halves, (0, 0, 0, more)).flatten(1, 2)),
+        down_proj=nn.Parameter(F.pad(down, (0, more))),
     )
-    before, left = like.down_proj.shape[-1], experts[0].down.in_features
+    before, left = like.down_proj.shape[-1], down.shape[-1] + more
     for k in ('intermediate_dim', 'intermediate_size', 'moe_intermediate_size', 'expert_dim'):
         if vars(like).get(k) == before:
             setattr(new, k, left)

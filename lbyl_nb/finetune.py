@@ -21,7 +21,8 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+
+from .progress import progress
 
 # %% ../nbs/22_finetune.ipynb #1515a3f7
 from .bench import _seeded, accuracy, place
@@ -268,7 +269,7 @@ def _advance(
     run: _Run,
     first: int,  # step
     last: int,  # step, excluded
-    bar: tqdm,  # to be moved
+    bar,  # of `progress`, to be moved
 ) -> dict:  # a row of the history: means over these steps
     "Train from step `first` to `last`, then update the penalty."
     from accelerate.utils import broadcast
@@ -438,7 +439,7 @@ def _go_on(run: _Run, eval_set, checkpoint, every: int, label: str) -> list:  # 
     total = run.recipe.steps(len(run.data))
     main = run.accelerator.is_main_process
     shown = {} if main else dict(disable=True)
-    with tqdm(total=total, initial=done, desc=label, leave=False, **shown) as bar:
+    with progress(total=total, initial=done, desc=label, **shown) as bar:
         while done < total:
             last = min(total, done + every)
             try:

@@ -12,11 +12,11 @@ from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .closed_form import all_finite
 from .layers import call, channel_dim, map_samples
 from .probes import Probes
+from .progress import progress
 from .trace import _tensors_within
 
 # %% ../nbs/08a_fisher.ipynb #4dc611a7
@@ -122,7 +122,7 @@ def fisher(
         for name in names:
             layer = probes.model.get_submodule(name)
             hooks.enter_context(layer.register_forward_hook(hook(name), prepend=True))
-        for args in tqdm(list(probes.batches(batch)), 'backward passes', delay=2, leave=False):
+        for args in progress(list(probes.batches(batch)), 'backward passes'):
             given.clear()
             with torch.enable_grad():
                 out = call(probes.model, map_samples(args, _with_gradient))

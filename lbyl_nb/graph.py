@@ -1279,7 +1279,7 @@ def _stacked(folded):
 
 # %% ../nbs/10_graph.ipynb #02bee6af
 def stored(
-    v: Tensor,
+    v: Tensor,  # new values
     like: Tensor,  # whose dtype and device it gets
     name: str,  # of what it is for, in the error
 ) -> Tensor:

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from tqdm.auto import tqdm
 
 from .closed_form import check_ridge
 from .delivery import Delivery, removed
@@ -54,6 +53,7 @@ from lbyl_nb.moments import (
 )
 from .photographs import stand_ins
 from .probes import Probes, noise
+from .progress import progress
 from .recover import _absorb, _delivered, _in_blocks, _one_by_one
 from .restorers import gaussian, lbyl, prune_only
 from .trace import Traced, dense_copy
@@ -251,7 +251,7 @@ class _Probe:
         _check_halves(probes, self.ridge)
         seen = _look_at_sites(probes, sites)
         missed = {}
-        for name, s in tqdm(sites.items(), 'restoring', delay=2, leave=False):
+        for name, s in progress(sites.items(), 'restoring'):
             layer = net.model.get_submodule(name)
             fit = _site_fit(s, layer, seen.pop(name), self.ridge)
             _rewrite(net.model, s, fit)
@@ -473,7 +473,7 @@ class _Restoring(_Pass):
         super().__init__(probes.model, sites)
         self.probes, self.target, self.ridge = probes, target, ridge
         self.missed, self.constants = {}, {}
-        self.bar = tqdm(total=len(sites), desc='restoring', delay=2, leave=False)
+        self.bar = progress(total=len(sites), desc='restoring')
 
     def fit(self, s, layer, halves, ridge):
         "New weights for a layer; the ridge may pull to those that the target has."

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .closed_form import check_ridge
 from .layers import by_output, conv_groups, in_weight, norm_scale, selected
 from .layerwise import _channel_rows, look_at_consumers, taps_fit
 from .moments import Moments, _rows_in_blocks, layer_moments, total
 from .probes import noise
+from .progress import progress
 
 # %% ../nbs/15_least_lost.ipynb #8b13055e
 class _Columns:
@@ -175,7 +175,7 @@ class _Looking:
         moments = {k: total(halves) for k, halves in seen.items()}
         counts = lambda c: _output_scale(net.model, c)
         out = {}
-        for g in tqdm([g for g in groups if g.consumers], 'choosing', delay=2, leave=False):
+        for g in progress([g for g in groups if g.consumers], 'choosing'):
             read, unit = _read_of(net.model, g, moments, counts)
             out[g.name] = self.score(read, int(unit.max()) + 1)[unit]
         return out

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .closed_form import all_finite
 from .configuration import describe
@@ -47,6 +46,7 @@ from .layers import BATCH_NORM, as_args, by_output, conv_groups, evaluating, own
 from .photographs import _drawn_photographs, _takes_images
 from .plans import Limits, by_ratio, check_plan
 from .probes import Probes, _drawn_noise, random_args, random_like
+from .progress import progress
 from .restorers import prune_only
 from .trace import Traced, gathered, trace
 
@@ -183,7 +183,7 @@ def _delivered(
 def _one_by_one(net, groups, chosen, restorer, dtype):
     "Put every group right by itself; returns the errors of each."
     errors = {}
-    for g in tqdm([g for g in groups if g.consumers], 'restoring', delay=2, leave=False):
+    for g in progress([g for g in groups if g.consumers], 'restoring'):
         ch = channels(net.original, g, dtype)
         keep = chosen[g.name]
         blocks = [conv_groups(net.model.get_submodule(c.name)) for c in g.consumers]
@@ -324,6 +324,23 @@ def _own_classes(small, model):
         setattr(small.get_submodule(parent), child, new)
     return small
 
+# %% ../nbs/13_recover.ipynb #2e331db9
+def _dressed(net: Traced, small: nn.Module, model: nn.Module) -> nn.Module:
+    "`_dress`, and ValueError where that is not the same network, or does not run."
+    if net.original is model:
+        return _dress(small, model)
+    before = _layer_outputs(small, net.args)['']
+    name = type(model).__name__
+    with evaluating(small := _dress(small, model)):
+        try:
+            after = _layer_outputs(small, net.args)['']
+        except Exception as e:
+            why = f'{type(e).__name__}: {e}'
+            raise ValueError(f'{name}: does not run with fewer channels ({why})') from e
+    if not all(map(_agree, before, after)):
+        raise ValueError(f'{name}: computes something else with its own classes of layers')
+    return small
+
 # %% ../nbs/13_recover.ipynb #8bd40d5b
 def _cut(net, groups, gone):
     """Cut channels whose consumers are silent already.
@@ -453,7 +470,7 @@ def _attempt(
     if wrong:
         return None, wrong
     after = _count(small, net.args)
-    small = _dress(small, model)
+    small = _dressed(net, small, model)
     for m in small.modules():
         vars(m).pop('takes_no_constant', None)
     size = lambda: sum(p.numel() for p in small.parameters())

@@ -16,7 +16,6 @@ from operator import itemgetter
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .closed_form import check_ridge
 from .delivery import Delivery, removed
@@ -29,6 +28,7 @@ from .moments import total
 from .photographs import stand_ins
 from .plans import check_ratio, families_of
 from .probes import Probes
+from .progress import progress
 from .recover import _prunable, check_model
 from .trace import gathered, trace
 
@@ -219,7 +219,7 @@ class _Losses:
         self.fisher = fisher(self.probes, names)
         self.curves, self.units = {}, {}
         read = [g for g in groups if g.consumers]
-        for g in tqdm(read, 'choosing channels', delay=2, leave=False):
+        for g in progress(read, 'choosing channels'):
             self.curves[g.name], self.units[g.name] = self._curve_of(g)
 
     def _curve_of(self, g) -> tuple:
@@ -246,7 +246,7 @@ class _Losses:
         told = _telling(self.probes, len(families) * len(_AT))
         trial = _Trial(told, decide, self.how.ridge, 32)
         out = {}
-        for f in tqdm(families, 'measuring layers', delay=2, leave=False):
+        for f in progress(families, 'measuring layers'):
             out[f.name] = _measured(f, self._by_unit(f), trial, [by_name[k] for k, _ in f.members])
         return out
 

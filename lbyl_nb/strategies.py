@@ -19,9 +19,9 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .closed_form import all_finite
+from .progress import progress
 
 # %% ../nbs/23_strategies.ipynb #42eb6220
 from .bench import _seeded, accuracy, place
@@ -418,7 +418,7 @@ def eagleeye(
     part = subset(train_set, statistics + held_out, seed)
     images, held = normalise(part[:statistics].images, mean, std), part[statistics:]
     right = []
-    for p in tqdm(plans, 'searching', delay=2, leave=False):
+    for p in progress(plans, 'searching'):
         right.append(_judged(net, groups, p, images, held, mean, std))
     return _searched(groups, fraction, ratios, plans, right)
 
@@ -545,7 +545,7 @@ def _learned(
         mean, v = agent.actor(facts).item(), torch.empty(1)
         return nn.init.trunc_normal_(v, mean, spread, 0, 1, generator=gen).item()
 
-    for k in tqdm(range(episodes), 'searching', delay=2, leave=False):
+    for k in progress(range(episodes), 'searching'):
         spread = None if k < warm else 0.5 * 0.02 ** ((k - warm) / (episodes - warm))
         gone, facts, action = _walked(walk, partial(act, spread=spread))
         r = reward(tuple(gone.tolist()))

@@ -1220,7 +1220,9 @@ def trace(
     return Traced(net, args, r.calls, _shared(net), r, model if same else _private_copy(model))
 
 # %% ../nbs/09_trace.ipynb #c4685c9f
-def dense_copy(net: Traced) -> nn.Module:
+def dense_copy(
+    net: Traced,  # not cut yet
+) -> nn.Module:
     "The network before it is cut, to look at: modules of its own, parameters over the same memory."
     of = dict(net.original.named_parameters())
     alike = lambda p, q: (

@@ -16,7 +16,7 @@ from lbyl_nb.layerwise import layerwise, probe
 from lbyl_nb.least_lost import least_lost
 from lbyl_nb.plans import families_of
 from lbyl_nb.probes import calibration
-from lbyl_nb.recover import restore
+from lbyl_nb.recover import plan, restore
 from lbyl_nb.restorers import lbyl, prune_only
 from lbyl_nb.saved import load_restored, save_restored
 from lbyl_nb.sensitivity import output_loss
@@ -718,3 +718,22 @@ def test_nothing_is_shared_with_the_network_that_was_given(kind):
     assert not {id(m) for m in small.modules()} & {id(m) for m in net.modules()}
     kept = {v.data_ptr() for v in net.state_dict().values() if v.numel()}
     assert not {v.data_ptr() for v in small.state_dict().values() if v.numel()} & kept
+
+
+@pytest.mark.parametrize('kept', [22, 24])
+def test_experts_of_any_width_run(kept):
+    "Products of all experts at once want, in single precision, a multiple of four units."
+    net, x = made('mixtral')
+    net = net.float()
+    net.config._experts_implementation = 'grouped_mm'
+    keep = plan(net, x, 1 - kept / 40, ignore=['*self_attn*'])
+    small = restore(net, x, keep=keep, restorer=prune_only(), new_biases=False).model
+    silent = copy.deepcopy(net)
+    for name, units in keep.items():
+        layer, expert = (int(v) for v in name.split('.') if v.isdigit())
+        gone = [k for k in range(40) if k not in units]
+        assert len(units) == kept
+        silent.model.layers[layer].mlp.experts.down_proj.data[expert][:, gone] = 0
+    assert small.model.layers[1].mlp.experts.down_proj.shape[-1] == 24
+    assert small.config.intermediate_size == 24
+    assert gap(run(small, x), run(silent, x)) < 1e-5 < gap(run(net, x), run(silent, x))

@@ -202,20 +202,21 @@ def test_two_processes(tmp_path):
 def test_half_precision(kind, dtype):
     """The solver's precision is not the model's.
 
-    What comes out is the restoration of the same weights in float32, rounded once.
+    What comes out is as near to the dense network as the restoration of the same weights in
+    float32, rounded once. Weights may differ: later layers make good what earlier ones round.
     """
     net, x, r = small(kind)
     net, x = copy.deepcopy(net).to(dtype), x.to(dtype)
     wide, wide_x = copy.deepcopy(net).float(), x.float()
     low = restore(net, x, keep=r.plan, restorer=layerwise(calibration(x))).model
     full = restore(wide, wide_x, keep=r.plan, restorer=layerwise(calibration(wide_x))).model
-    state = low.state_dict()
-    assert {v.dtype for v in state.values() if v.is_floating_point()} == {dtype}
+    assert {v.dtype for v in low.state_dict().values() if v.is_floating_point()} == {dtype}
     assert out(low, x).dtype == dtype
-    for k, v in full.state_dict().items():
-        torch.testing.assert_close(state[k], v.to(dtype) if v.is_floating_point() else v)
-    want = out(full, wide_x)
-    far = (out(copy.deepcopy(low).float(), wide_x) - want).abs().max()
+    low, once = (copy.deepcopy(m).to(dtype).float() for m in (low, full))
+    dense, want = out(wide, wide_x), out(full, wide_x)
+    error = lambda m: (out(m, wide_x) - dense).norm()
+    assert error(low) <= 1.02 * error(once) < dense.norm()
+    far = (out(low, wide_x) - want).abs().max()
     assert far <= HALVES[dtype] * want.abs().max()
 
 
