@@ -15,8 +15,8 @@ from .heads import _OF_ALL, _OF_KEYS, _OF_QUERIES
 
 # %% ../nbs/09c_configuration.ipynb #6f45c626
 _WIDTHS = set(
-    """intermediate_size n_inner d_ff ffn_dim encoder_ffn_dim decoder_ffn_dim hidden_dim
-    ffn_hidden_size""".split()
+    """intermediate_size moe_intermediate_size n_inner d_ff ffn_dim encoder_ffn_dim decoder_ffn_dim
+    hidden_dim ffn_hidden_size""".split()
 )
 _HEADS = _OF_QUERIES | _OF_KEYS
 _NUMBERS = _WIDTHS | _HEADS | _OF_ALL | {'num_key_value_groups', 'head_dim', 'embedding_dim'}
@@ -33,11 +33,12 @@ def _changes(small: nn.Module, dense: nn.Module) -> tuple:
     widths, heads = {}, {}
     for name, now in small.named_modules():
         ref = dense.get_submodule(name)
-        old, new = getattr(ref, 'weight', None), getattr(now, 'weight', None)
-        if isinstance(old, torch.Tensor) and old.ndim == 2:
-            for a, b in zip(old.shape, new.shape):
-                if a != b:
-                    widths.setdefault(a, set()).add(b)
+        held = dict(now.named_parameters(recurse=False))
+        for k, old in ref.named_parameters(recurse=False):
+            if k in held and old.ndim in (2, 3):  # layers, and experts in one parameter
+                for a, b in zip(old.shape, held[k].shape):
+                    if a != b:
+                        widths.setdefault(a, set()).add(b)
         pairs = [(ref, now), (getattr(ref, 'config', ref), getattr(now, 'config', now))]
         for a, b in pairs:
             held = _settings(b)

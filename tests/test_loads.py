@@ -19,6 +19,7 @@ from lbyl_nb.saved import load_restored, save_restored
 KINDS = dict(
     llama=('*mlp*', '*self_attn*', False),
     qwen2=('*mlp*', '*self_attn*', False),
+    mixtral=('*experts*', '*self_attn*', False),
     t5=('*wi*', '*ttention*', False),
     vit=('*fc1*', '*attention*', True),
     bert=('*intermediate*', None, True),
@@ -31,6 +32,8 @@ def again(net, folder):
     net.save_pretrained(folder)
     read, told = type(net).from_pretrained(folder, output_loading_info=True, dtype=torch.float64)
     assert not any(told[k] for k in ('missing_keys', 'unexpected_keys', 'mismatched_keys')), told
+    if hasattr(net.config, '_experts_implementation'):
+        read.config._experts_implementation = net.config._experts_implementation
     return read.eval()
 
 
