@@ -10,6 +10,7 @@ can be read. The tokens on which `restore` tells afterwards how far the output m
 counted. Rows go into nbs/results/language_cost.csv.
 """
 
+import os
 import time
 from pathlib import Path
 
@@ -90,6 +91,7 @@ def one(network, what):
 
 
 def main():
+    os.environ['MALLOC_MMAP_THRESHOLD_'] = '131072'  # glibc gives back what is freed
     cases = [(n, w) for n in MODELS for w in ('forward', 'pruned', 'layerwise')]
     t = pd.DataFrame(each(__file__, cases))
     with writing(RESULTS) as temporary:

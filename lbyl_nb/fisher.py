@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .closed_form import all_finite
-from .layers import call, channel_dim, map_samples
+from .layers import batch_size, call, channel_dim, map_samples
+from .moments import no_padding
 from .probes import Probes
 from .progress import progress
 from .trace import _tensors_within
@@ -64,12 +65,21 @@ def _variance(y: Tensor) -> Tensor:
 @torch.no_grad()
 def _answers(model: nn.Module, probes: Probes, batch: int = 16) -> list:
     "What a network puts out for each batch of probes."
-    return [call(model, args) for args in probes.batches(batch)]
+    return [_of_texts(call(model, args), args) for args in probes.batches(batch)]
+
+
+def _of_texts(out, args):
+    "(positions, classes) logits of what is no padding, where texts are padded; else all of it."
+    y, counted = class_logits(out), no_padding(args)
+    return out if y is None or counted is None or y.shape[:-1] != counted.shape else y[counted]
 
 
 def _mean_divergence(dense: list, other: list) -> float:
-    "Divergence of outputs that come in batches of nearly equal size."
-    return sum(map(divergence, dense, other)) / len(dense)
+    "Divergence of outputs that come in batches; one of classes counts by its positions."
+    logits = [class_logits(y) for y in dense]
+    sizes = [1 if y is None else y[..., 0].numel() for y in logits]
+    parts = zip(sizes, map(divergence, dense, other))
+    return sum(n * d for n, d in parts if n) / sum(sizes)
 
 
 def _classes(outputs: list) -> Tensor | None:  # (samples,), or tokens; None for other outputs
@@ -79,8 +89,8 @@ def _classes(outputs: list) -> Tensor | None:  # (samples,), or tokens; None for
     return torch.cat([class_logits(y).argmax(-1).flatten() for y in outputs])
 
 # %% ../nbs/08a_fisher.ipynb #5d43a13d
-def _drawn_likelihood(out, generator: torch.Generator) -> Tensor:
-    """Log-likelihood of labels drawn from the network's own output, summed over samples.
+def _drawn_likelihood(out, generator: torch.Generator, n: int) -> Tensor:
+    """Log-likelihood of labels drawn from the network's own output, summed over n samples.
 
     Its gradient is that of one draw; of the many numbers that a sample may have, each counts by
     one over the square root of their number, so that squares are means."""
@@ -89,7 +99,7 @@ def _drawn_likelihood(out, generator: torch.Generator) -> Tensor:
         p = y.log_softmax(-1)
         flat = p.detach().exp().flatten(0, -2).cpu()
         labels = torch.multinomial(flat, 1, generator=generator).to(p.device)
-        return p.flatten(0, -2).gather(1, labels).sum() / math.sqrt(len(flat) / len(y))
+        return p.flatten(0, -2).gather(1, labels).sum() / math.sqrt(len(flat) / n)
     parts = []
     for v in _numbers(out):
         draw = torch.randn(v.shape, generator=generator).to(v)
@@ -126,8 +136,9 @@ def fisher(
             given.clear()
             with torch.enable_grad():
                 out = call(probes.model, map_samples(args, _with_gradient))
+                out = _of_texts(out, args)
                 for draw in range(draws):
-                    s = _drawn_likelihood(out, gen)
+                    s = _drawn_likelihood(out, gen, batch_size(args))
                     _add_products(sums, probes.model, given, s, again=draw < draws - 1)
     _check_seen(names, sums)
     return {k: v / (len(probes) * draws) for k, v in sums.items()}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RIDGES', 'unfolded_gram', 'stationary_gram', 'patch_gram', 'patch_cross', 'Moments', 'Centred', 'in_turn', 'total',
-           'counted_positions', 'layer_moments', 'row_moments', 'for_target', 'prediction_error', 'held_out_ridge',
-           'Fit', 'regress', 'trusted', 'look']
+           'no_padding', 'counted_positions', 'layer_moments', 'row_moments', 'for_target', 'prediction_error',
+           'held_out_ridge', 'Fit', 'regress', 'trusted', 'look']
 
 # %% ../nbs/07_moments.ipynb #f5d729e0
 import math
@@ -199,15 +199,22 @@ def _stacked(parts):
     return Moments(parts[0].n, *map(along, ('G', 'C', 'p', 'y', 'yy')))
 
 # %% ../nbs/07_moments.ipynb #bc131965
+def no_padding(
+    args,  # arguments of a network
+) -> Tensor | None:  # (n, t) which positions of its texts are no padding; None: all, or no texts
+    "What an attention mask says of texts, if there is one."
+    mask = args.get('attention_mask') if isinstance(args, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.bool().all():
+        return None
+    return mask.bool()
+
+
 def counted_positions(
     layer: nn.Module,  # linear, or any other
     args,  # arguments of the network
 ) -> Tensor | None:  # (n, t) which positions are no padding; None: all count, or it is not known
     "Positions of texts that a layer is to be judged by."
-    mask = args.get('attention_mask') if isinstance(args, Mapping) else None
-    if not isinstance(layer, nn.Linear) or not isinstance(mask, Tensor) or mask.ndim != 2:
-        return None
-    return None if mask.bool().all() else mask.bool()
+    return no_padding(args) if isinstance(layer, nn.Linear) else None
 
 # %% ../nbs/07_moments.ipynb #972e256a
 def _over_samples(layer, v: Tensor) -> Tensor:  # (o,) in float64

@@ -13,6 +13,7 @@ from test_heads import gap, made, run, words
 from torch import nn
 
 from lbyl_nb import calibration, layerwise, noise, probe, prune_only, restore, written
+from lbyl_nb.fisher import _answers, _mean_divergence, fisher
 from lbyl_nb.least_lost import least_lost
 
 
@@ -61,6 +62,22 @@ def test_padding_is_not_looked_at_by_criteria():
     for t in (dict(input_ids=tokens), padded(tokens)):
         plans.append(restore(net, x, criterion=least_lost(give(t)), **how).plan)
     assert plans[0] == plans[1]
+
+
+@pytest.mark.parametrize('left', [False, True])
+def test_padding_is_not_looked_at_by_the_output(left):
+    "Fisher information and divergence are those of the texts without padding."
+    net, x = made('llama')
+    tokens, other = words(40, 9), copy.deepcopy(net)
+    other.lm_head.weight.data *= 0.9
+    names = ['model.layers.0.mlp.gate_proj', 'model.layers.1.self_attn.v_proj']
+    found = []
+    for given in (dict(input_ids=tokens), padded(tokens, left=left)):
+        probes = calibration(given | dict(use_cache=False))(net, x)
+        moved = _mean_divergence(_answers(net, probes), _answers(other, probes))
+        found.append((*fisher(probes, names).values(), torch.tensor(moved)))
+    for plain, with_padding in zip(*found):
+        assert (with_padding - plain).norm() < 1e-5 * plain.norm()
 
 
 def test_what_a_tokenizer_returns():
