@@ -264,7 +264,7 @@ def _embedding(r: _Recorder, c: _Call, marks: list):
 def _looked_up(r: _Recorder, c: _Call, marks: list):
     "Rows of a table, looked up by an index; all else is a change of shape."
     table = c.args[0]
-    if id(table) in r.owner and table.ndim == 2 and table.shape[1] > 1:
+    if _mark(r, table).owner and table.ndim == 2 and table.shape[1] > 1:
         _as_positions(r, table)
     _shapes(r, c, marks)
 

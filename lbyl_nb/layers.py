@@ -127,7 +127,9 @@ _IN_PLACE = set('setitem iadd isub imul itruediv ifloordiv imod ipow iand ior ix
 def _single(v):
     "A tensor, or a dtype, of single precision for one of half; whatever else as it is."
     if isinstance(v, Tensor) and v.dtype in _HALF:
-        return v.float()
+        new = v.float()
+        # PyTorch multiplies by what needs a gradient in another way, also where none is taken
+        return new.requires_grad_() if v.requires_grad and not new.requires_grad else new
     return torch.float32 if isinstance(v, torch.dtype) and v in _HALF else v
 
 

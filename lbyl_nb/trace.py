@@ -127,6 +127,9 @@ class _Mark:
     fixed: bool = False  # can its size never change?
     const: bool = False  # is it the same for every input?
     weight: tuple | None = None  # the weight of a layer: its name, and whether it is transposed
+    owner: tuple | None = (
+        None  # (module, attribute) of the parameter or buffer of which it is a copy
+    )
 
 
 @dataclass
@@ -334,24 +337,24 @@ def _mark(r: _Recorder, t: Tensor) -> _Mark:
     known = getattr(t, '_mark', None) or r.marks.get(id(t))
     if known is not None:
         return known
-    if id(t) not in r.owner:
+    key = r.owner.get(id(t))
+    if key is None:
         return _Mark(fixed=True)
     if id(t) in r.weights:
         m = _Mark(fixed=True, const=True, weight=(r.weights[id(t)], False))
     elif not t.ndim or not 0 < t.numel() <= _MOST_LABELLED:
         m = _Mark(fixed=t.ndim > 0, const=True)
     else:
-        key = r.owner[id(t)]
         m = _Mark(_new_labels(r, t.numel(), key).view(t.shape), const=True)
         r.param[key] = m.labels
-    r.marks[id(t)] = m
-    return m
+    _put(r, t, m)
+    return r.marks[id(t)]
 
 
 def _put(r: _Recorder, t: Tensor, m: _Mark):
     "Remember what is known of a tensor."
     if id(t) in r.owner:
-        r.marks[id(t)] = m
+        r.marks[id(t)] = replace(m, owner=r.owner[id(t)])
     else:
         t._mark = m
 
@@ -435,7 +438,7 @@ def _see(r: _Recorder, c: _Call):
             _put(r, t, replace(marks[0]))
     elif c.name in ('t', 'transpose', 'permute') and marks[0].weight and c.tensors[0].ndim == 2:
         name, turned = marks[0].weight
-        _put(r, c.out, replace(marks[0], weight=(name, not turned)))
+        _put(r, c.out, replace(marks[0], weight=(name, not turned), owner=None))
     elif all(m.labels is None for m in marks):
         _unlabelled(r, c, marks)
     elif _renewed(c):
@@ -590,7 +593,7 @@ def _computed(r: _Recorder, c: _Call, marks: list) -> bool:
     "A layer with a weight that is no weight of a layer as it stands."
     weight = next(c[k] for k in ('weight', 'mat2', 'other') if isinstance(c[k], Tensor))
     running = r.stack[-1] if r.stack else ''
-    owner, attribute = r.owner.get(id(weight), (running, None))
+    owner, attribute = _mark(r, weight).owner or (running, None)
     kind = type(r.model.get_submodule(owner))
     why = f'{owner or "the network"} is a {kind.__name__}'
     if attribute:
@@ -861,7 +864,7 @@ def _pointwise(r: _Recorder, c: _Call, marks: list):
 
 def _adds_bias(r: _Recorder, c: _Call) -> bool:
     "Is it the bias of a layer that was just used? Some linear layers add it in a second step."
-    owners = [r.owner[id(t)] for t in c.tensors if id(t) in r.owner]
+    owners = [owner for t in c.tensors if (owner := _mark(r, t).owner)]
     return c.name == 'add' and any(a == 'bias' and k in r.out for k, a in owners)
 
 # %% ../nbs/09_trace.ipynb #ebda8571
@@ -976,7 +979,7 @@ def _batch_norm(r: _Recorder, c: _Call, marks: list):
     labels = _columns(r, c.tensors[0], 1)
     _join_parameters(r, c, ('weight', 'bias', 'running_mean', 'running_var'), labels)
     own = [t for t in (c['running_mean'], c['weight']) if isinstance(t, Tensor)]
-    owners = [r.owner[id(t)][0] for t in own if id(t) in r.owner]
+    owners = [owner[0] for t in own if (owner := _mark(r, t).owner)]
     node = _add_node(r, 'batch_norm', marks[:1], layer=owners[0] if owners else None)
     _spread(r, c, node, labels, 1)
 
@@ -1202,6 +1205,8 @@ def trace(
     args = map_tensors(as_args(example_inputs), _single)
     model = gathered(model)
     net = _widened(_private_copy(model))
+    for p in net.parameters():  # frozen weights would be multiplied by in another way
+        p.requires_grad_(p.is_floating_point())
     r = _Recorder(net)
     try:
         _record(r, args)

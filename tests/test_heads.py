@@ -8,6 +8,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from test_kinds import told
 from torch import nn
 
 from lbyl_nb.graph import find_groups
@@ -737,3 +738,22 @@ def test_experts_of_any_width_run(kept):
     assert small.model.layers[1].mlp.experts.down_proj.shape[-1] == 24
     assert small.config.intermediate_size == 24
     assert gap(run(small, x), run(silent, x)) < 1e-5 < gap(run(net, x), run(silent, x))
+
+
+@pytest.mark.parametrize('kind', FAMILIES)
+def test_half_precision_is_seen_as_single_is(kind):
+    net, x = FAMILIES[kind]('sdpa')
+    real = lambda v: isinstance(v, torch.Tensor) and v.is_floating_point()
+    x = {k: v.bfloat16().float() if real(v) else v for k, v in x.items()}
+    half = net.eval().bfloat16()
+    assert told(half, x) == told(copy.deepcopy(half).float(), x)
+
+
+@pytest.mark.parametrize('kind', ['segformer', 'dit'])
+def test_frozen_networks_are_seen_as_others_are(kind):
+    "PyTorch multiplies by weights that need no gradient in another way."
+    net, x = made(kind)
+    seen = told(net, x)
+    assert told(net.requires_grad_(False), x) == seen
+    r = restore(net, x, ratio=0.5, restorer=prune_only())
+    assert not any(p.requires_grad for p in r.model.parameters())

@@ -4,6 +4,7 @@ Whatever lies between producer and consumer.
 """
 
 import copy
+from dataclasses import fields, is_dataclass
 
 import pytest
 import torch
@@ -324,3 +325,24 @@ def test_all_groups_together(kind):
     assert restored.cost.params['after'] < restored.cost.params['before']
     gap = lambda r: (r.model(x) - net(x)).norm().item()
     assert gap(restored) < gap(pruned) + 1e-4 * net(x).norm().item()
+
+
+def told(net, x):
+    "All that is known of the groups of a network."
+
+    def plain(v):
+        if isinstance(v, torch.Tensor):
+            return v.tolist()
+        if is_dataclass(v):
+            return {f.name: plain(getattr(v, f.name)) for f in fields(v) if f.name != 'roots'}
+        return [plain(e) for e in v] if isinstance(v, (tuple, list)) else str(v)
+
+    return [plain(g) for g in find_groups(trace(net, x), streams=True)]
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_half_precision_is_seen_as_single_is(kind):
+    "The same groups, with the same norms, activations, scales and readers."
+    net, x = made(kind, double=False)
+    half, x = net.bfloat16(), x.bfloat16()
+    assert told(half, x) == told(copy.deepcopy(half).float(), x.float())
