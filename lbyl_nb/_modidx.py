@@ -752,6 +752,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'lbyl_nb.probes._is_mask': ('probes.html#_is_mask', 'lbyl_nb/probes.py'),
                                 'lbyl_nb.probes._looked_up': ('probes.html#_looked_up', 'lbyl_nb/probes.py'),
                                 'lbyl_nb.probes._lookups': ('probes.html#_lookups', 'lbyl_nb/probes.py'),
+                                'lbyl_nb.probes._measured': ('probes.html#_measured', 'lbyl_nb/probes.py'),
                                 'lbyl_nb.probes._merged': ('probes.html#_merged', 'lbyl_nb/probes.py'),
                                 'lbyl_nb.probes._mirrored': ('probes.html#_mirrored', 'lbyl_nb/probes.py'),
                                 'lbyl_nb.probes._random_integers': ('probes.html#_random_integers', 'lbyl_nb/probes.py'),

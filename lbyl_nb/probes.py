@@ -6,6 +6,7 @@
 __all__ = ['pin', 'Probes', 'random_like', 'random_args', 'pinned', 'noise', 'calibration']
 
 # %% ../nbs/06_probes.ipynb #723b1c6e
+import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -57,12 +58,8 @@ def _settle(norm, ref, N, mean, squares):
 
 # %% ../nbs/06_probes.ipynb #4eaa1154
 @torch.no_grad()
-def pin(
-    model: nn.Module,  # any network; not changed
-    batches,  # arguments of its forward, one after another
-) -> nn.Module:  # a copy in evaluation mode
-    "A copy whose batch norms hold the statistics of all these batches; if not called, their own."
-    net = shared_copy(model)
+def _measured(net: nn.Module, model: nn.Module, batches) -> nn.Module:
+    "A copy of a model whose batch norms hold the statistics of all these batches, in place."
     norms = statistics_of(net)
     seen = {m: (0, 0.0, 0.0) for m in norms}
 
@@ -82,6 +79,19 @@ def pin(
     for m, ref in zip(norms, statistics_of(model)):
         _settle(m, ref, *seen[m])
     return net.eval()
+
+
+def pin(
+    model: nn.Module,  # any network; not changed
+    batches,  # arguments of its forward, one after another
+) -> nn.Module:  # a copy in evaluation mode
+    "A copy whose batch norms hold the statistics of all these batches; if not called, their own."
+    net = _measured(copy.deepcopy(shared_copy(model)), model, batches)
+    for m, ref in zip(statistics_of(net), statistics_of(model)):
+        m._buffers = {
+            k: None if v is None else v.to(ref._buffers[k]) for k, v in m._buffers.items()
+        }
+    return net
 
 # %% ../nbs/06_probes.ipynb #c97504a1
 def _spans(
@@ -300,7 +310,8 @@ def pinned(
 ) -> Probes:  # the same, with a copy of the model
     "Probes through a network that is pinned to them. ValueError where it cannot be run on them."
     try:
-        return replace(probes, model=pin(probes.model, probes.batches()))
+        given = probes.model
+        return replace(probes, model=_measured(shared_copy(given), given, probes.batches()))
     except Exception as e:
         why = f'{type(e).__name__}: {e}'
         raise ValueError(
