@@ -7,23 +7,22 @@ its memory is a multiple of its own size: all that is held beyond the model that
 less the Gram matrices of the layer that is being solved (double precision, two halves and what
 the factorisation takes). Every measurement runs in a process of its own, so that its peak memory
 can be read. The tokens on which `restore` tells afterwards how far the output moved are not
-counted. Rows go into nbs/results/language_cost.csv.
+counted. Rows go into nbs/results/language_cost.csv; the same call goes on where it stopped (half an
+hour, and 10 GB of memory).
 """
 
 import os
 import time
 from pathlib import Path
 
-import pandas as pd
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import grams
 
 from _process import against, each, footer, peak, run, time_and_memory
 from lbyl_nb import calibration, layerwise, prune_only
-from lbyl_nb.bench import environment
+from lbyl_nb.bench import sweep
 from lbyl_nb.criteria import l2_norm
-from lbyl_nb.files import writing
 from lbyl_nb.plans import Limits, by_ratio
 from lbyl_nb.recover import verified
 
@@ -92,15 +91,19 @@ def one(network, what):
 
 def main():
     os.environ['MALLOC_MMAP_THRESHOLD_'] = '131072'  # glibc gives back what is freed
-    cases = [(n, w) for n in MODELS for w in ('forward', 'pruned', 'layerwise')]
-    t = pd.DataFrame(each(__file__, cases))
-    with writing(RESULTS) as temporary:
-        t.assign(**environment(), threads=torch.get_num_threads()).to_csv(temporary, index=False)
-    t = t.set_index(['network', 'what'])
+    ways = 'forward', 'pruned', 'layerwise'
+    settings = [dict(network=n, what=w) for n in MODELS for w in ways]
+
+    def measure(s):
+        row = each(__file__, [(s['network'], s['what'])])[0]
+        return {k: row[k] for k in ('seconds', 'gigabytes', 'gram', 'model')}
+
+    t = sweep(RESULTS, settings, measure).set_index(['network', 'what'])
     t['CPU time / forward pass'] = against(t, 'forward')
     t['memory beyond the model / model'] = t.gigabytes / t.model
     t['beyond Gram matrices, too'] = (t.gigabytes - t.gram) / t.model
-    print(t.drop(columns='seconds').round(2).to_string())
+    shown = [k for k in t if '/' in k or 'Gram' in k]
+    print(t[['gigabytes', 'gram', 'model', *shown]].round(2).to_string())
     print(footer())
 
 

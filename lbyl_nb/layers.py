@@ -138,7 +138,7 @@ class _InSingle(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name, kwargs = func.__name__, kwargs or {}
-        if name == '__get__':  # an attribute: the dtype is single, the data as they are
+        if name in ('__get__', '__set__'):  # an attribute: the dtype is single, data as they are
             found = func(*args, **kwargs)
             return _single(found) if isinstance(found, torch.dtype) else found
         if name == 'embedding':  # few rows of a large table
