@@ -35,6 +35,7 @@ SMOLLM2 = dict(
     num_hidden_layers=30,
     num_attention_heads=9,
     num_key_value_heads=3,
+    tie_word_embeddings=True,
 )
 BILLION = dict(
     vocab_size=32000,
