@@ -127,9 +127,7 @@ class _Mark:
     fixed: bool = False  # can its size never change?
     const: bool = False  # is it the same for every input?
     weight: tuple | None = None  # the weight of a layer: its name, and whether it is transposed
-    owner: tuple | None = (
-        None  # (module, attribute) of the parameter or buffer of which it is a copy
-    )
+    owner: tuple | None = None  # (module, attribute) of the parameter that it is, or is copied from
 
 
 @dataclass
