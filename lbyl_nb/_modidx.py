@@ -1042,6 +1042,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'lbyl_nb.trace._written': ('trace.html#_written', 'lbyl_nb/trace.py'),
                                'lbyl_nb.trace.dense_copy': ('trace.html#dense_copy', 'lbyl_nb/trace.py'),
                                'lbyl_nb.trace.gathered': ('trace.html#gathered', 'lbyl_nb/trace.py'),
+                               'lbyl_nb.trace.of_one_class': ('trace.html#of_one_class', 'lbyl_nb/trace.py'),
                                'lbyl_nb.trace.trace': ('trace.html#trace', 'lbyl_nb/trace.py')},
             'lbyl_nb.written': { 'lbyl_nb.written._beginnings': ('written.html#_beginnings', 'lbyl_nb/written.py'),
                                  'lbyl_nb.written._can_write': ('written.html#_can_write', 'lbyl_nb/written.py'),

@@ -48,7 +48,7 @@ from .plans import Limits, by_ratio, check_plan
 from .probes import Probes, _drawn_noise, random_args, random_like
 from .progress import progress
 from .restorers import prune_only
-from .trace import Traced, gathered, trace
+from .trace import Traced, gathered, of_one_class, trace
 
 # %% ../nbs/13_recover.ipynb #e2f04132
 def _check_kind(model):
@@ -315,7 +315,7 @@ def _own_classes(small, model):
     "The smaller copy with layers of other libraries in their own classes again."
     for name, ref in model.named_modules():
         now = small.get_submodule(name)
-        if type(now) is type(ref):
+        if of_one_class(now, ref):
             continue
         new = _own_class(now, ref)
         if not name:

@@ -342,8 +342,7 @@ def sensitivity(
     for name, loss in output_loss(source).losses(net, groups).items():
         total = torch.cat([loss.new_zeros(1), loss.sort().values.cumsum(0)])
         rows[name] = {r: total[round(r * len(loss))].item() for r in ratios}
-    table = pd.DataFrame(rows).T.rename_axis('layer')
-    return table.rename_axis('ratio', axis=1)
+    return pd.DataFrame(rows).T.rename_axis('layer').rename_axis('ratio', axis=1)
 
 
 def plot_sensitivity(

@@ -591,7 +591,14 @@ def test_symbolic_traces():
 
     Of torch.export: a graph of functions, with nothing in it that could be pruned.
     """
-    assert plan(torch.fx.symbolic_trace(cnn().eval()), image, 0.5).keys() == {'0', '3'}
+    net = cnn().eval()
+    r = restore(torch.fx.symbolic_trace(net), image, ratio=0.5, restorer=prune_only())
+    want = restore(net, image, ratio=0.5, restorer=prune_only())
+    assert r.plan == want.plan and r.plan.keys() == {'0', '3'}
+    assert isinstance(r.model, torch.fx.GraphModule)
+    shapes = lambda m: {k: v.shape for k, v in m.state_dict().items()}
+    assert shapes(r.model) == shapes(want.model) != shapes(net)
+    torch.testing.assert_close(r.model(image), want.model(image))
     with pytest.raises(ValueError, match='it calls no convolution or linear layer'):
         plan(torch.export.export(cnn().eval(), (image,)).module(), image, 0.5)
 
