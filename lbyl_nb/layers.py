@@ -389,7 +389,8 @@ def is_plain(
     if {k for k, _ in held} - {'weight', 'bias'}:
         return False
     try:
-        return all(_does_as(_with_bias(layer), kind, x) for x in _small_inputs(layer))
+        with in_single(layer):
+            return all(_does_as(_with_bias(layer), kind, x) for x in _small_inputs(layer))
     except Exception:
         return False
 

@@ -37,7 +37,17 @@ from lbyl_nb.gaussian import (
     softplus,
     tanh,
 )
-from .layers import _HALF, _PLAIN, LAYERS, _single, as_args, call, map_tensors, shared_copy
+from lbyl_nb.layers import (
+    _HALF,
+    _PLAIN,
+    LAYERS,
+    _single,
+    as_args,
+    call,
+    in_single,
+    map_tensors,
+    shared_copy,
+)
 
 # %% ../nbs/09_trace.ipynb #3cacbacf
 _FIXED = 1  # the label of what can never be removed; 0 is nobody's
@@ -1124,7 +1134,8 @@ def _equal_layer(m: nn.Module) -> nn.Module | None:
     make, same = _EQUALS[name]
     try:
         new = make(m).eval()
-        return new if same(m, new) else None
+        with in_single(m):
+            return new if same(m, new) else None
     except (RuntimeError, AttributeError, TypeError, ValueError):
         return None
 

@@ -742,10 +742,10 @@ def test_experts_of_any_width_run(kept):
 
 @pytest.mark.parametrize('kind', FAMILIES)
 def test_half_precision_is_seen_as_single_is(kind):
-    net, x = FAMILIES[kind]('sdpa')
+    net, x = made(kind)
     real = lambda v: isinstance(v, torch.Tensor) and v.is_floating_point()
     x = {k: v.bfloat16().float() if real(v) else v for k, v in x.items()}
-    half = net.eval().bfloat16()
+    half = net.bfloat16()
     assert told(half, x) == told(copy.deepcopy(half).float(), x)
 
 
