@@ -24,7 +24,6 @@ EXCUSED = {
     'cat': 'a command',
     'dask_jobqueue.SLURMCluster': 'a class of a package that is not required',
     'device_map': 'an argument of transformers, for Accelerate',
-    'disk_offload': 'a function of Accelerate',
     'flock': 'a call of the operating system',
     'register_ray': 'a function of a package that is not required',
     'torchrun': 'a command of PyTorch',
