@@ -194,9 +194,12 @@ def own_copy(
 # %% ../nbs/05_layers.ipynb #2eca8176
 def shared_copy(
     model: nn.Module,  # any; its parameters must not be written into, from either side
+    weights: nn.Module | None = None,  # whose parameters, of the same shapes; None: its own
 ) -> nn.Module:
     "A copy in evaluation mode over the same memory of parameters; its buffers are its own."
-    memo = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
+    of = model if weights is None else weights
+    pairs = zip(model.parameters(), of.parameters(), strict=True)
+    memo = {id(p): nn.Parameter(q.detach(), q.requires_grad) for p, q in pairs}
     net = copy.deepcopy(model, memo).eval()
     for m in net.modules():
         for k, b in m._buffers.items():

@@ -1247,14 +1247,10 @@ def dense_copy(
     net: Traced,  # not cut yet
 ) -> nn.Module:
     "The network before it is cut, to look at: modules of its own, parameters over the same memory."
-    of = dict(net.original.named_parameters())
-    alike = lambda p, q: (
-        q is not None and (p.shape, p.dtype, p.device) == (q.shape, q.dtype, q.device)
-    )
-    if not all(alike(p, of.get(k)) for k, p in net.model.named_parameters()):
+    kinds = lambda m: [(k, p.shape, p.dtype, p.device) for k, p in m.named_parameters()]
+    if kinds(net.model) != kinds(net.original):
         return copy.deepcopy(net.model)
-    memo = {id(p): of[k] for k, p in net.model.named_parameters()}
-    return shared_copy(copy.deepcopy(net.model, memo))
+    return shared_copy(net.model, net.original)
 
 # %% ../nbs/09_trace.ipynb #451429fd
 def _first_calls(model, args) -> dict:
