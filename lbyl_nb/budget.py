@@ -143,9 +143,10 @@ def _between(name, m):
     return dict(name=name, out=len(m.weight), inn=0, groups=1, taps=0, extra=extra, positions=0)
 
 # %% ../nbs/17_budget.ipynb #c5a04d14
-def _held(name, t):
-    "A parameter that a module holds itself, one number for each channel, as a row of a bill."
-    return dict(name=name, out=t.numel(), inn=0, groups=1, taps=0, extra=1, positions=0)
+def _held(name, t, places):
+    "A parameter that a module holds itself as a row of a bill; a table has a row for each token."
+    each = t.numel() // places
+    return dict(name=name, out=places, inn=0, groups=1, taps=0, extra=each, positions=0)
 
 
 def _rows(net, groups) -> list:
@@ -157,8 +158,11 @@ def _rows(net, groups) -> list:
         weight = getattr(module(k), 'weight', None)
         if weight is not None and len(weight) > 1:
             rows.append(_between(k, module(k)))
-    held = {f'{k}.{a}': getattr(module(k), a) for g in groups for k, a, _ in g.parameters}
-    return rows + [_held(k, t) for k, t in held.items() if isinstance(t, nn.Parameter)]
+    for k, a in sorted({(k, a) for g in groups for k, a, _ in g.parameters}):
+        t = getattr(module(k), a)
+        if isinstance(t, nn.Parameter) and id(t) not in net.seen.weights:  # no layer's
+            rows.append(_held(f'{k}.{a}', t, net.seen.param[k, a].numel()))
+    return rows
 
 
 def _spans(g) -> tuple:

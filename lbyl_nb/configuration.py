@@ -14,7 +14,8 @@ from torch import nn
 from .heads import _OF_ALL, _OF_KEYS, _OF_QUERIES
 
 # %% ../nbs/09c_configuration.ipynb #6f45c626
-_WIDTHS = set(
+_OF_STREAM = {'hidden_size', 'd_model', 'n_embd', 'embed_dim'}
+_WIDTHS = _OF_STREAM | set(
     """intermediate_size moe_intermediate_size n_inner d_ff ffn_dim encoder_ffn_dim decoder_ffn_dim
     hidden_dim ffn_hidden_size""".split()
 )
@@ -29,8 +30,8 @@ def _settings(v) -> dict:
 
 
 def _changes(small: nn.Module, dense: nn.Module) -> tuple:
-    "{old width: new ones} of weights, and {(name, old): new ones} of numbers of heads."
-    widths, heads = {}, {}
+    "{old width: new ones} of weights and of norms, and {(kind, old): new ones} of heads."
+    widths, streams, heads = {}, {}, {}
     for name, now in small.named_modules():
         ref = dense.get_submodule(name)
         held = dict(now.named_parameters(recurse=False))
@@ -39,6 +40,8 @@ def _changes(small: nn.Module, dense: nn.Module) -> tuple:
                 for a, b in zip(old.shape, held[k].shape):
                     if a != b:
                         widths.setdefault(a, set()).add(b)
+            elif k in held and 'norm' in type(ref).__name__.lower() and len(old) != len(held[k]):
+                streams.setdefault(len(old), set()).add(len(held[k]))
         pairs = [(ref, now), (getattr(ref, 'config', ref), getattr(now, 'config', now))]
         for a, b in pairs:
             held = _settings(b)
@@ -46,7 +49,7 @@ def _changes(small: nn.Module, dense: nn.Module) -> tuple:
                 if k in _HEADS and held.get(k, n) != n:
                     kind = k in _OF_KEYS
                     heads.setdefault((kind, n), set()).add(held[k])
-    return widths, heads
+    return widths, streams, heads
 
 # %% ../nbs/09c_configuration.ipynb #804cfe5f
 def _configurations(config) -> list:
@@ -56,13 +59,16 @@ def _configurations(config) -> list:
 
 def _new_numbers(config, changes: tuple) -> dict:
     "What has to be set in a configuration, by name."
-    (widths, heads), new = changes, {}
+    (widths, streams, heads), new = changes, {}
     for k, n in vars(config).items():
         if k == 'n_inner' and n is None:  # of GPT-2
             n = 4 * config.n_embd
         if type(n) is not int or k not in _WIDTHS | _HEADS:
             continue
-        found = widths.get(n, ()) if k in _WIDTHS else heads.get((k in _OF_KEYS, n), ())
+        if k in _HEADS:
+            found = heads.get((k in _OF_KEYS, n), ())
+        else:
+            found = (streams if k in _OF_STREAM else widths).get(n, ())
         if len(found) == 1:
             new[k] = next(iter(found))
     return new
@@ -81,7 +87,7 @@ def _proposed(small: nn.Module, dense: nn.Module):
     config, changes = copy.deepcopy(dense.config), _changes(small, dense)
     for part in _configurations(config):
         new = _new_numbers(part, changes)
-        if new.keys() & _HEADS:
+        if new.keys() & (_HEADS | _OF_STREAM):
             new |= _head_width(dense, part)
         for k, n in new.items():
             setattr(part, k, n)

@@ -243,7 +243,7 @@ def _as_pairs(r: _Recorder, c: _Call, marks: list):
 def _as_positions(r: _Recorder, table: Tensor):
     "The rows of a table (positions, channels) stand for positions: each holds the same channels."
     labels = _mark(r, table).labels
-    if labels is not None:
+    if labels is not None and labels.stride(0):
         r.same.join(labels[:1].expand_as(labels).flatten(), labels.flatten())
 
 

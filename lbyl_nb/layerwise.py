@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from .closed_form import check_ridge
 from .delivery import Delivery, removed
 from .experts import takes_constants
-from .graph import Reader, add_constant, channels, find_readers, stored
+from .graph import Reader, add_constant, channels, find_readers, lost, stored
 from lbyl_nb.layers import (
     as_called,
     by_output,
@@ -51,6 +52,7 @@ from lbyl_nb.moments import (
     total,
     trusted,
 )
+from .norms import deaf_hooks
 from .photographs import stand_ins
 from .probes import Probes, noise
 from .progress import progress
@@ -387,6 +389,7 @@ class _Pass(TorchFunctionMode):
     def __init__(self, model: nn.Module, sites: dict):
         super().__init__()
         self.model, self.sites = model, sites
+        self.norms = {}  # hooks with which norms count the channels that stay
         # summands on their way to an addition
         self.waiting = {}  # in front of a batch norm, by its name
         self.pending = {}  # behind it, by identity
@@ -406,7 +409,7 @@ class _Pass(TorchFunctionMode):
 
     def forward(self, args):
         "The pass, with a hook on each layer of interest and on batch norms behind summands."
-        hooks = {k: _layer_hook(self, s) for k, s in self.sites.items()}
+        hooks = self.norms | {k: _layer_hook(self, s) for k, s in self.sites.items()}
         for s in self.sites.values():
             if s.reader.norm and self.is_summand(s):
                 hooks[s.reader.norm] = _norm_hook(self, s.reader.norm)
@@ -469,9 +472,10 @@ def _solve_again(pair, p: _Pending, out: Tensor, lack: Tensor):
 class _Restoring(_Pass):
     "A pass on which layers of `target` are rewritten; `missed` holds what each fit misses."
 
-    def __init__(self, probes: Probes, target: nn.Module, sites: dict, ridge: float | None):
+    def __init__(self, probes, target: nn.Module, sites: dict, ridge: float | None, deaf=None):
         super().__init__(probes.model, sites)
         self.probes, self.target, self.ridge = probes, target, ridge
+        self.deaf = deaf or (lambda half: {})  # from whether half a batch is meant, to `norms`
         self.missed, self.constants = {}, {}
         self.bar = progress(total=len(sites), desc='restoring')
 
@@ -569,6 +573,7 @@ class _SideBySide(_Restoring):
         "Restore; what each fit misses."
         n = len(self.probes)
         self.prints, self.tables, self.given = {}, set(), {}
+        self.norms = self.deaf(half=True)
         double = lambda v: torch.cat([v, v]) if _carries(v, n) else v
         try:
             self.forward(map_tensors(self.probes.args, double))
@@ -637,7 +642,7 @@ def _alone(n: int) -> int:
     return max(2, n // 8)
 
 
-def _seen_alone(pair: _SideBySide, args, hook: Callable) -> dict:
+def _seen_alone(pair: _SideBySide, args, hook: Callable, norms: dict) -> dict:
     "Fingerprints {layer: print} of one network by itself on some of the probes."
     seen = {}
 
@@ -645,7 +650,7 @@ def _seen_alone(pair: _SideBySide, args, hook: Callable) -> dict:
         count = len(pair.prints[s.reader.name][0][:: _alone(len(pair.probes))])
         seen[s.reader.name] = _fingerprint(t, count)
 
-    _walk(pair.model, args, {k: hook(pair.sites[k], see) for k in pair.prints})
+    _walk(pair.model, args, norms | {k: hook(pair.sites[k], see) for k in pair.prints})
     return seen
 
 
@@ -668,7 +673,7 @@ def _unlike(pair: _SideBySide) -> str:
     step = _alone(n)
     args = map_tensors(pair.probes.args, lambda v: v[::step] if _carries(v, n) else v)
     for half, hook in enumerate((dense, restored)):
-        seen = _seen_alone(pair, args, hook)
+        seen = _seen_alone(pair, args, hook, pair.deaf(half=False) if half else {})
         for k, prints in pair.prints.items():
             if k not in seen or not _same_print(seen[k], prints[half][::step]):
                 return f'{k}: its samples are not in the first dimension, or depend on each other'
@@ -809,6 +814,7 @@ class _OneByOne(_Restoring):
     def run(self) -> dict:
         "Restore; what each fit misses."
         self.place = _find_samples(self.probes, self.sites)
+        self.norms = self.deaf(half=False)
         try:
             self.by_dense({k: s for k, s in self.sites.items() if self.place[k] is None})
             while len(self.missed) < len(self.sites):
@@ -891,13 +897,15 @@ class _Layerwise:
         probes = self.source(dense_copy(net), net.args)
         _check_halves(probes, self.ridge)
         sites = find_sites(net, groups, chosen, every=self.refit)
-        pair = _SideBySide(probes, net.model, sites, self.ridge)
+        gone = {g.name: removed(chosen[g.name], g.channels).tolist() for g in groups}
+        deaf = partial(deaf_hooks, net, lost(groups, gone))
+        pair = _SideBySide(probes, net.model, sites, self.ridge, deaf)
         self.begin(net, groups, chosen, sites)
         why = _attempt(pair)
         if not why:
             return pair.missed
         self.begin(net, groups, chosen, sites)
-        missed = _OneByOne(probes, net.model, sites, self.ridge).run()
+        missed = _OneByOne(probes, net.model, sites, self.ridge, deaf).run()
         what = 'dense and restored network were run one after the other'
         warnings.warn(f'{why}; {what}', stacklevel=2)
         return missed
@@ -1038,6 +1046,8 @@ class _ProbedLbyl:
         for g in groups:
             ch, keep = channels(original, g), chosen[g.name]
             for c in g.consumers:
+                if c.name in net.tied:
+                    continue
                 layer, M = original.get_submodule(c.name), total(seen[g.name, c.name])
                 best = _best_of_grid(ch, keep, c, layer, M)
                 _absorb(net.model, c, best, keep)

@@ -28,7 +28,6 @@ from .fisher import _answers, _classes, _mean_divergence
 from lbyl_nb.graph import (
     _agree,
     _culprits,
-    _deaf_norms,
     _differing,
     _layer_outputs,
     add_constant,
@@ -43,6 +42,7 @@ from lbyl_nb.graph import (
 )
 from .heads import put_together, set_numbers_of_heads, take_back
 from .layers import BATCH_NORM, as_args, by_output, conv_groups, evaluating, own_copy
+from .norms import deaf_norms
 from .photographs import _drawn_photographs, _takes_images
 from .plans import Limits, by_ratio, check_plan
 from .probes import Probes, _drawn_noise, random_args, random_like
@@ -183,13 +183,15 @@ def _delivered(
 def _one_by_one(net, groups, chosen, restorer, dtype):
     "Put every group right by itself; returns the errors of each."
     errors = {}
-    for g in progress([g for g in groups if g.consumers], 'restoring'):
+    # a weight that another module shares stays as it is
+    read = [(g, [c for c in g.consumers if c.name not in net.tied]) for g in groups]
+    for g, consumers in progress([v for v in read if v[1]], 'restoring'):
         ch = channels(net.original, g, dtype)
         keep = chosen[g.name]
-        blocks = [conv_groups(net.model.get_submodule(c.name)) for c in g.consumers]
+        blocks = [conv_groups(net.model.get_submodule(c.name)) for c in consumers]
         rule = prune_only() if g.heads else restorer  # weights say nothing of what a head looks at
         deliveries = {n: _in_blocks(rule, ch, keep, n) for n in set(blocks)}
-        for c, n in zip(g.consumers, blocks):
+        for c, n in zip(consumers, blocks):
             _absorb(net.model, c, _delivered(deliveries[n], c, keep), keep)
         errors[g.name] = _errors(ch, keep, deliveries[min(blocks)].S)
     return errors
@@ -350,9 +352,9 @@ def _cut(net, groups, gone):
     gen = torch.Generator().manual_seed(0)
     draw = lambda v, tables: random_like(v, len(v), 1.5, gen, tables)
     noise = random_args(net.model, net.args, draw)
-    with _deaf_norms(net.model, groups, gone):
-        silent = _layer_outputs(net.model, noise)
     classes = lost(groups, gone)
+    with deaf_norms(net.model, net, classes):
+        silent = _layer_outputs(net.model, noise)
     small = remove_channels(net, groups, gone)
     name, error = _difference(net, silent, noise, classes)
     if (name is not None or error) and follow_sizes(net, noise, classes):

@@ -231,6 +231,9 @@ _MOST_LABELLED = 200_000
 
 _RULES = {}  # name of an operation -> rule(recorder, call, marks)
 
+# functions (recorder, module, args) -> what to do with its output, if it is to be seen as a whole
+_MODULES = []
+
 
 def _rule(*names):
     "Make a function the rule for operations of these names."
@@ -337,6 +340,8 @@ def _join(r: _Recorder, a: Tensor, b: Tensor, kind: str = '') -> Tensor:
             apart = r.same.roots(pairs[0]) != r.same.roots(pairs[1])
             r.added.update(pairs[:, apart & _from_layers(r, pairs).all(0)].unique().tolist())
         r.same.join(*pairs)
+        if kind and _from_layers(r, b).any() and not _from_layers(r, a).any():
+            a, b = b, a  # what a table of positions is added to goes on as a layer's
     return torch.where(a > 0, a, b)
 
 # %% ../nbs/09_trace.ipynb #d53d5e46
@@ -348,8 +353,12 @@ def _mark(r: _Recorder, t: Tensor) -> _Mark:
     key = r.owner.get(id(t))
     if key is None:
         return _Mark(fixed=True)
-    if id(t) in r.weights:
-        m = _Mark(fixed=True, const=True, weight=(r.weights[id(t)], False))
+    weight = (r.weights[id(t)], False) if id(t) in r.weights else None
+    if isinstance(r.model.get_submodule(key[0]), nn.Embedding) and t.numel():
+        r.param[key] = _new_labels(r, t.shape[1], key).view(1, -1)  # all rows are alike
+        m = _Mark(r.param[key].expand(t.shape), const=True, weight=weight)
+    elif weight:
+        m = _Mark(fixed=True, const=True, weight=weight)
     elif not t.ndim or not 0 < t.numel() <= _MOST_LABELLED:
         m = _Mark(fixed=t.ndim > 0, const=True)
     else:
@@ -446,7 +455,7 @@ def _see(r: _Recorder, c: _Call):
             _put(r, t, replace(marks[0]))
     elif c.name in ('t', 'transpose', 'permute') and marks[0].weight and c.tensors[0].ndim == 2:
         name, turned = marks[0].weight
-        _put(r, c.out, replace(marks[0], weight=(name, not turned), owner=None))
+        _put(r, c.out, _Mark(fixed=True, const=True, weight=(name, not turned)))
     elif all(m.labels is None for m in marks):
         _unlabelled(r, c, marks)
     elif _renewed(c):
@@ -462,12 +471,20 @@ def _see(r: _Recorder, c: _Call):
 def _watched(r: _Recorder):
     "Keep account of which module is running, and count calls of layers."
 
+    whole = {}  # {module that is running: what to do with its output}
+
     def enter(m, args):
         r.stack.append(r.names[m])
         if isinstance(m, LAYERS):
             r.calls[r.names[m]] = r.calls.get(r.names[m], 0) + 1
+        found = () if r.paused else (f(r, m, args) for f in _MODULES)
+        if finish := next(filter(None, found), None):
+            whole[m], r.paused = finish, True
 
     def leave(m, args, out):
+        if m in whole:
+            r.paused = False
+            whole.pop(m)(out)
         r.stack.pop()
 
     modules = [m for m in r.names if not isinstance(m, torch.jit.ScriptModule)]
@@ -553,6 +570,9 @@ def _used(r: _Recorder, c: _Call, marks: list, name: str, x: Tensor, dim: int, g
     if not depthwise:
         r.made.append((int(labels.min()), int(labels.max()) + 1) if len(labels) else (0, 0))
     node = _add_node(r, 'depthwise' if depthwise else 'layer', marks, layer=name, read=read)
+    weight = r.model.get_submodule(name).weight
+    if (table := _mark(r, weight).labels) is not None:  # of tokens, with which it is shared
+        _join(r, read, table[0])
     bias = c['bias'] if c.name != 'addmm' else c['self']
     own = _mark(r, bias).labels if isinstance(bias, Tensor) else None
     if own is not None and own.shape == labels.shape:
@@ -663,6 +683,8 @@ def _shapes(r: _Recorder, c: _Call, marks: list):
             return _put(r, c.out, _Mark())  # behind the last channel
         why = f'nothing of its channels is left on example_inputs, behind {c.name}'
         return _unknown(r, c, marks, why)
+    if c.name == 'cat':
+        labels = [_appended(r, c, marks, labels[0])]
     labels = [_compact(v).expand(v.shape) for v in labels]
     readers = {id(m.node) for m in marks if m.labels is not None}
     node = _add_node(r, c.name, marks, same=len(readers) == 1)
@@ -675,6 +697,20 @@ def _shapes(r: _Recorder, c: _Call, marks: list):
 _CUTS = set('slice split split_with_sizes chunk narrow unbind select'.split())
 _FIXED_SIZE = 'its channels meet a tensor of a fixed size'
 _VIEWS = set('view _unsafe_view reshape _reshape_alias unflatten as_strided'.split())
+
+
+def _appended(r: _Recorder, c: _Call, marks: list, labels: Tensor) -> Tensor:
+    "Labels behind `cat`: positions that a parameter adds hold the channels of all others."
+    dim = (c['dim'] or 0) % c.out.ndim
+    parts = sorted(marks, key=lambda m: m.const)  # the channels of layers first
+    if any(m.labels is None or m.labels.ndim != c.out.ndim for m in parts) or not parts[-1].const:
+        return labels
+    first, *others = [m.labels for m in parts]
+    if any(dim in _varying(v) for v in (first, *others)):
+        return labels
+    for v in others:
+        _join(r, *torch.broadcast_tensors(_compact(first), _compact(v)))
+    return _compact(first).expand(labels.shape)
 
 
 def _note_pieces(r: _Recorder, c: _Call, marks: list, labels: list):
