@@ -288,3 +288,18 @@ def test_a_shared_table_is_not_rewritten():
         assert small.transformer.wpe.weight.shape == (32, len(STAY))
         assert small.transformer.wte.embedding_dim == len(STAY)
     assert HEADS == small.config.n_head
+
+
+OUTPUT = "its channels are the network's output"
+LEFT = dict.fromkeys('llama qwen2 qwen3 phi3 bert vit swin segformer dit encoder'.split(), {OUTPUT})
+LEFT['gpt2'] = {'lm_head shares a parameter with transformer.wte'}
+
+
+@pytest.mark.parametrize('kind', LEFT)
+def test_all_but_outputs_can_go(kind):
+    net, x = made(kind)
+    groups = find_groups(trace(net, x), streams=True)
+    assert {g.reason for g in groups if g.reason} == LEFT[kind]
+    done = restore(net, x, ratio=0.5, restorer=prune_only(), streams=True)
+    assert done.cost.params.after < 0.6 * done.cost.params.before
+    assert run(done.model, x)[0].isfinite().all()
