@@ -97,6 +97,7 @@ def _proposed(small: nn.Module, dense: nn.Module):
 def _built(model: nn.Module, config) -> nn.Module | None:
     "A network of this class without values; None where it cannot be built."
     try:
+        type(config).from_dict(config.to_dict())  # it may refuse its own numbers
         with torch.device('meta'):
             return type(model)(copy.deepcopy(config))
     except Exception:
