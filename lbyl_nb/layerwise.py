@@ -553,17 +553,50 @@ def _fingerprint(t: Tensor, n: int) -> Tensor:
     return rows @ weights.to(rows)
 
 # %% ../nbs/14_layerwise.ipynb #60df5262
+_WIDE = (
+    2**28
+)  # bytes of what the last layer gives, beyond which it is made of some samples at a time
+
+
 def _halving_hook(pair, name: str):
     "A hook in front of a layer that keeps its input and passes on the dense half."
     n = 2 * len(pair.probes)
 
     def hook(layer, inputs):
         x, *rest = inputs
-        if len(x) % n == 0:
-            pair.given[name] = x
-            return (x[: len(x) // 2], *rest)
+        if len(x) % n:
+            return None
+        if pair.is_last(name) and _given_bytes(layer, x) > _WIDE:
+            _meet_in_parts(pair, pair.sites[name], layer, x)
+            pair.go_on()
+        pair.given[name] = x
+        return (x[: len(x) // 2], *rest)
 
     return hook
+
+
+def _given_bytes(layer: nn.Module, x: Tensor) -> int:
+    "Bytes of what a linear layer gives for half of its input; 0 for other layers."
+    if not isinstance(layer, nn.Linear):
+        return 0
+    return x.numel() // (2 * x.shape[-1]) * layer.out_features * x.element_size()
+
+
+def _meet_in_parts(pair, s, layer: nn.Linear, x: Tensor):
+    "Solve for a layer behind which nothing is of interest, without all that it gives at once."
+    (dense, restored), n = x.chunk(2), len(x) // 2
+    read, some = selected(layer, restored, s.read), counted_positions(layer, pair.probes.args)
+    measure = lambda *v: _site_moments(s, layer, *v)
+    many = 2 * max(1, n * _WIDE // (8 * _given_bytes(layer, x)))  # an even number
+    halves, prints = None, []
+    for at in torch.arange(n).split(many):
+        y = layer.forward(dense[at])
+        counted = None if some is None else some[at]
+        new = in_turn(measure, read[at], dense[at], y, counted=counted)
+        halves = new if halves is None else [a + b for a, b in zip(halves, new)]
+        prints.append(_fingerprint(y, len(at)))
+    pair.prints[s.reader.name] = torch.cat(prints), _fingerprint(read, n)
+    pair.take(s, pair.fit(s, layer, halves, pair.ridge))
 
 # %% ../nbs/14_layerwise.ipynb #b407f5e2
 class _SideBySide(_Restoring):
@@ -586,6 +619,10 @@ class _SideBySide(_Restoring):
     def before(self):
         "The restored half is made by new weights: a layer computes the dense one alone."
         return {k: _halving_hook(self, k) for k in self.sites}
+
+    def is_last(self, name):
+        "Is this layer the last one to be solved for, and nobody's summand?"
+        return len(self.missed) + 1 == len(self.sites) and not self.is_summand(self.sites[name])
 
     def whole(self, s, x, out):
         "Input and output for both networks; the second half of the output is not made yet."

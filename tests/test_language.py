@@ -4,6 +4,7 @@ Networks are built from tiny configurations, with random weights.
 """
 
 import copy
+import importlib
 import io
 
 import pytest
@@ -51,6 +52,27 @@ def test_padding_is_not_looked_at(kind, left, way):
     largest = lambda a, b: max((a[k] - b[k]).abs().max().item() for k in a)
     one, two, three = (m.state_dict() for m in (one, two, three))
     assert largest(one, two) < 5e-5 < 1e-3 < largest(one, three)
+
+
+@pytest.mark.parametrize('hidden', [False, True])
+@pytest.mark.parametrize('kind', ['llama', 'bert'])
+def test_a_wide_last_layer_is_met_some_samples_at_a_time(kind, hidden, monkeypatch):
+    "Whether the layer's outputs are held at once or not, padded or not, the weights are the same."
+    net, x = made(kind)
+    x = dict(x) | (padded(words(40, 9)) if hidden else {})
+    module, widths = importlib.import_module('lbyl_nb.layerwise'), []
+    last = net.lm_head if kind == 'llama' else net.classifier
+    small = []
+    for limit in (2**28, 500):
+        monkeypatch.setattr(module, '_WIDE', limit)
+        met = module._meet_in_parts
+        monkeypatch.setattr(module, '_meet_in_parts', lambda *v: (widths.append(v[2]), met(*v)))
+        how = dict(ratio=0.5, restorer=layerwise(calibration(x)))
+        small.append(restore(net, x, **how).model.state_dict())
+        monkeypatch.setattr(module, '_meet_in_parts', met)
+    assert [w.out_features for w in widths] == [last.out_features]
+    for k, v in small[0].items():
+        assert (small[1][k] - v).abs().max() < 1e-9, k
 
 
 def test_padding_is_not_looked_at_by_criteria():
