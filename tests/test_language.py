@@ -215,7 +215,7 @@ def test_compiled(kind):
     small, x = small_of(kind, streams=True)
     compiler = any(map(shutil.which, ('c++', 'g++', 'clang++')))
     whole = torch.compile(small, backend='inductor' if compiler else 'eager')
-    assert gap(run(whole, x)[0], run(small, x)[0]) < 1e-9
+    assert gap(run(whole, x)[0], run(small, x)[0]) < 1e-5
 
 
 IN_MEMORY = ['lm_head', *(f'model.{k}' for k in ('embed_tokens', 'layers.0', 'norm', 'rotary_emb'))]
