@@ -52,8 +52,8 @@ def _may_be_norm(m: nn.Module, n: int) -> bool:
     called = isinstance(m, (nn.LayerNorm, nn.RMSNorm)) or 'norm' in type(m).__name__.lower()
     if isinstance(m, (*_NORMS, *LAYERS)) or not called or n < 2:
         return False
-    held = [*m.parameters(), *m.buffers()]
-    return not any(m.children()) and not any(m.buffers()) and all(v.shape == (n,) for v in held)
+    alone = not [*m.children(), *m.buffers()]
+    return alone and all(p.shape == (n,) for p in m.parameters())
 
 
 @torch.no_grad()

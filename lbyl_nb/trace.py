@@ -482,9 +482,9 @@ def _watched(r: _Recorder):
             whole[m], r.paused = finish, True
 
     def leave(m, args, out):
-        if m in whole:
+        if finish := whole.pop(m, None):
             r.paused = False
-            whole.pop(m)(out)
+            finish(out)
         r.stack.pop()
 
     modules = [m for m in r.names if not isinstance(m, torch.jit.ScriptModule)]

@@ -273,7 +273,18 @@ class HalfNorm(nn.Module):
         return torch.cat(halves, -1) * self.weight
 
 
-@pytest.mark.parametrize('norm', [OddNorm, HalfNorm])
+class CountedNorm(nn.LayerNorm):
+    "A layer norm that remembers something."
+
+    def __init__(self, n):
+        super().__init__(n)
+        self.register_buffer('seen', torch.zeros(3))
+
+    def forward(self, x):
+        return super().forward(x) + self.seen.sum()
+
+
+@pytest.mark.parametrize('norm', [OddNorm, HalfNorm, CountedNorm])
 def test_what_is_no_norm_over_all_channels_is_left_alone(norm):
     net, x = patches(Stream(norm))
     reasons = {g.name: g.reason for g in find_groups(trace(net, x), streams=True)}
