@@ -327,7 +327,7 @@ def _from_layers(r: _Recorder, labels: Tensor) -> Tensor:
     if not r.made:
         return torch.zeros_like(labels, dtype=torch.bool)
     low, high = torch.tensor(sorted(r.made)).T
-    at = torch.searchsorted(low.contiguous(), labels, right=True) - 1
+    at = torch.searchsorted(low.contiguous(), labels.contiguous(), right=True) - 1
     return (at >= 0) & (labels < high[at])
 
 # %% ../nbs/09_trace.ipynb #23148a11
@@ -340,7 +340,7 @@ def _join(r: _Recorder, a: Tensor, b: Tensor, kind: str = '') -> Tensor:
             apart = r.same.roots(pairs[0]) != r.same.roots(pairs[1])
             r.added.update(pairs[:, apart & _from_layers(r, pairs).all(0)].unique().tolist())
         r.same.join(*pairs)
-        if kind and _from_layers(r, b).any() and not _from_layers(r, a).any():
+        if kind and not _from_layers(r, a).any() and _from_layers(r, b).any():
             a, b = b, a  # what a table of positions is added to goes on as a layer's
     return torch.where(a > 0, a, b)
 
