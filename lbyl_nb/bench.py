@@ -448,7 +448,7 @@ def sgd(
     "Stochastic gradient descent with Nesterov momentum 0.9."
     return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=weight_decay, nesterov=True)
 
-
+# %% ../nbs/32_bench.ipynb #363ff21f
 def train(
     model: nn.Module,  # trained in place
     dataset: Dataset,  # images as bytes, and labels

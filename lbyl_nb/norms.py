@@ -144,7 +144,7 @@ def deaf_hooks(
             hooks[n.module] = _deaf(norm, stays.flatten().nonzero().flatten(), dim, half)
     return hooks
 
-
+# %% ../nbs/09d_norms.ipynb #46ce1329
 @contextmanager
 def deaf_norms(
     model: nn.Module,  # not cut, with modules of the names of the traced one

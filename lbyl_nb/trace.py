@@ -737,7 +737,7 @@ def _note_division(r: _Recorder, c: _Call, marks: list, labels: Tensor):
     rows = _compact(labels).reshape(-1, labels.shape[after[-1]])
     r.divisions.append(rows)
 
-
+# %% ../nbs/09_trace.ipynb #2b4085ad
 def _settle_divisions(r: _Recorder):
     "What is divided in heads loses whole rows; all else the same places of every row."
     labels = torch.arange(_FIXED + 1, r.same.size)
