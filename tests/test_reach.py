@@ -314,12 +314,11 @@ def size_of(net):
 
 
 HEADS = {'box.0.1', 'box.1.1', 'score.0.2', 'score.1.2'}
-STREAM = {'0', '1.conv3', '1.conv5', '2'}
 # what builds a network, its inputs, layers that keep all channels, channels that others keep
 NETS = dict(
     detector=(Detector, (3, 16, 16), HEADS, {}),
     denoiser=(Denoiser, (3, 8, 8), {'last'}, {}),
-    gated=(gated, (3, 8, 8), STREAM, {}),
+    gated=(gated, (3, 8, 8), {'2'}, {}),
     translator=(Translator, (3, 16, 16), {'up.4'}, {}),
     points=(lambda: Points(3, 4), (3, 20), {'cloud.3'}, {}),
     turned=(Turned, (3, 20), {'turn.cloud.3', 'rest.cloud.3'}, {}),
