@@ -9,13 +9,15 @@ import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
+from torch import nn
 from torchvision.models import get_model, get_model_weights, list_models
 
 from lbyl_nb.layerwise import layerwise, probe
 from lbyl_nb.probes import noise
 from lbyl_nb.recover import restore
-from lbyl_nb.restorers import lbyl
+from lbyl_nb.restorers import lbyl, prune_only
 
 SLOW = bool(os.environ.get('LBYL_ZOO'))
 FAMILIES = [
@@ -32,7 +34,7 @@ FAMILIES = [
     'squeezenet1_1',
     'swin_t',
 ]
-TIMM = ['ghostnet_100', 'skresnet18', 'repvgg_a0', 'deit_tiny_patch16_224']
+TIMM = ['ghostnet_100', 'skresnet18', 'repvgg_a0', 'deit_tiny_patch16_224', 'convnextv2_atto']
 if SLOW:
     size = lambda n: next(iter(get_model_weights(n))).meta['num_params']
     FAMILIES = [n for n in list_models(module=torchvision.models) if size(n) <= 150e6]
@@ -62,8 +64,6 @@ PROBED = [
     'shufflenet_v2_x0_5',
     'deit_tiny_patch16_224',
 ]
-# the hidden units of its MLPs are normalised by each other, its stream by a norm over channels
-REFUSED = 'convnextv2_atto'
 # pixels where 64 are too few
 LARGE = dict(inception=96, swin=224, maxvit=224, vit=224, deit=224, mixer=224, poolformer=224)
 RESTORERS = dict(
@@ -75,7 +75,7 @@ RESTORERS = dict(
 
 def made(name):
     torch.manual_seed(0)
-    if name in (*TIMM, REFUSED):
+    if name in TIMM:
         return pytest.importorskip('timm').create_model(name).eval()
     slow_to_draw = name in ('googlenet', 'inception_v3')
     how = dict(init_weights=False) if slow_to_draw else {}
@@ -111,10 +111,40 @@ def test_zoo(how, name):
 FREE_RIDGE = dict(lbyl=lbyl(), probe=probe(noise(4)), layerwise=layerwise(noise(4)))
 
 
+class Shared(nn.Module):
+    "Its hidden units are divided by their mean."
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        x = self.first(x).exp()
+        return self.second(x / x.mean(1, keepdim=True))
+
+
 @pytest.mark.parametrize('how', FREE_RIDGE)
 def test_a_network_that_cannot_be_done(how):
     "One sentence says why, layer by layer."
-    net, x = made(REFUSED), torch.randn(2, 3, 64, 64)
-    why = 'stages.0.blocks.0.mlp.fc1: its channels go through mean, which is taken over all of them'
-    with pytest.raises(ValueError, match=f'ConvNeXt has nothing to prune .*{why}'):
-        restore(net, x, ratio=0.3, streams=True, restorer=FREE_RIDGE[how])
+    why = 'first: its channels go through mean, which is taken over all of them'
+    with pytest.raises(ValueError, match=f'Shared has nothing to prune .*{why}'):
+        x = torch.randn(2, 3, 4, 4)
+        restore(Shared(), x, ratio=0.3, streams=True, restorer=FREE_RIDGE[how])
+
+
+def test_hidden_units_that_are_normalised_by_each_other():
+    "The MLP of ConvNeXt V2: the smaller one has the numbers of the units that stay."
+    timm = pytest.importorskip('timm')
+    net = timm.layers.GlobalResponseNormMlp(6, 12, use_conv=True).eval()
+    x, stay = torch.randn(4, 6, 5, 5), [0, 1, 4, 6, 7, 9, 11]
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.5)
+    small = restore(net, x, keep=dict(fc1=stay), restorer=prune_only()).model
+    with torch.no_grad():
+        h = net.act(F.conv2d(x, net.fc1.weight[stay], net.fc1.bias[stay]))
+        size = h.square().sum((2, 3), keepdim=True).sqrt()
+        size = size / (size.mean(1, keepdim=True) + 1e-6)
+        weight, bias = (p[stay].view(1, -1, 1, 1) for p in (net.grn.weight, net.grn.bias))
+        expected = F.conv2d(h + weight * h * size + bias, net.fc2.weight[:, stay], net.fc2.bias)
+        torch.testing.assert_close(small(x), expected, rtol=1e-4, atol=1e-5)
+        assert (small(x) - net(x)).abs().max() > 0.01
