@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from .closed_form import check_ridge
 from .delivery import Delivery, removed
 from .experts import takes_constants
-from .graph import Reader, add_constant, channels, find_readers, lost, stored
+from .graph import Reader, add_constant, channels, find_readers, lost, own_consumers, stored
 from lbyl_nb.layers import (
     as_called,
     by_output,
@@ -386,10 +386,10 @@ def _norm_hook(road, name: str):
 class _Pass(TorchFunctionMode):
     "A forward pass that stops at layers (`meet`) and at the additions behind them (`join`)."
 
-    def __init__(self, model: nn.Module, sites: dict):
+    def __init__(self, model: nn.Module, sites: dict, norms: dict | None = None):
         super().__init__()
         self.model, self.sites = model, sites
-        self.norms = {}  # hooks with which norms count the channels that stay
+        self.norms = norms or {}  # hooks with which norms count the channels that stay
         # summands on their way to an addition
         self.waiting = {}  # in front of a batch norm, by its name
         self.pending = {}  # behind it, by identity
@@ -468,14 +468,18 @@ def _solve_again(pair, p: _Pending, out: Tensor, lack: Tensor):
     with in_single(pair.model):
         pair.own(out).copy_(norm.forward(new) if norm else new)
 
+
+def _all_count(half: bool) -> dict:
+    "No hooks: the norms of the restored network count all channels."
+    return {}
+
 # %% ../nbs/14_layerwise.ipynb #05fb340d
 class _Restoring(_Pass):
     "A pass on which layers of `target` are rewritten; `missed` holds what each fit misses."
 
-    def __init__(self, probes, target: nn.Module, sites: dict, ridge: float | None, deaf=None):
-        super().__init__(probes.model, sites)
-        self.probes, self.target, self.ridge = probes, target, ridge
-        self.deaf = deaf or (lambda half: {})  # from whether half a batch is meant, to `norms`
+    def __init__(self, probes, target: nn.Module, sites: dict, ridge, deaf=_all_count):
+        super().__init__(probes.model, sites, deaf(half=False))
+        self.probes, self.target, self.ridge, self.deaf = probes, target, ridge, deaf
         self.missed, self.constants = {}, {}
         self.bar = progress(total=len(sites), desc='restoring')
 
@@ -606,7 +610,7 @@ class _SideBySide(_Restoring):
         "Restore; what each fit misses."
         n = len(self.probes)
         self.prints, self.tables, self.given = {}, set(), {}
-        self.norms = self.deaf(half=True)
+        self.alone, self.norms = self.norms, self.deaf(half=True)
         double = lambda v: torch.cat([v, v]) if _carries(v, n) else v
         try:
             self.forward(map_tensors(self.probes.args, double))
@@ -710,7 +714,7 @@ def _unlike(pair: _SideBySide) -> str:
     step = _alone(n)
     args = map_tensors(pair.probes.args, lambda v: v[::step] if _carries(v, n) else v)
     for half, hook in enumerate((dense, restored)):
-        seen = _seen_alone(pair, args, hook, pair.deaf(half=False) if half else {})
+        seen = _seen_alone(pair, args, hook, pair.alone if half else {})
         for k, prints in pair.prints.items():
             if k not in seen or not _same_print(seen[k], prints[half][::step]):
                 return f'{k}: its samples are not in the first dimension, or depend on each other'
@@ -851,7 +855,6 @@ class _OneByOne(_Restoring):
     def run(self) -> dict:
         "Restore; what each fit misses."
         self.place = _find_samples(self.probes, self.sites)
-        self.norms = self.deaf(half=False)
         try:
             self.by_dense({k: s for k, s in self.sites.items() if self.place[k] is None})
             while len(self.missed) < len(self.sites):
@@ -1082,9 +1085,7 @@ class _ProbedLbyl:
         seen = look_at_consumers(probes, groups, measure)
         for g in groups:
             ch, keep = channels(original, g), chosen[g.name]
-            for c in g.consumers:
-                if c.name in net.tied:
-                    continue
+            for c in own_consumers(net, g):
                 layer, M = original.get_submodule(c.name), total(seen[g.name, c.name])
                 best = _best_of_grid(ch, keep, c, layer, M)
                 _absorb(net.model, c, best, keep)

@@ -36,6 +36,7 @@ from lbyl_nb.graph import (
     find_readers,
     follow_sizes,
     lost,
+    own_consumers,
     remove_channels,
     silence,
     stored,
@@ -183,8 +184,7 @@ def _delivered(
 def _one_by_one(net, groups, chosen, restorer, dtype):
     "Put every group right by itself; returns the errors of each."
     errors = {}
-    # a weight that another module shares stays as it is
-    read = [(g, [c for c in g.consumers if c.name not in net.tied]) for g in groups]
+    read = [(g, own_consumers(net, g)) for g in groups]
     for g, consumers in progress([v for v in read if v[1]], 'restoring'):
         ch = channels(net.original, g, dtype)
         keep = chosen[g.name]
