@@ -557,9 +557,8 @@ def _fingerprint(t: Tensor, n: int) -> Tensor:
     return rows @ weights.to(rows)
 
 # %% ../nbs/14_layerwise.ipynb #60df5262
-_WIDE = (
-    2**28
-)  # bytes of what the last layer gives, beyond which it is made of some samples at a time
+# bytes of what the last layer gives, beyond which it is made of some samples at a time
+_WIDE = 2**28
 
 
 def _halving_hook(pair, name: str):

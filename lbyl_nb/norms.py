@@ -47,13 +47,16 @@ def fewer(
     return new
 
 # %% ../nbs/09d_norms.ipynb #97d0d1ff
-def _may_be_norm(m: nn.Module, n: int) -> bool:
-    "Is a module called a norm, with nothing but vectors of n numbers?"
+def _called_norm(m: nn.Module) -> bool:
+    "Is a module called a norm, and none that treats channels one by one or in groups?"
     called = isinstance(m, (nn.LayerNorm, nn.RMSNorm)) or 'norm' in type(m).__name__.lower()
-    if isinstance(m, (*_NORMS, *LAYERS)) or not called or n < 2:
-        return False
+    return called and not isinstance(m, (*_NORMS, *LAYERS))
+
+
+def _has_vectors(m: nn.Module, n: int) -> bool:
+    "Does a module hold nothing but vectors of n numbers, more than one?"
     alone = not [*m.children(), *m.buffers()]
-    return alone and all(p.shape == (n,) for p in m.parameters())
+    return n > 1 and alone and all(p.shape == (n,) for p in m.parameters())
 
 
 @torch.no_grad()
@@ -79,10 +82,10 @@ def treats_alike(
 # %% ../nbs/09d_norms.ipynb #af2b4c27
 def _norm_of_channels(r: _Recorder, m: nn.Module, args):
     "For `_MODULES`: what to do with the output of a norm over all channels; None for all else."
-    x = args[0] if args else None
+    x = args[0] if args and _called_norm(m) else None
     labels = _mark(r, x).labels if isinstance(x, Tensor) else None
     along = [] if labels is None else _varying(labels)
-    if len(along) != 1 or not _may_be_norm(m, x.shape[along[0]]):
+    if len(along) != 1 or not _has_vectors(m, x.shape[along[0]]):
         return None
     r.paused = True  # what is tried is no part of the network
     try:
