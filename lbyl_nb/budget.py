@@ -10,6 +10,7 @@ import heapq
 import math
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -102,7 +103,7 @@ def _uses(m, x, y) -> float:
 def _positions(net):
     "How often one sample uses each weight of every layer, {layer name: positions}."
     n = _sample_count(net.args)
-    used, hooks = {}, []
+    used = {}
 
     def hook(name):
         def see(m, args, kwargs, y):
@@ -111,14 +112,11 @@ def _positions(net):
 
         return see
 
-    for name, m in net.model.named_modules():
-        if isinstance(m, LAYERS):
-            hooks.append(m.register_forward_hook(hook(name), with_kwargs=True))
-    try:
+    with ExitStack() as hooks:
+        for name, m in net.model.named_modules():
+            if isinstance(m, LAYERS):
+                hooks.enter_context(m.register_forward_hook(hook(name), with_kwargs=True))
         _dry_run(net.model, net.args)
-    finally:
-        for h in hooks:
-            h.remove()
     return used
 
 # %% ../nbs/17_budget.ipynb #f51504f0

@@ -117,7 +117,8 @@ class Delivery:
     ) -> tuple[Tensor, Tensor]:  # weight (o, t, ...), and for the bias (o,), in the dtype of `V`
         """The consumer's weight by `deliver`, and what to add to its bias.
 
-        That are the constants, summed over removed channels and taps. Raises as `deliver` does."""
+        These are the constants times the weights that read them, summed over removed channels and
+        taps. Raises as `deliver` does."""
         weight = deliver(V, self.S, keep)
         dtype = torch.promote_types(V.dtype, self.shift.dtype)
         taps = V[:, removed(keep, V.shape[1]), ..., None].to(dtype).flatten(2).sum(2)  # (o, m - t)

@@ -9,7 +9,7 @@ __all__ = ['dead_leaves', 'start_like', 'distil', 'distilled']
 import copy
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -49,12 +49,10 @@ def _divergences(model):
         instead = 'use noise() or calibration(images)'
         raise ValueError(f'{why}, so probes cannot be distilled; {instead}')
     see = lambda m, inputs: out.append(_divergence(inputs[0], m))
-    hooks = [m.register_forward_pre_hook(see) for m in norms]
-    try:
+    with ExitStack() as hooks:
+        for m in norms:
+            hooks.enter_context(m.register_forward_pre_hook(see))
         yield out
-    finally:
-        for h in hooks:
-            h.remove()
 
 # %% ../nbs/08_distilled.ipynb #15bdf8aa
 def _total_variation(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ __all__ = ['Consumer', 'Family', 'Group', 'shares_table', 'find_groups', 'Reader
 import copy
 import math
 from collections import defaultdict
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 
@@ -787,21 +788,18 @@ def _layer_outputs(
     args,  # arguments of its forward
 ) -> dict:  # {layer name: output}, in the order of calls; under '' all that the network puts out
     "What every convolution and linear layer puts out, channels last, and what the network does."
-    out, hooks = {}, []
+    out = {}
 
     def keep(name, dim):
         return lambda m, i, o: out.update({name: o.movedim(dim, -1)})
 
-    for name, m in model.named_modules():
-        if isinstance(m, LAYERS):
-            dim = -1 if isinstance(m, nn.Linear) else 1 - m.weight.ndim
-            hooks.append(m.register_forward_hook(keep(name, dim)))
-    try:
-        with _Still():
-            y = call(model, args)
-    finally:
-        for h in hooks:
-            h.remove()
+    with ExitStack() as hooks:
+        for name, m in model.named_modules():
+            if isinstance(m, LAYERS):
+                dim = -1 if isinstance(m, nn.Linear) else 1 - m.weight.ndim
+                hooks.enter_context(m.register_forward_hook(keep(name, dim)))
+        hooks.enter_context(_Still())
+        y = call(model, args)
     return out | {'': _tensors_within(y)}
 
 # %% ../nbs/10_graph.ipynb #3bd96a08

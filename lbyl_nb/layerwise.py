@@ -9,7 +9,7 @@ __all__ = ['taps_fit', 'find_sites', 'probe', 'layerwise', 'default_restorer', '
 import math
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -340,19 +340,17 @@ def _walk(model: nn.Module, args, hooks: dict, before: dict | None = None):
 
     Those of `before` see what a module is given, behind all others."""
     gpus = [v.device for v in tensors(args) if v.is_cuda][:1]
-    handles = []
-    try:
+    with ExitStack() as active:
         for name, hook in hooks.items():
             module = model.get_submodule(name)
-            handles.append(module.register_forward_hook(hook, prepend=True))
+            active.enter_context(module.register_forward_hook(hook, prepend=True))
         for name, hook in (before or {}).items():
-            handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
-        # the next pass starts from the same state
-        with torch.random.fork_rng(gpus), suppress(_Enough):
-            call(model, map_tensors(args, torch.clone))  # a network may work in place on them
-    finally:
-        for h in handles:
-            h.remove()
+            active.enter_context(model.get_submodule(name).register_forward_pre_hook(hook))
+        active.enter_context(
+            torch.random.fork_rng(gpus)
+        )  # the next pass starts from the same state
+        active.enter_context(suppress(_Enough))
+        call(model, map_tensors(args, torch.clone))  # a network may work in place on them
 
 
 def _carries(v: Tensor, n: int) -> bool:

@@ -10,6 +10,7 @@ __all__ = ['RIDGES', 'unfolded_gram', 'stationary_gram', 'patch_gram', 'patch_cr
 # %% ../nbs/07_moments.ipynb #f5d729e0
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 
@@ -490,7 +491,7 @@ def look(
     """Moments of what the named layers read and give.
 
     ValueError naming the layer where NaN or infinity is met, or that is not called."""
-    sums, hooks, now = {}, [], [None]
+    sums, now = {}, [None]
 
     def hook(name):
         def add(layer, inputs, y):
@@ -501,15 +502,12 @@ def look(
 
         return add
 
-    try:
+    with ExitStack() as hooks:
         for name in names:
             layer = probes.model.get_submodule(name)
-            hooks.append(layer.register_forward_hook(hook(name), prepend=True))
+            hooks.enter_context(layer.register_forward_hook(hook(name), prepend=True))
         for args in probes.batches(batch):
             now[0] = args
             call(probes.model, args)
-    finally:
-        for h in hooks:
-            h.remove()
     _check_called(names, sums)
     return sums

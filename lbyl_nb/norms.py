@@ -7,7 +7,7 @@ __all__ = ['fewer', 'treats_alike', 'deaf_hooks', 'deaf_norms']
 
 # %% ../nbs/09d_norms.ipynb #b1101e00
 import math
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -155,12 +155,8 @@ def deaf_norms(
     gone: Tensor,  # classes of channels that are removed
 ):
     "Norms of a network with `deaf_hooks`."
-    hooks = []
-    try:
+    with ExitStack() as hooks:
         for name, hook in deaf_hooks(net, gone).items():
             module = model.get_submodule(name)
-            hooks.append(module.register_forward_hook(hook, prepend=True))
+            hooks.enter_context(module.register_forward_hook(hook, prepend=True))
         yield
-    finally:
-        for h in hooks:
-            h.remove()

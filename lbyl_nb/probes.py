@@ -9,6 +9,7 @@ __all__ = ['pin', 'Probes', 'random_like', 'random_args', 'pinned', 'noise', 'ca
 import copy
 import math
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from inspect import signature
 
@@ -67,15 +68,14 @@ def _measured(net: nn.Module, model: nn.Module, batches) -> nn.Module:
         n = out.numel() // len(m.running_mean)
         seen[m] = _merged(*seen[m], n, m.running_mean.double(), m.running_var.double())
 
-    hooks = [m.register_forward_hook(measure, prepend=True) for m in norms]
-    for m in norms:
-        m.reset_running_stats()
-        m.momentum = 1.0
-        m.train()
-    for args in batches:
-        call(net, args)
-    for h in hooks:
-        h.remove()
+    with ExitStack() as hooks:
+        for m in norms:
+            hooks.enter_context(m.register_forward_hook(measure, prepend=True))
+            m.reset_running_stats()
+            m.momentum = 1.0
+            m.train()
+        for args in batches:
+            call(net, args)
     for m, ref in zip(norms, statistics_of(model)):
         _settle(m, ref, *seen[m])
     return net.eval()

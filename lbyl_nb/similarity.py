@@ -7,7 +7,7 @@ __all__ = ['similarities', 'similarity_loss', 'similarity']
 
 # %% ../nbs/21_similarity.ipynb #e0d951e1
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
 
 import torch
@@ -91,13 +91,11 @@ def _watched_layers(
 
     They are of what the layer gave in the last forward pass, one for each use of it."""
     seen = {}
-    hooks = [net.register_forward_pre_hook(lambda *_: seen.clear())]
-    hooks += [net.get_submodule(k).register_forward_hook(_note(seen, k)) for k in names]
-    try:
+    with ExitStack() as hooks:
+        hooks.enter_context(net.register_forward_pre_hook(lambda *_: seen.clear()))
+        for k in names:
+            hooks.enter_context(net.get_submodule(k).register_forward_hook(_note(seen, k)))
         yield seen
-    finally:
-        for h in hooks:
-            h.remove()
 
 # %% ../nbs/21_similarity.ipynb #4d1794a7
 @contextmanager

@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections import deque
 from collections.abc import Mapping, MappingView
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 
@@ -487,17 +487,15 @@ def _watched(r: _Recorder):
             finish(out)
         r.stack.pop()
 
-    modules = [m for m in r.names if not isinstance(m, torch.jit.ScriptModule)]
-    hooks = [m.register_forward_pre_hook(enter, prepend=True) for m in modules]
-    hooks += [m.register_forward_hook(leave, always_call=True) for m in modules]
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
+    with ExitStack() as undo:
+        for m in r.names:
+            if not isinstance(m, torch.jit.ScriptModule):
+                undo.enter_context(m.register_forward_pre_hook(enter, prepend=True))
+                undo.enter_context(m.register_forward_hook(leave, always_call=True))
+        undo.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        torch.backends.mha.set_fastpath_enabled(False)
         yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for h in hooks:
-            h.remove()
 
 # %% ../nbs/09_trace.ipynb #6432d5fb
 _WHOLE = {'instance_norm', 'scaled_dot_product_attention', 'multi_head_attention_forward'}
@@ -1291,17 +1289,13 @@ def dense_copy(
 # %% ../nbs/09_trace.ipynb #451429fd
 def _first_calls(model, args) -> dict:
     "{module: (args, kwargs)} of the first call of every module in one forward pass."
-    seen, hooks = {}, []
+    seen = {}
 
     def see(m, a, k):  # returns nothing: what a hook returns would replace the arguments
         seen.setdefault(m, (a, k))
 
-    for m in model.modules():
-        hooks.append(m.register_forward_pre_hook(see, with_kwargs=True))
-    try:
-        with torch.no_grad():
-            call(model, args)
-    finally:
-        for h in hooks:
-            h.remove()
+    with ExitStack() as hooks, torch.no_grad():
+        for m in model.modules():
+            hooks.enter_context(m.register_forward_pre_hook(see, with_kwargs=True))
+        call(model, args)
     return seen

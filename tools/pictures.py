@@ -27,7 +27,7 @@ THEIRS = {
     'LBYL': 'LBYL',
     'merging': 'neuron merging',
     'folding': 'model folding',
-    'channels': 'ridge for channels (GRAIL)',
+    'channels': 'ridge for channels (as GRAIL)',
     'batch norms': 'batch norms re-estimated',
 }
 OURS = {
@@ -104,7 +104,7 @@ def head_to_head(
         ax.axvline(unpruned, color='.3', linestyle=':')
         ax.set_title(NEEDS[need], loc='left', fontsize=11, color=COLOURS[need][0])
         ax.spines[['top', 'right']].set_visible(False)
-    words = zip(COLOURS['nothing'], ('this package', 'published'))
+    words = zip(COLOURS['nothing'], ('this package', 'published method, our code'))
     shades = [Patch(color=c, label=w) for c, w in words]
     axes[0].legend(handles=shades, loc='lower right', bbox_to_anchor=(0.91, 0), frameon=False)
     above = dict(ha='center', va='bottom', transform=axes[0].get_xaxis_transform())
