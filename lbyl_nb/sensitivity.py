@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .closed_form import check_ridge
 from .delivery import Delivery, removed
-from .fisher import _answers, _classes, _mean_divergence, fisher
+from .fisher import _answers, _classes, _mean_divergence, fisher, softening
 from .graph import add_constant, find_groups
 from .layers import batch_size, by_output, conv_groups, in_weight, map_samples
 from .layerwise import _put_back, _running_means, look_at_consumers
@@ -161,6 +161,7 @@ class _Trial:
     moments: dict  # of the probes that decide, {(group, consumer): Moments}
     ridge: float
     batch: int
+    temperature: float  # of the answers
 
     def __post_init__(self):
         self.copy = copy.deepcopy(self.probes.model)
@@ -174,7 +175,8 @@ class _Trial:
             for c in g.consumers:
                 _leave_out(self.copy, c, self.moments[g.name, c.name], gone[g.name], self.ridge)
                 touched.append(c.name)
-        lost = _mean_divergence(self.dense, _answers(self.copy, self.probes, self.batch))
+        answers = _answers(self.copy, self.probes, self.batch)
+        lost = _mean_divergence(self.dense, answers, self.temperature)
         _put_back(self.copy, self.probes.model, touched, self.means)
         return lost
 
@@ -185,6 +187,7 @@ class _OutputLoss:
 
     source: Callable  # of probes
     ridge: float  # fraction of the mean variance
+    temperature: float | None  # of the answers
 
     def scores(self, net, groups) -> dict:
         "What the output loses without each channel of every group, {producer: (m,)}."
@@ -198,13 +201,17 @@ class _OutputLoss:
 def output_loss(
     source: Callable = stand_ins(128),  # of probes: `photographs`, `noise`, `distilled`
     ridge: float = 0.01,  # fraction of the mean variance of what is read; keeps the inverse tame
+    temperature: float | None = None,  # > 0, of the answers; None: 1, or more if they are too sure
 ) -> _OutputLoss:  # for `plan`, `restore`, `budget` and `sensitivity`
     """A criterion: keep channels without which the network's output would move most.
 
-    The others take over as far as they can. ValueError for ridge <= 0 and, when it is used, for
-    layers that the output does not depend on; a warning where all probes get the same class."""
+    The others take over as far as they can. ValueError for a ridge or a temperature <= 0 and, when
+    it is used, for layers that the output does not depend on; a warning where all probes get the
+    same class."""
     check_ridge(ridge)
-    return _OutputLoss(source, ridge)
+    if temperature is not None and not temperature > 0:
+        raise ValueError(f'temperature must be positive, got {temperature!r}')
+    return _OutputLoss(source, ridge, temperature)
 
 # %% ../nbs/15a_sensitivity.ipynb #46beee4c
 class _Losses:
@@ -213,10 +220,12 @@ class _Losses:
     def __init__(self, how: _OutputLoss, net, groups):
         self.how, self.groups = how, groups
         self.probes = how.source(net.model, net.args)
-        _check_answers(_answers(self.probes.model, self.probes))
+        dense = _answers(self.probes.model, self.probes)
+        _check_answers(dense)
+        self.temperature = how.temperature or softening(dense)
         self.halves = look_at_consumers(self.probes, groups, _read_by)
         names = dict.fromkeys(c.name for g in groups for c in g.consumers)
-        self.fisher = fisher(self.probes, names)
+        self.fisher = fisher(self.probes, names, temperature=self.temperature)
         self.curves, self.units = {}, {}
         read = [g for g in groups if g.consumers]
         for g in progress(read, 'choosing channels'):
@@ -244,7 +253,7 @@ class _Losses:
         decide = {k: v[0] for k, v in self.halves.items()}
         families = families_of(self.groups)
         told = _telling(self.probes, len(families) * len(_AT))
-        trial = _Trial(told, decide, self.how.ridge, 32)
+        trial = _Trial(told, decide, self.how.ridge, 32, self.temperature)
         out = {}
         for f in progress(families, 'measuring layers'):
             out[f.name] = _measured(f, self._by_unit(f), trial, [by_name[k] for k, _ in f.members])

@@ -26,6 +26,7 @@ from lbyl_nb.strategies import amc
 
 RESULTS = Path(__file__).resolve().parents[2] / 'nbs' / 'results' / 'amc.csv'
 X = torch.zeros(1, 3, 32, 32)
+NORMALISED = STATS['imagenet']
 EPISODES = 80
 
 
@@ -37,7 +38,7 @@ def network():
 
 def shown(seed):
     "The 128 images that AMC restores with, too."
-    return normalise(subset(network()[1], 1128, seed)[:128].images, *STATS['cifar10'])
+    return normalise(subset(network()[1], 1128, seed)[:128].images, *NORMALISED)
 
 
 def uniform(s):
@@ -54,7 +55,7 @@ def by_loss(s):
 def searched(s):
     "The best plan that AMC meets."
     net, train_set = network()
-    mean, std = STATS['cifar10']
+    mean, std = NORMALISED
     search = partial(amc, net, X, train_set, s['macs_wanted'], mean=mean, std=std)
     return search(episodes=s['episodes'], seed=s['seed'])
 
@@ -79,7 +80,7 @@ def measure(s):
         keep = dict(uniform=uniform, loss=by_loss)[s['choice']](s)
     seconds = time.process_time() - start
     small = restore(net, X, keep=keep, restorer=layerwise(calibration(shown(s['seed']))))
-    right, n = accuracy(small.model, load('cifar10', 'test'), *STATS['cifar10'])
+    right, n = accuracy(small.model, load('cifar10', 'test'), *NORMALISED)
     macs = small.cost.macs.after / small.cost.macs.before
     blank = dict.fromkeys(('first', 'last', 'best', 'best_at', 'best_random'))
     kept = ' '.join(str(len(v)) for v in keep.values())
