@@ -12,7 +12,7 @@ import math
 from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import cached_property, reduce
+from functools import cached_property, partial, reduce
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ class Consumer:
 
     name: str  # name of the layer in the model
     columns: Tensor  # (m, span): its input columns that belong to each of the m channels
-    norm: str | None = None  # batch norm directly behind the layer, if any
+    norm: str | None = None  # batch norm directly behind the layer, and behind no other, if any
     known: bool = True  # does it read the group's activation, times `scale`, and nothing else?
     scale: Tensor | None = None  # (m,) what channels are multiplied by on the way; None: by one
 
@@ -301,6 +301,17 @@ def _norm_behind(node: _Node) -> _Node | None:
     return at if at and at.kind == 'batch_norm' and at.layer else None
 
 
+def _own_norm(net: Traced, name: str) -> _Node | None:
+    "The batch norm behind a layer, if its running mean serves no other layer."
+    norm = _norm_behind(net.node(name))
+    if norm is None:
+        return None
+    mean_of = lambda n: getattr(net.model.get_submodule(n.layer), 'running_mean', None)
+    mean, norms = mean_of(norm), [n for n in net.seen.nodes if n.kind == 'batch_norm' and n.layer]
+    others = [n for n in norms if n is not norm and mean_of(n) is mean]
+    return None if others and mean is not None else norm
+
+
 def _behind(f, known: bool, scales: tuple, n: _Node) -> tuple:
     "Activation, whether that is all, and scales: what is known behind one more operation."
     if n.activation:
@@ -339,8 +350,11 @@ def _straight(
 
 # %% ../nbs/10_graph.ipynb #aa2a8029
 def _branches(net, writers, at, roots):
-    "Branches of a group, what each is multiplied by, and the activation that its consumers see."
-    out, factors, met, f = [], [], set(), None
+    """Branches of a group, what each is multiplied by, the activation that its consumers see.
+
+    Last, whether all are summands, each channel of which is multiplied by one number.
+    """
+    out, factors, met, f, sure = [], [], set(), None, True
     for k in writers:
         branch, g, scales, last = _straight(net.node(k))
         behind = [n for n in last.outputs if len(n.inputs) > 1] or last.outputs
@@ -353,21 +367,27 @@ def _branches(net, writers, at, roots):
             f = _straight(junction)[1] if added else g
         if added and junction.second[0] is last:
             scales = (*scales, float(junction.second[1]))
+        factor = _factor(net, scales, roots) if added else None
+        if factor is not None and factor.isnan().any():
+            added, factor = False, None
+        sure &= added
         pairs = tuple((n.layer, norm and norm.layer) for n, norm in branch)
         times = at[k].shape[1]
         out += [pairs] * times
-        factors += [_factor(net, scales, roots) if added else None] * times
-    return tuple(out), tuple(factors), f
+        factors += [factor] * times
+    return tuple(out), tuple(factors), f, sure
 
 
 def _factor(net, scales, roots):
-    "(m,) the product of scales, None for one."
+    "(m,) the product of scales, None for one; NaN for channels whose columns have several."
     total = torch.ones(len(roots), dtype=torch.float64)
     for s in scales:
         if isinstance(s, float):
             total = total * s
             continue
-        value = dict(zip(net.seen.same.roots(s[0]).tolist(), s[1].tolist()))
+        value = {}
+        for c, v in zip(net.seen.same.roots(s[0]).tolist(), s[1].tolist()):
+            value[c] = v if value.get(c, v) == v else math.nan
         values = [value.get(c, math.nan) for c in roots.tolist()]
         total = total * torch.tensor(values, dtype=torch.float64)
     return None if (total == 1).all() else total
@@ -388,19 +408,24 @@ def _seen_by(start: _Node, reader: _Node) -> list:
                 continue
             alone = (len(n.inputs) == 1 or n.kind in ('cat', 'stack')) and n.kind != 'depthwise'
             new = _behind(*state, n) if alone else (None, False, ())
-            key = n, str(new[0]), new[1], len(new[2])
+            key = n, str(new[0]), new[1], tuple(map(_comparable, new[2]))
             if key not in done:
                 done.add(key)
                 todo.append((n, *new))
     return out
 
 
-def _consumer(net, name, columns, branches, f, roots):
+def _comparable(scale):
+    "A number, or labels and values as tuples."
+    return scale if isinstance(scale, float) else tuple(tuple(v.tolist()) for v in scale)
+
+
+def _consumer(net, name, columns, branches, f, sure, roots):
     "One reader of a group."
-    norm = _norm_behind(net.node(name))
+    norm = _own_norm(net, name)
     found = Consumer(name, columns, norm and norm.layer)
     if len({b[0] for b in branches}) > 1:
-        return found
+        return replace(found, known=sure)
     layer, its_norm = branches[0][-1]
     kinds = ('layer', 'depthwise', 'batch_norm')
     end = next(n for n in net.seen.nodes if n.layer == (its_norm or layer) and n.kind in kinds)
@@ -408,9 +433,11 @@ def _consumer(net, name, columns, branches, f, roots):
     if len(ways) != 1:
         return replace(found, known=False)
     activation, is_all, scales = ways[0]
-    if not is_all or activation != f:
+    scale = _factor(net, scales, roots)
+    several = scale is not None and scale.isnan().any()
+    if not is_all or activation != f or several:
         return replace(found, known=False)
-    return replace(found, scale=_factor(net, scales, roots))
+    return replace(found, scale=scale)
 
 # %% ../nbs/10_graph.ipynb #9fe4bc90
 def _name(layer: str, places: list, m: int) -> str:
@@ -456,13 +483,14 @@ def _group(table, keys, roots, order):
             cut.setdefault(k[1], columns(k))
         else:
             parameters.append((*k[1:], columns(k)))
-    branches, scales, f = _branches(net, writers, cut, roots)
+    branches, scales, f, sure = _branches(net, writers, cut, roots)
+    consumer = partial(_consumer, net, branches=branches, f=f, sure=sure, roots=roots)
     return Group(
         name,
         len(roots),
         norm=branches[0][-1][1],
         activation=f,
-        consumers=tuple(_consumer(net, k[1], columns(k), branches, f, roots) for k in sort('in')),
+        consumers=tuple(consumer(k[1], columns(k)) for k in sort('in')),
         producers=writers,
         branches=branches,
         scales=scales,
@@ -630,7 +658,7 @@ class Reader:
     "A layer that can be rewritten, with what stands directly behind it."
 
     name: str  # name of the layer in the model
-    norm: str | None = None  # batch norm that alone reads its output
+    norm: str | None = None  # batch norm that alone reads its output, and reads no other layer's
     added: bool = False  # is its output, behind the norm, a summand?
 
 # %% ../nbs/10_graph.ipynb #033cadd6
@@ -642,7 +670,7 @@ def find_readers(
     for name in net.seen.out:
         if _refusal(net, name) or name in net.tied:
             continue
-        norm = _norm_behind(net.node(name))
+        norm = _own_norm(net, name)
         last = net.node(name) if norm is None else norm
         while len(last.outputs) == 1 and last.outputs[0].kind in ('view', '_unsafe_view'):
             last = last.outputs[0]  # of a linear layer on several dimensions

@@ -100,7 +100,7 @@ def _product_by_heads(r: _Recorder, c: _Call, marks: list):
         _note_heads(r, None, None, 0)
         return _product(r, c, marks)
     _bind(r, rows)
-    _note_heads(r, la, lb, c.tensors[0].shape[-1])
+    _note_heads(r, la, lb, a.shape[-1])
     if any(_mark(r, t).fixed and len(t) > 1 for t in more):
         _hold(r, rows, 'its heads meet a tensor of a fixed size')
     _finish(r, c, _add_node(r, 'heads', marks), [_shown(la, lb, rows).expand(c.out.shape)])

@@ -40,6 +40,7 @@ from lbyl_nb.gaussian import (
 from lbyl_nb.layers import (
     _HALF,
     _PLAIN,
+    BATCH_NORM,
     LAYERS,
     _single,
     as_args,
@@ -765,7 +766,8 @@ def _padding(r: _Recorder, c: _Call, marks: list):
         fixed = int(_new_labels(r, 1)[0])
         r.pins[fixed] = 'its channels go through a padding of channels'
         v = F.pad(v, [0, 0] * (x.ndim - 1 - d) + [low, high], value=fixed)
-    _finish(r, c, _add_node(r, c.name, marks, same=not among), [v.expand(c.out.shape)])
+    same = not among and not c['value']  # layers pad with zeros, too
+    _finish(r, c, _add_node(r, c.name, marks, same=same), [v.expand(c.out.shape)])
 
 # %% ../nbs/09_trace.ipynb #16be5458
 _SPATIAL = set(
@@ -792,11 +794,18 @@ def _spatial(r: _Recorder, c: _Call, marks: list):
     vary = _varying(labels)
     if any(t.ndim != x.ndim or t.shape[d] != x.shape[d] for t in c.outs for d in vary):
         return _unknown(r, c, marks)
-    # zeros that are averaged in make another function
-    padded = c.name.startswith('avg_pool') and any(c['padding'] or [0])
-    same = not padded or c['count_include_pad'] is False
-    node = _add_node(r, c.name, marks[:1], same=same)
+    node = _add_node(r, c.name, marks[:1], same=_keeps_constants(c))
     _finish(r, c, node, [_compact(labels).expand(t.shape) for t in c.outs])
+
+
+def _keeps_constants(c: _Call) -> bool:
+    "Is a channel that is the same everywhere so afterwards? Not if zeros of a border count."
+    if c.name.startswith('grid_sampler'):
+        return c['padding_mode'] != 0
+    if not c.name.startswith('avg_pool'):
+        return True
+    padded = any(c['padding'] or [0]) and c['count_include_pad'] is not False
+    return not padded and c['divisor_override'] is None
 
 # %% ../nbs/09_trace.ipynb #276d779d
 _OVER = set(
@@ -1022,6 +1031,9 @@ def _batch_norm(r: _Recorder, c: _Call, marks: list):
     _join_parameters(r, c, ('weight', 'bias', 'running_mean', 'running_var'), labels)
     own = [t for t in (c['running_mean'], c['weight']) if isinstance(t, Tensor)]
     owners = [owner[0] for t in own if (owner := _mark(r, t).owner)]
+    running = r.stack[-1] if r.stack else ''
+    if owners and isinstance(r.model.get_submodule(running), BATCH_NORM):
+        owners = [running]  # the first to hold a tensor may be another norm that shares it
     node = _add_node(r, 'batch_norm', marks[:1], layer=owners[0] if owners else None)
     _spread(r, c, node, labels, 1)
 

@@ -588,6 +588,13 @@ def by_bmm(s, z):
     return y.view(b, s.heads, t, -1).transpose(1, 2).reshape(b, t, -1)
 
 
+def by_baddbmm(s, z):
+    b, t, _ = z.shape
+    q, k, v = (x.reshape(b * s.heads, t, -1) for x in s.parts(z))
+    w = torch.baddbmm(torch.zeros(1, 1, 1).to(z), q, k.mT).softmax(-1)
+    return (w @ v).view(b, s.heads, t, -1).transpose(1, 2).reshape(b, t, -1)
+
+
 def without_scores(s, z):
     q, k, v = s.parts(z)
     return side_by_side(q.softmax(-1) @ (k.softmax(-2).mT @ v))
@@ -630,6 +637,7 @@ def parameter(*shape):
 WRITTEN = dict(
     einsum=(by_einsum, dict),
     bmm=(by_bmm, dict),
+    baddbmm=(by_baddbmm, dict),
     without_scores=(without_scores, dict),
     of_channels=(of_channels, dict),
     cosines=(by_cosines, lambda: dict(factor=parameter(4, 1, 1))),
@@ -644,6 +652,7 @@ def test_ways_to_write_attention(kind):
     torch.manual_seed(0)
     f, more = WRITTEN[kind]
     net, x = Written(f, **more()).double().eval(), torch.randn(8, 5, 6).double()
+    net.all_head_size = 16
     r = restore(net, x, ratio={'v': 0.5}, restorer=prune_only())
     kept = r.plan['v']
     assert len(kept) == 8 and {k // 4 * 4 + i for k in kept for i in range(4)} == set(kept)
@@ -653,6 +662,7 @@ def test_ways_to_write_attention(kind):
         assert gap(r.model(x), silent(x)) < 1e-12
     sizes = {k: getattr(r.model, k).out_features for k in 'qkv'}
     assert sizes == dict(q=8, k=8, v=8) and r.model.o.in_features == 8
+    assert 'bmm' not in kind or r.model.all_head_size == 8
 
 
 def test_slopes_that_the_number_of_heads_makes_are_not_those_of_other_heads():

@@ -1,0 +1,165 @@
+"""Constants of removed channels: into which bias or norm they go, and to whom none may go.
+
+Channel 0 of a layer is a constant, as its batch norm multiplies it by zero. Without it a network
+must give what it gave, or, where a reader's share is not known, what it gives with zeros there.
+"""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lbyl_nb.graph import find_groups
+from lbyl_nb.layerwise import layerwise
+from lbyl_nb.probes import calibration
+from lbyl_nb.recover import restore
+from lbyl_nb.restorers import gaussian, lbyl, prune_only
+from lbyl_nb.trace import trace
+
+CONSTANTS = lbyl(0, 1e6)  # delivers next to nothing but constants
+
+
+def draw(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def is_constant(norm, value):
+    "Let a batch norm make channel 0 a constant."
+    norm.weight.data[0], norm.bias.data[0] = 0, value
+
+
+def gap(net, other, x):
+    with torch.no_grad():
+        return (net(x) - other(x)).abs().max().item()
+
+
+def without(net, x, name, restorer=CONSTANTS):
+    "The network without channel 0 of a layer."
+    width = net.get_submodule(name).weight.shape[0]
+    return restore(net, x, keep={name: range(1, width)}, restorer=restorer).model
+
+
+def silenced(net, **columns):
+    "A copy whose layers of these names give some input columns weight zero."
+    other = copy.deepcopy(net)
+    for name, at in columns.items():
+        other.get_submodule(name).weight.data[:, at] = 0
+    return other
+
+
+class TwoLayers(nn.Module):
+    "Two layers without bias, each with a batch norm behind it: one module, or one running mean."
+
+    def __init__(self, shared):
+        super().__init__()
+        self.a, self.n = nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6)
+        self.b, self.c = nn.Conv2d(6, 4, 1, bias=False), nn.Conv2d(3, 4, 1, bias=False)
+        self.m = nn.BatchNorm2d(4)
+        self.k = self.m if shared == 'module' else nn.BatchNorm2d(4)
+        self.o = nn.Conv2d(8, 2, 1)
+        if shared == 'mean':
+            self.k.running_mean = self.m.running_mean
+
+    def forward(self, x):
+        y = self.n(self.a(x)).relu()
+        return self.o(torch.cat([self.m(self.b(y)).relu(), self.k(self.c(x)).relu()], 1))
+
+
+@pytest.mark.parametrize('how', ['constants', 'layerwise'])
+@pytest.mark.parametrize('shared', ['nothing', 'module', 'mean'])
+def test_a_batch_norm_of_two_layers_takes_no_constant_of_one(shared, how):
+    torch.manual_seed(0)
+    net, x = TwoLayers(shared).eval(), draw(64, 3, 5, 5)
+    is_constant(net.n, 1)
+    restorer = CONSTANTS if how == 'constants' else layerwise(calibration(x))
+    small = without(net, x, 'a', restorer)
+    assert small.a.out_channels == 5
+    assert gap(net, small, x) < 1e-5
+    assert (small.b.bias is None) == (shared == 'nothing')
+
+
+def test_without_new_biases_a_batch_norm_of_two_layers_stays_as_it_is():
+    torch.manual_seed(0)
+    net, x = TwoLayers('module').eval(), draw(8, 3, 5, 5)
+    is_constant(net.n, 1)
+    keep = {'a': range(1, 6)}
+    small = restore(net, x, keep=keep, restorer=CONSTANTS, new_biases=False).model
+    assert small.b.bias is None and torch.equal(small.m.running_mean, net.m.running_mean)
+    assert gap(silenced(net, b=0), small, x) < 1e-5
+
+
+def test_what_passes_a_batch_norm_one_after_the_other_is_no_sum():
+    torch.manual_seed(0)
+    norm, x = nn.BatchNorm2d(6), draw(8, 3, 5, 5)
+    first, second, last = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1), nn.Conv2d(6, 2, 1)
+    net = nn.Sequential(first, norm, nn.ReLU(), second, norm, nn.ReLU(), last).eval()
+    is_constant(norm, 1)
+    small = without(net, x, '0', gaussian(ridge=1e6, fallback=prune_only()))
+    expected = copy.deepcopy(net)
+    expected[3].weight.data[:, 0] = expected[6].weight.data[:, 0] = 0
+    assert gap(expected, small, x) < 1e-4
+
+
+def test_norms_that_share_a_running_mean_keep_their_names():
+    net = TwoLayers('mean').eval()
+    group = next(g for g in find_groups(trace(net, draw(1, 3, 5, 5))) if g.name == 'b')
+    assert group.branches == ((('b', 'm'),), (('c', 'k'),))
+
+
+class Read(nn.Module):
+    "What a function makes of channels, read by a convolution or a linear layer."
+
+    def __init__(self, f, reader, factors=1):
+        super().__init__()
+        self.a, self.n, self.b, self.f = nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), reader, f
+        self.w = nn.Parameter(torch.rand(factors) + 0.5)
+        is_constant(self.n, 1)
+
+    def forward(self, x):
+        return self.b(self.f(self.n(self.a(x)).relu(), self.w))
+
+
+def read(f, reader, size=4, **kwargs):
+    "Such a network without channel 0, what it should give at best, and without a constant."
+    torch.manual_seed(0)
+    net, x = Read(f, reader, **kwargs).eval(), draw(16, 3, size, size)
+    columns = list(range(4)) if isinstance(reader, nn.Linear) else list(range(0, 12, 6))
+    columns = [c for c in columns if c < reader.weight.shape[1]]
+    small = without(net, x, 'a')
+    return gap(net, small, x), gap(silenced(net, b=columns), small, x)
+
+
+@pytest.mark.parametrize('one, other', [(2.0, 2.0), (2.0, 3.0), (1.0, 3.0), (3.0, -3.0)])
+def test_columns_that_are_multiplied_by_different_numbers_get_no_constant(one, other):
+    f = lambda y, w: torch.cat([one * y, other * y], 1)
+    as_dense, as_silenced = read(f, nn.Conv2d(12, 2, 1))
+    assert (as_dense if one == other else as_silenced) < 1e-5
+    assert max(as_dense, as_silenced) > 1e-2
+
+
+@pytest.mark.parametrize('equal', [True, False])
+def test_one_channel_with_several_factors_gets_no_constant(equal):
+    f = lambda y, w: y.flatten(1) * (0 * w + 2 if equal else w)
+    as_dense, as_silenced = read(f, nn.Linear(24, 2), size=2, factors=24)
+    assert (as_dense if equal else as_silenced) < 1e-5
+    assert max(as_dense, as_silenced) > 1e-2
+
+
+GRID = F.affine_grid(2 * torch.eye(2, 3).expand(16, 2, 3), (16, 6, 4, 4), align_corners=False)
+SPATIAL = dict(  # and whether a constant stays one
+    pool=(lambda y, w: F.avg_pool2d(y, 2), True),
+    divided=(lambda y, w: F.avg_pool2d(y, 2, divisor_override=2), False),
+    grid=(lambda y, w: F.grid_sample(y, GRID, align_corners=False), False),
+    border=(lambda y, w: F.grid_sample(y, GRID, padding_mode='border', align_corners=False), True),
+    padded=(lambda y, w: F.pad(y, (1, 1, 1, 1), value=2.0), False),
+)
+
+
+@pytest.mark.parametrize('name', SPATIAL)
+def test_positions_that_are_worked_on_with_other_numbers_get_no_constant(name):
+    f, stays = SPATIAL[name]
+    as_dense, as_silenced = read(f, nn.Conv2d(6, 2, 1))
+    assert (as_dense if stays else as_silenced) < 1e-5
+    assert max(as_dense, as_silenced) > 1e-2
