@@ -1,4 +1,8 @@
-"""What a network does with its parameters besides calling its layers."""
+"""What a network does with its parameters besides calling its layers, and norms that are none.
+
+Weights that `forward` reads by itself, local response norms, autocast inside a network, masks with
+infinities, and norms and parameters that only other inputs use.
+"""
 
 import pytest
 import torch
@@ -7,6 +11,7 @@ from test_right_or_refused import Net, first_half, gap, out, repeat
 from torch import nn
 
 from lbyl_nb.layerwise import layerwise
+from lbyl_nb.norms import treats_alike
 from lbyl_nb.probes import calibration
 from lbyl_nb.recover import restore
 from lbyl_nb.restorers import prune_only
@@ -60,3 +65,86 @@ def test_to_ask_for_the_type_of_a_weight_is_not_to_read_it():
 
     net, x = Net(forward, **layers).eval(), torch.randn(64, 6)
     assert {'a', 'b'} <= restore(net, x, ratio=0.5, restorer=prune_only()).plan.keys()
+
+
+class PlaceNorm(nn.Module):
+    "Channels weigh by their places, the more the larger they are."
+
+    def forward(self, x):
+        places = torch.arange(x.shape[1]).view(-1, 1, 1)
+        return x / (1 + 1e-3 * places * x.abs())
+
+
+class SoftmaxNorm(nn.Module):
+    "Shares of one."
+
+    def forward(self, x):
+        return x.softmax(1)
+
+
+class MaxNorm(nn.Module):
+    "The largest channel, everywhere."
+
+    def forward(self, x):
+        return x.amax(1, keepdim=True).expand_as(x)
+
+
+NO_NORMS = [nn.LocalResponseNorm(5), nn.CrossMapLRN2d(5), PlaceNorm(), SoftmaxNorm(), MaxNorm()]
+
+
+@pytest.mark.parametrize('mid', NO_NORMS, ids=lambda m: type(m).__name__)
+def test_no_norm_over_all_channels(mid):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3), nn.ReLU(), mid, nn.Conv2d(16, 8, 3), nn.ReLU()]
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
+    done = restore(net, torch.rand(4, 3, 10, 10) * 255, ratio=0.5, restorer=prune_only())
+    assert done.plan.keys() == {'3'} and reasons(done)['0']
+
+
+class SampleNorm(nn.Module):
+    "A layer norm by the standard deviation of a sample."
+
+    def __init__(self, n):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.rand(n)), nn.Parameter(torch.rand(n))
+
+    def forward(self, x):
+        return self.a * (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-6) + self.b
+
+
+class LengthNorm(nn.Module):
+    "Channels divided by the root of the sum of their squares."
+
+    def __init__(self, n):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(n))
+
+    def forward(self, x):
+        return self.weight * F.normalize(x, dim=-1)
+
+
+@pytest.mark.parametrize('kind', [SampleNorm, LengthNorm, nn.LayerNorm, nn.RMSNorm])
+def test_norms_that_count_channels_in_other_ways(kind):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 12), kind(12), nn.GELU(), nn.Linear(12, 3)).eval()
+    x, k = torch.randn(8, 6), [0, 2, 3, 5, 6, 8, 11]
+    small = restore(net, x, keep={'0': k}, restorer=prune_only()).model
+    norm = kind(7)
+    for name, p in net[1].named_parameters():
+        setattr(norm, name, nn.Parameter(p[k]))
+    with torch.no_grad():
+        h = F.gelu(norm(x @ net[0].weight[k].T + net[0].bias[k]))
+        want = h @ net[3].weight[:, k].T + net[3].bias
+    assert gap(out(small, x), want) < 1e-5
+
+
+def test_a_norm_with_weights_of_zero_is_tried_with_others():
+    class Response(SampleNorm):
+        "Every second channel counts twice, once the weights are trained."
+
+        def forward(self, x):
+            return x + self.a * x * x[..., ::2].square().mean(-1, keepdim=True)
+
+    norm = Response(8)
+    nn.init.zeros_(norm.a)
+    assert not treats_alike(norm, torch.zeros(2, 8), 1)
