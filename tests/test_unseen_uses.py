@@ -4,6 +4,8 @@ Weights that `forward` reads by itself, local response norms, autocast inside a 
 infinities, and norms and parameters that only other inputs use.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,8 +15,9 @@ from torch import nn
 from lbyl_nb.layerwise import layerwise
 from lbyl_nb.norms import treats_alike
 from lbyl_nb.probes import calibration
-from lbyl_nb.recover import restore
-from lbyl_nb.restorers import prune_only
+from lbyl_nb.recover import restore, verified
+from lbyl_nb.restorers import merging, prune_only
+from lbyl_nb.saved import load_restored, save_restored
 
 
 def reasons(done):
@@ -148,3 +151,118 @@ def test_a_norm_with_weights_of_zero_is_tried_with_others():
     norm = Response(8)
     nn.init.zeros_(norm.a)
     assert not treats_alike(norm, torch.zeros(2, 8), 1)
+
+
+class Mixed(nn.Module):
+    "A network that computes in half precision by itself, all or the second half of it."
+
+    def __init__(self, late, width=64):
+        super().__init__()
+        self.late = late
+        self.a, self.b = nn.Conv2d(3, width, 3), nn.Conv2d(width, width, 3)
+        self.c, self.o = nn.Conv2d(width, width, 1), nn.Linear(width, 4)
+
+    def forward(self, x):
+        with torch.autocast('cpu', dtype=torch.bfloat16, enabled=not self.late):
+            x = F.relu(self.b(F.relu(self.a(x))))
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            x = self.o(F.relu(self.c(x)).mean((2, 3)))
+        return x.float()
+
+
+@pytest.mark.parametrize('late', [False, True])
+@pytest.mark.parametrize('around', [False, True])
+@pytest.mark.parametrize('way', [prune_only, layerwise])
+def test_a_network_that_opens_autocast_by_itself(late, around, way):
+    torch.manual_seed(0)
+    net, x = Mixed(late).eval(), torch.randn(8, 3, 8, 8)
+    repeat(net.a, net.b, net.c)
+    halves = {k: first_half(net.get_submodule(k)) for k in 'abc'}
+    for k in 'boc':  # so that what is removed is worth nothing
+        net.get_submodule(k).weight.data[:, 32:] = 0
+    with torch.autocast('cpu', dtype=torch.bfloat16, enabled=around):
+        done = restore(net, x, keep=halves, restorer=way())
+    assert done.plan.keys() == {*'abc'}
+    with torch.no_grad(), torch.autocast('cpu', dtype=torch.bfloat16):
+        assert (
+            torch.is_autocast_enabled('cpu') and net.o(x[:, 0].flatten(1)).dtype == torch.bfloat16
+        )
+    assert gap(out(done.model, x), out(net, x)) < 0.03
+
+
+def test_autocast_is_off_in_the_thread_that_restores_alone():
+    product = lambda: torch.ones(2, 2) @ torch.ones(2, 2)
+
+    def elsewhere():
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            return product().dtype
+
+    def choose(*_):
+        with ThreadPoolExecutor(1) as pool:
+            seen.append(pool.submit(elsewhere).result())
+        seen.append(elsewhere())
+        raise KeyError
+
+    seen = []
+    with pytest.raises(KeyError):
+        verified(Mixed(True), torch.randn(2, 3, 8, 8), prune_only(), choose)
+    assert seen == [torch.bfloat16, torch.float32] and elsewhere() == torch.bfloat16
+
+
+class Sized(nn.Module):
+    "A network that knows how many channels it has."
+
+    def __init__(self):
+        super().__init__()
+        self.width, self.a, self.o = 16, nn.Conv2d(3, 16, 3), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.o(F.relu(self.a(x)).view(len(x), self.width, -1).mean(2))
+
+
+def test_a_restored_network_is_loaded_under_autocast(tmp_path):
+    net, x = Sized().eval(), torch.randn(8, 3, 8, 8)
+    done = restore(net, x, ratio=0.5, restorer=prune_only())
+    save_restored(done.model, done.plan, tmp_path / 'small.safetensors')
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        loaded = load_restored(Sized(), x, tmp_path / 'small.safetensors')
+    assert loaded.width == done.model.width == 8
+    assert torch.equal(out(loaded.eval(), x), out(done.model, x))
+
+
+class Causal(nn.Module):
+    "An attention with a mask that is saved with its weights."
+
+    def __init__(self):
+        super().__init__()
+        self.e, self.qkv, self.p = nn.Embedding(20, 12), nn.Linear(12, 36), nn.Linear(12, 12)
+        self.f, self.g, self.o = nn.Linear(12, 24), nn.Linear(24, 12), nn.Linear(12, 20)
+        self.register_buffer('mask', torch.full((8, 8), -torch.inf).triu(1))
+
+    def forward(self, t):
+        x = self.e(t)
+        q, k, v = self.qkv(x).view(*t.shape, 3, 3, 4).permute(2, 0, 3, 1, 4)
+        n = t.shape[1]
+        w = (q @ k.mT / 2 + self.mask[:n, :n]).softmax(-1)
+        x = x + self.p((w @ v).transpose(1, 2).flatten(2))
+        return self.o(x + self.g(F.gelu(self.f(x))))
+
+
+def test_a_mask_may_hold_infinity():
+    torch.manual_seed(0)
+    net, x = Causal().eval(), torch.randint(20, (4, 6))
+    repeat(net.f)
+    done = restore(net, x, keep=dict(f=first_half(net.f)), restorer=merging())
+    assert gap(out(done.model, x), out(net, x)) < 1e-4
+    assert torch.equal(done.model.mask, net.mask)
+    net.mask[0, 1] = torch.nan
+    with pytest.raises(ValueError, match='mask: holds NaN'):
+        restore(net, x, ratio=0.5)
+
+
+@pytest.mark.parametrize('name', ['running_mean', 'running_var', 'weight'])
+def test_what_a_norm_computes_with_may_not(name):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 3)).eval()
+    getattr(net[1], name).data[2] = torch.inf
+    with pytest.raises(ValueError, match=f'1.{name}: holds NaN or infinity'):
+        restore(net, torch.randn(2, 3, 8, 8), ratio=0.5)
