@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from .layers import _NORMS, LAYERS, own_copy
+from .layers import _NORMS, LAYERS, _single, own_copy
 from lbyl_nb.trace import (
     _MODULES,
     Traced,
@@ -58,26 +58,61 @@ def _has_vectors(m: nn.Module, n: int) -> bool:
     alone = not [*m.children(), *m.buffers()]
     return n > 1 and alone and all(p.shape == (n,) for p in m.parameters())
 
+# %% ../nbs/09d_norms.ipynb #3cd9cb99
+def _run_on(norm: nn.Module, x: Tensor, at: Tensor) -> Tensor:
+    "A norm on some channels, the parameters of each told by its number."
+    new = fewer(norm, at)
+    for p in new.parameters():
+        p.copy_(1 + at.sin() / 2)
+    return new.forward(x)
 
+
+def _close(a: Tensor, b: Tensor, share: float = 1e-5) -> bool:
+    "Are two tensors the same but for a share of the largest number?"
+    return bool((a - b).abs().max() <= share * a.abs().max())
+
+
+def _turns(norm: nn.Module, x: Tensor, dim: int) -> bool:
+    "Do channels in another order come out in that order, and all but the first at all?"
+    every = torch.arange(x.shape[dim], device=x.device)
+    turned = torch.cat([every[1::2], every[::2]])
+    there = _run_on(norm, x, every).index_select(dim, turned)
+    x = x.index_select(dim, turned)
+    here, less = _run_on(norm, x, turned), x.narrow(dim, 1, len(turned) - 1)
+    return _close(there, here) and _run_on(norm, less, turned[1:]).shape == less.shape
+
+
+def _counts(norm: nn.Module, x: Tensor, dim: int) -> tuple:
+    "Do all channels twice, or zeros, leave them alone? And does a copy of the first one not?"
+    n = x.shape[dim]
+
+    def moved(others, share=1e-5):
+        both = torch.cat([x, others], dim)
+        at = torch.arange(both.shape[dim], device=x.device) % n
+        y, z = _run_on(norm, x, at[:n]), _run_on(norm, both, at)
+        return not _close(y, z.narrow(dim, 0, n), share)
+
+    alone = not moved(x, 1 / n) or not moved(torch.zeros_like(x))
+    return alone, moved(x.narrow(dim, 0, 1))
+
+# %% ../nbs/09d_norms.ipynb #05e52831
 @torch.no_grad()
 def treats_alike(
     norm: nn.Module,  # may be one
     like: Tensor,  # what it is given
     dim: int,  # where its channels are
 ) -> bool:
-    "Does a module treat all channels alike, and run on fewer?"
-    every = torch.arange(like.shape[dim], device=like.device)
-    turned = torch.cat([every[1::2], every[::2]])
+    "Does a module treat all channels alike, as norms do, and run on fewer?"
     shape = [s if d == dim else min(s, 2) for d, s in enumerate(like.shape)]
-    x = torch.arange(math.prod(shape), device=like.device).cos().view(shape).to(like.dtype)
-    other = x.index_select(dim, turned)
+    x = torch.arange(math.prod(shape), device=like.device).cos().view(shape).to(_single(like.dtype))
+    sizes = [x, 30 * x, 1000 * x]
     try:
-        there = norm.forward(x).index_select(dim, turned)
-        here = fewer(norm, turned).forward(other)
-        less = fewer(norm, turned[1:]).forward(other.narrow(dim, 1, len(turned) - 1))
+        counted = [_counts(norm, v, dim) for v in sizes]
+        turns = all(_turns(norm, v, dim) for v in sizes)
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
         return False
-    return less.shape[dim] == len(turned) - 1 and torch.allclose(here, there, 1e-2, 1e-3)
+    alone, moved = zip(*counted)
+    return turns and all(alone) and any(moved)
 
 # %% ../nbs/09d_norms.ipynb #af2b4c27
 def _norm_of_channels(r: _Recorder, m: nn.Module, args):

@@ -10,6 +10,7 @@ __all__ = ['check_model', 'Restoration', 'number_heads', 'described', 'verified'
 import contextlib
 import functools
 import math
+import threading
 import warnings
 from dataclasses import dataclass, replace
 
@@ -73,8 +74,8 @@ def _check_kind(model):
                 )
 
 
-def _fault(v) -> str:
-    "What is wrong with one entry of a state; empty if nothing is."
+def _fault(v, is_mask: bool) -> str:
+    "What is wrong with one entry of a state; empty if nothing is. A mask may hold infinity."
     if not isinstance(v, torch.Tensor):
         return 'packed or quantized weights are not handled'
     if isinstance(v, nn.parameter.UninitializedTensorMixin):
@@ -85,7 +86,7 @@ def _fault(v) -> str:
         return 'quantized weights are not handled'
     if v.is_meta:
         return 'is on the meta device and holds no values'
-    if v.is_floating_point() and not all_finite(v):
+    if v.is_floating_point() and not all_finite(v) and (v.isnan().any() or not is_mask):
         return 'holds NaN or infinity'
     return ''
 
@@ -99,6 +100,13 @@ def _packed(name: str, v: torch.Tensor) -> str:
     return f'weights are quantized ({v.dtype}); load or convert them to float first'
 
 
+def _masks(model) -> set:
+    "Names of buffers that are neither statistics nor weights, as masks of attentions are."
+    names = [k for k, _ in model.named_buffers(remove_duplicate=False)]
+    weights = 'weight', 'bias', 'running_mean', 'running_var'
+    return {k for k in names if k.rpartition('.')[2] not in weights}
+
+
 def check_model(
     model: nn.Module,  # any network; not changed
 ):
@@ -108,10 +116,11 @@ def check_model(
     without values, and weights that are computed by hooks; TypeError for what is no module.
     """
     _check_kind(model)
+    masks = _masks(model)
     for name, v in model.state_dict().items():
         if name.endswith('_extra_state'):
             continue
-        if fault := _packed(name, v) or _fault(v):
+        if fault := _packed(name, v) or _fault(v, name in masks):
             raise ValueError(f'{name}: {fault}')
     for name, m in model.named_modules():
         if isinstance(m, BATCH_NORM) and m.running_var is not None and (m.running_var < 0).any():
@@ -501,6 +510,25 @@ def _left_alone(groups, reasons):
         left.append(g)
     return left
 
+# %% ../nbs/13_recover.ipynb #297c19df
+_OFF = threading.local()  # `depth`: in how many blocks of `_without_autocast` a thread is
+
+
+@contextlib.contextmanager
+def _without_autocast():
+    "Inside the block `torch.autocast` does nothing in this thread, whoever opens it."
+    kind = torch.autocast
+    enter, leave = kind.__enter__, kind.__exit__
+    is_off = lambda: getattr(_OFF, 'depth', 0) > 0
+    kind.__enter__ = lambda self: self if is_off() else enter(self)
+    kind.__exit__ = lambda self, *error: None if is_off() else leave(self, *error)
+    _OFF.depth = getattr(_OFF, 'depth', 0) + 1
+    try:
+        yield
+    finally:
+        _OFF.depth -= 1
+        kind.__enter__, kind.__exit__ = enter, leave
+
 # %% ../nbs/13_recover.ipynb #3f8f8a38
 def _plainly(f):
     "A function that works outside of `torch.autocast`, on a network with all its values."
@@ -514,6 +542,7 @@ def _plainly(f):
         with contextlib.ExitStack() as stack:
             for k in kinds - {'meta'}:
                 stack.enter_context(torch.autocast(k, enabled=False))
+            stack.enter_context(_without_autocast())
             return f(model, *args, **kwargs)
 
     return inner

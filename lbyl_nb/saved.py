@@ -17,7 +17,7 @@ from .files import read_safetensors, write_safetensors
 from .graph import find_groups, follow_sizes, lost, remove_channels
 from .layers import as_args
 from .plans import check_plan
-from .recover import _dress, described, number_heads
+from .recover import _dress, _plainly, described, number_heads
 from .trace import trace
 
 # %% ../nbs/37_saved.ipynb #c3a7cdfc
@@ -36,6 +36,7 @@ def save_restored(
     write_safetensors(model.state_dict(), path, about)
 
 # %% ../nbs/37_saved.ipynb #02a8e496
+@_plainly
 def load_restored(
     model: nn.Module,  # a fresh network of the original architecture, whatever its weights; kept
     example_inputs,  # a tensor, tuple or dict that its forward accepts

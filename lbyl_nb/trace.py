@@ -256,6 +256,7 @@ class _Recorder(TorchDispatchMode):
         self.same, self.together = _Classes(), _Classes()
         self.pins = {}  # {label: reason}
         self.trouble = {}  # {layer: reason}
+        self.elsewhere = set()  # layers whose weight or bias something else reads than their call
         self.added = set()  # labels of channels added to others
         self.made = []  # ranges of labels of channels that layers made, or that tokens looked up
         self.balances = []  # lists of pieces that must lose equally many channels
@@ -430,6 +431,25 @@ def _unlabelled(r: _Recorder, c: _Call, marks: list):
     for t in c.outs:
         _put(r, t, _Mark(fixed=fixed, const=const))
 
+# %% ../nbs/09_trace.ipynb #4aae1e5e
+def _turns_weight(c: _Call, marks: list) -> bool:
+    "Is it the transposition of a matrix that is the weight of a layer?"
+    turns = c.name in ('t', 'transpose', 'permute')
+    return bool(turns and marks[0].weight and c.tensors[0].ndim == 2)
+
+
+def _note_elsewhere(r: _Recorder, c: _Call, marks: list):
+    """Note layers whose weight or bias something else than their call reads.
+
+    A table of tokens has labels, which are followed, and a layer may add its bias by itself."""
+    if c.name in _COPIES or _turns_weight(c, marks):
+        return
+    r.elsewhere.update(m.weight[0] for m in marks if m.weight and m.labels is None)
+    for name, attribute in (m.owner for m in marks if m.owner):
+        layer = isinstance(r.model.get_submodule(name), LAYERS)
+        if layer and attribute == 'bias' and r.stack[-1:] != [name]:
+            r.elsewhere.add(name)
+
 # %% ../nbs/09_trace.ipynb #2fd0a2a2
 _COPIES = set('clone detach alias _to_copy contiguous lift_fresh lift resolve_conj'.split())
 
@@ -451,10 +471,11 @@ def _see(r: _Recorder, c: _Call):
     marks = [_mark(r, t) for t in c.tensors]
     if c.name in _LAYER_CALLS and _layer_called(r, c, marks):
         return
+    _note_elsewhere(r, c, marks)
     if c.name in _COPIES and len(marks) == 1:
         for t in c.outs:
             _put(r, t, replace(marks[0]))
-    elif c.name in ('t', 'transpose', 'permute') and marks[0].weight and c.tensors[0].ndim == 2:
+    elif _turns_weight(c, marks):
         name, turned = marks[0].weight
         _put(r, c.out, _Mark(fixed=True, const=True, weight=(name, not turned)))
     elif all(m.labels is None for m in marks):
@@ -534,6 +555,8 @@ def _record(r: _Recorder, args):
     for m in given:
         if m.labels is not None and not m.const:
             _hold(r, m.labels, "its channels are the network's output")
+    for k in r.elsewhere:
+        r.trouble.setdefault(k, f'{k} has a weight or bias that is read outside of its call, too')
     _settle_divisions(r)
     several = [(m, k) for m, k in r.names.items() if hasattr(m, 'equal_losses')]
     r.balances += [parts for m, k in several if (parts := m.equal_losses(k, r.out))]
