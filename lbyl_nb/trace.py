@@ -263,7 +263,7 @@ class _Recorder(TorchDispatchMode):
         self.pieces = {}  # {(id of a node, dimension): its pieces}
         self.divisions = []  # matrices of labels, of dimensions that were divided into two
         self.bound = []  # labels of channels that stay or go as whole heads
-        self.unless_read = []  # (node, labels, reason): pinned if anything reads what it puts out
+        self.unless_read = []  # (node, labels, reason): held if anything reads what it puts out
         self.unless_heads = []  # (labels, dimensions) where they meet a tensor of a fixed size
         self.heads_before = None  # labels of heads, of a network that was recorded before
         self.heads = []  # (module, labels of heads of queries, of keys, width) of attentions
@@ -566,7 +566,7 @@ def _record(r: _Recorder, args):
 
 # %% ../nbs/09_trace.ipynb #fe2ee674
 def _columns(r: _Recorder, t: Tensor, dim: int) -> Tensor:
-    "(c,) labels along one dimension of a tensor; channels that are elsewhere too are pinned."
+    "(c,) labels along one dimension of a tensor; channels that are elsewhere too are held."
     m, dim = _mark(r, t), dim % t.ndim
     if m.labels is None or not t.numel():
         return torch.zeros(t.shape[dim], dtype=torch.long)
