@@ -21,7 +21,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from .closed_form import all_finite
 from .cost import _dry_run, _sample_count
 from .criteria import l2_norm
-from .layers import LAYERS, by_output, conv_groups, width
+from .layers import LAYERS, by_output, conv_groups, width, with_tensors
 from lbyl_nb.plans import (
     Limits,
     _balance,
@@ -106,11 +106,10 @@ def _positions(net):
     used = {}
 
     def hook(name):
-        def see(m, args, kwargs, y):
-            x = next(iter((*args, *kwargs.values())))
-            used[name] = used.get(name, 0) + _uses(m, x, y) / n
+        def see(m, inputs, y):
+            used[name] = used.get(name, 0) + _uses(m, inputs[0], y) / n
 
-        return see
+        return with_tensors(see)
 
     with ExitStack() as hooks:
         for name, m in net.model.named_modules():

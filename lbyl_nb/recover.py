@@ -42,7 +42,15 @@ from lbyl_nb.graph import (
     stored,
 )
 from .heads import put_together, set_numbers_of_heads, take_back
-from .layers import BATCH_NORM, as_args, by_output, conv_groups, evaluating, own_copy
+from lbyl_nb.layers import (
+    BATCH_NORM,
+    as_args,
+    by_output,
+    conv_groups,
+    evaluating,
+    own_copy,
+    shared_copy,
+)
 from .norms import deaf_norms
 from .photographs import _drawn_photographs, _takes_images
 from .plans import Limits, by_ratio, check_plan
@@ -631,9 +639,9 @@ def compared(
 
     As it was where that cannot be measured. A warning where the network is probably destroyed."""
     try:
-        with evaluating(model, done.model):
-            probes = _held_out(model, example_inputs)
-            dense, small = (_answers(m, probes) for m in (model, done.model))
+        nets = [shared_copy(m) for m in (model, done.model)]
+        probes = _held_out(nets[0], example_inputs)
+        dense, small = (_answers(m, probes) for m in nets)
         moved = _mean_divergence(dense, small)
     except Exception:  # a network that cannot be run on other inputs, or gives no numbers
         return done
