@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from .closed_form import all_finite
+from .closed_form import all_finite, check_number
 from .cost import _dry_run, _sample_count
-from .criteria import l2_norm
+from .criteria import check_criterion, l2_norm
 from .layers import LAYERS, by_output, conv_groups, width, with_tensors
 from lbyl_nb.plans import (
     Limits,
@@ -287,7 +287,10 @@ def within(
 ) -> Callable:  # (model, its traced copy, groups) -> plan
     """The choice of channels that leaves a share of the network.
 
-    ValueError for shares outside (0, 1], and if the limits leave more."""
+    ValueError for shares outside (0, 1], and if the limits leave more; TypeError for what is no
+    number or no criterion."""
+    check_number(share, what)
+    check_criterion(criterion)
     if not 0 < share <= 1:
         raise ValueError(f'{what} must be a share in (0, 1], got {share}')
 

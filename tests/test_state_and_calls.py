@@ -3,18 +3,20 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from lbyl_nb.distilled import distilled
+from lbyl_nb.files import write_safetensors
 from lbyl_nb.fisher import _answers
 from lbyl_nb.layerwise import layerwise, probe, probed_lbyl
-from lbyl_nb.probes import noise
+from lbyl_nb.probes import calibration, noise
 from lbyl_nb.pruned_elsewhere import restore_inside
 from lbyl_nb.recover import plan, restore
-from lbyl_nb.restorers import prune_only
+from lbyl_nb.restorers import lbyl, merging, prune_only
 from lbyl_nb.saved import load_restored, save_restored
 
 X = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(0))
@@ -184,3 +186,94 @@ def test_answers_begin_with_the_same_state():
     probes = noise(32)(net, (X,))
     one, other = (torch.cat(_answers(probes.model, probes)) for _ in range(2))
     assert torch.equal(one, other)
+
+
+class Small(nn.Sequential):
+    "Two convolutions and a classifier."
+
+    def __init__(self):
+        torch.manual_seed(0)
+        body = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU()
+        super().__init__(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
+        self.eval()
+
+
+HOW = dict(ratio=0.5, restorer=prune_only())
+COUNT = dict(restorer=prune_only())
+BAD = [  # arguments, the error, and what its message must name
+    (COUNT | dict(keep={'0': 3}), TypeError, 'keep: 0 must be a list'),
+    (COUNT | dict(keep={'0': None}), TypeError, 'keep: 0 must be a list'),
+    (COUNT | dict(keep={'0': torch.tensor(3)}), TypeError, 'keep: 0 must be a list'),
+    (COUNT | dict(keep={'0': [True]}), TypeError, 'keep: 0 has indices that are not integers'),
+    (COUNT | dict(keep={0: [1]}), TypeError, 'keep: layers are named by strings, got 0'),
+    (COUNT | dict(ratio={0: 0.5}), TypeError, 'ratio: layers are named by strings, got 0'),
+    (COUNT | dict(macs='x'), TypeError, "macs must be a number, got 'x'"),
+    (COUNT | dict(params='x'), TypeError, "params must be a number, got 'x'"),
+    (COUNT | dict(macs=True), TypeError, 'macs must be a number, got True'),
+    (HOW | dict(restorer=5), TypeError, 'restorer must be .* got 5'),
+    (HOW | dict(restorer='lbyl'), TypeError, "restorer must be .* got 'lbyl'"),
+    (HOW | dict(restorer=lbyl), TypeError, r'restorer: .*call it: lbyl\(\)'),
+    (HOW | dict(restorer=prune_only), TypeError, r'restorer: .*call it: prune_only\(\)'),
+    (HOW | dict(restorer=layerwise), TypeError, r'restorer: .*call it: layerwise\(\)'),
+    (HOW | dict(restorer=nn.ReLU()), TypeError, 'restorer: ReLU is no function of channels'),
+    (HOW | dict(restorer=noise()), TypeError, 'restorer: .* a source of probes, not a restorer'),
+    (HOW | dict(restorer=lambda ch, keep: None), TypeError, 'restorer: gives NoneType for 0'),
+    (HOW | dict(restorer=lambda ch, keep: ch.W), TypeError, 'restorer: gives Tensor for 0'),
+    (HOW | dict(criterion=5), TypeError, 'criterion must be a function'),
+    (HOW | dict(criterion='l2'), TypeError, "criterion must be a function .* got 'l2'"),
+    (COUNT | dict(macs=0.5, criterion='l2'), TypeError, "criterion must be a function .* got 'l2'"),
+    (HOW | dict(criterion=lambda ch: [1.0] * len(ch)), TypeError, 'criterion: gives list for 0'),
+    (HOW | dict(criterion=lambda ch: np.ones(len(ch))), TypeError, 'criterion: gives ndarray'),
+    (HOW | dict(criterion=lambda ch: torch.ones(3)), ValueError, r'criterion: gives \(3,\) for 0'),
+    (HOW | dict(dtype=torch.float16), ValueError, 'dtype must be torch.float64 or torch.float32'),
+    (HOW | dict(dtype='float64'), ValueError, 'dtype must be torch.float64 or torch.float32'),
+    (HOW | dict(restorer=layerwise(calibration(X[:, :2]))), ValueError, 'images: the model cannot'),
+    (HOW | dict(restorer=layerwise(calibration(X[0]))), ValueError, 'images: the model cannot'),
+]
+
+
+@pytest.mark.parametrize('how, error, says', BAD, ids=[v[2][:40] for v in BAD])
+def test_arguments_are_refused_by_name(how, error, says):
+    with pytest.raises(error, match=says):
+        restore(Small(), X, **how)
+
+
+def test_numbers_of_numpy_are_numbers():
+    want = restore(Small(), X, ratio=0.5, restorer=prune_only())
+    assert restore(Small(), X, ratio=np.float32(0.5), restorer=prune_only()).plan == want.plan
+    keep = {k: list(np.array(v)) for k, v in want.plan.items()}
+    r = restore(Small(), X, keep=keep, restorer=prune_only())
+    assert r.plan == want.plan and torch.equal(r.model(X), want.model(X))
+
+
+def test_weights_of_restorers_are_numbers():
+    for make, name in (
+        (lambda: lbyl(lam1='a'), 'lam1'),
+        (lambda: lbyl(lam2='a'), 'lam2'),
+        (lambda: layerwise(ridge='x'), 'ridge'),
+        (lambda: merging(cos_weight='x'), 'cos_weight'),
+        (lambda: merging(threshold='x'), 'threshold'),
+    ):
+        with pytest.raises(TypeError, match=f'{name} must be a number'):
+            make()
+
+
+def test_files_are_refused_by_name(tmp_path):
+    net, path = Small(), tmp_path / 'net.safetensors'
+    r = restore(net, X, ratio=0.5, restorer=prune_only())
+    for model, plan_, error, says in (
+        (r.model, None, TypeError, 'plan must be a dict'),
+        (r.model, {'0': None}, TypeError, 'plan must be a dict'),
+        (r.model, {'0': [0, 1, 2]}, ValueError, 'plan: 0 has 4 channels .* keeps 3'),
+        (r.model, {'stem': [0]}, ValueError, "plan: the model has no layer 'stem'"),
+        (r.model.state_dict(), r.plan, TypeError, 'model must be a torch.nn.Module'),
+    ):
+        with pytest.raises(error, match=says):
+            save_restored(model, plan_, path)
+        assert not path.exists()
+    save_restored(r.model, r.plan, path)
+    with pytest.raises(TypeError, match='model must be a torch.nn.Module'):
+        load_restored(None, X, path)
+    write_safetensors(r.model.state_dict(), path, dict(format='lbyl_nb.restored.1'))
+    with pytest.raises(ValueError, match='net.safetensors: holds no plan'):
+        load_restored(net, X, path)
