@@ -18,10 +18,10 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from .closed_form import all_finite
+from .closed_form import all_finite, check_number
 from .cost import _dry_run, _sample_count
-from .criteria import l2_norm
-from .layers import LAYERS, by_output, conv_groups, width
+from .criteria import check_criterion, l2_norm
+from .layers import LAYERS, by_output, conv_groups, width, with_tensors
 from lbyl_nb.plans import (
     Limits,
     _balance,
@@ -106,11 +106,10 @@ def _positions(net):
     used = {}
 
     def hook(name):
-        def see(m, args, kwargs, y):
-            x = next(iter((*args, *kwargs.values())))
-            used[name] = used.get(name, 0) + _uses(m, x, y) / n
+        def see(m, inputs, y):
+            used[name] = used.get(name, 0) + _uses(m, inputs[0], y) / n
 
-        return see
+        return with_tensors(see)
 
     with ExitStack() as hooks:
         for name, m in net.model.named_modules():
@@ -288,7 +287,10 @@ def within(
 ) -> Callable:  # (model, its traced copy, groups) -> plan
     """The choice of channels that leaves a share of the network.
 
-    ValueError for shares outside (0, 1], and if the limits leave more."""
+    ValueError for shares outside (0, 1], and if the limits leave more; TypeError for what is no
+    number or no criterion."""
+    check_number(share, what)
+    check_criterion(criterion)
     if not 0 < share <= 1:
         raise ValueError(f'{what} must be a share in (0, 1], got {share}')
 

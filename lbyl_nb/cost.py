@@ -15,7 +15,7 @@ from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from .layers import as_args, call, tensors
+from .layers import as_args, call, keeping_state, tensors
 
 # %% ../nbs/35_cost.ipynb #22867441
 def _convolution_macs(y, x, weight, bias, stride, padding, dilation, transposed, *_) -> int:
@@ -95,7 +95,8 @@ def _dry_run(
     gpus = {p.device for p in model.parameters() if p.device.type == 'cuda'}
     own = tree_map_only(Tensor, lambda v: v.detach().clone(), args)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=list(gpus)):
+        forked = torch.random.fork_rng(devices=list(gpus))
+        with torch.no_grad(), forked, keeping_state(model):
             call(model, own)
     except Exception as e:
         why = f'{type(e).__name__}: {e}'

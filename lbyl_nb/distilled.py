@@ -21,6 +21,7 @@ from lbyl_nb.layers import (
     map_samples,
     map_tensors,
     statistics_of,
+    tensors,
 )
 from .photographs import _is_image, crops, input_range
 from .probes import _spans, calibration, random_args, random_like
@@ -48,10 +49,10 @@ def _divergences(model):
         why = f'{type(model).__name__} has no batch norm with running statistics'
         instead = 'use noise() or calibration(images)'
         raise ValueError(f'{why}, so probes cannot be distilled; {instead}')
-    see = lambda m, inputs: out.append(_divergence(inputs[0], m))
+    see = lambda m, *given: out.append(_divergence(tensors(given)[0], m))
     with ExitStack() as hooks:
         for m in norms:
-            hooks.enter_context(m.register_forward_pre_hook(see))
+            hooks.enter_context(m.register_forward_pre_hook(see, with_kwargs=True))
         yield out
 
 # %% ../nbs/08_distilled.ipynb #15bdf8aa

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .closed_form import all_finite
-from .layers import batch_size, call, channel_dim, map_samples
+from .layers import batch_size, call, channel_dim, keeping_state, map_samples
 from .moments import no_padding
 from .probes import Probes
 from .progress import progress
@@ -67,7 +67,8 @@ def _variance(y: Tensor) -> Tensor:
 @torch.no_grad()
 def _answers(model: nn.Module, probes: Probes, batch: int = 16) -> list:
     "What a network puts out for each batch of probes."
-    return [_of_texts(call(model, args), args) for args in probes.batches(batch)]
+    with keeping_state(model):
+        return [_of_texts(call(model, args), args) for args in probes.batches(batch)]
 
 
 def _of_texts(out, args):

@@ -33,6 +33,7 @@ from lbyl_nb.layers import (
     in_weight,
     is_depthwise,
     is_plain,
+    keeping_state,
     width,
 )
 from lbyl_nb.trace import (
@@ -827,6 +828,7 @@ def _layer_outputs(
                 dim = -1 if isinstance(m, nn.Linear) else 1 - m.weight.ndim
                 hooks.enter_context(m.register_forward_hook(keep(name, dim)))
         hooks.enter_context(_Still())
+        hooks.enter_context(keeping_state(model))
         y = call(model, args)
     return out | {'': _tensors_within(y)}
 
@@ -933,14 +935,15 @@ def _same(a, b):
 # %% ../nbs/10_graph.ipynb #a1943968
 def _once_more(left, args):
     "The first operation of the cut network that is not as it should be, or None; and the error."
-    again, error = _Recorder(left.net.model, left.given), ''
-    again.heads_before = left.bound
-    for c in (again.same, again.together):
-        c.new(left.size)
-    try:
-        _record(again, args)
-    except Exception as e:
-        error = f'{type(e).__name__}: {e}'
+    with keeping_state(left.net.model):
+        again, error = _Recorder(left.net.model, left.given), ''
+        again.heads_before = left.bound
+        for c in (again.same, again.together):
+            c.new(left.size)
+        try:
+            _record(again, args)
+        except Exception as e:
+            error = f'{type(e).__name__}: {e}'
     return left.first_fault(again), error
 
 # %% ../nbs/10_graph.ipynb #a2186732

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['BATCH_NORM', 'LAYERS', 'tensors', 'map_tensors', 'batch_size', 'samples', 'map_samples', 'as_args', 'in_single',
-           'call', 'evaluating', 'own_copy', 'shared_copy', 'statistics_of', 'norm_scale', 'is_depthwise', 'width',
-           'by_output', 'channel_dim', 'selected', 'padded', 'conv_groups', 'in_weight', 'as_called', 'is_plain']
+           'call', 'with_tensors', 'evaluating', 'keeping_state', 'own_copy', 'shared_copy', 'statistics_of',
+           'norm_scale', 'is_depthwise', 'width', 'by_output', 'channel_dim', 'selected', 'padded', 'conv_groups',
+           'in_weight', 'as_called', 'is_plain']
 
 # %% ../nbs/05_layers.ipynb #94d400c1
 import copy
@@ -168,6 +169,13 @@ def call(
     with torch.random.fork_rng({v.device for v in tensors(args) if v.is_cuda}), in_single(model):
         return model(**args) if isinstance(args, Mapping) else model(*args)
 
+# %% ../nbs/05_layers.ipynb #bd8ae884
+def with_tensors(
+    hook,  # a function of a module, the list of tensors that it is given, and its output
+):  # a forward hook, to be registered `with_kwargs=True`
+    "A forward hook that finds what a module is given by position and by name."
+    return lambda m, args, named, out: hook(m, tensors((args, named)), out)
+
 # %% ../nbs/05_layers.ipynb #7c255e15
 @contextmanager
 def evaluating(
@@ -182,6 +190,26 @@ def evaluating(
     finally:
         for m, training in modes.items():
             m.training = training
+
+# %% ../nbs/05_layers.ipynb #dca9fe1e
+@contextmanager
+def keeping_state(
+    model: nn.Module,  # to run
+):
+    "Copies in place of all buffers and attributes inside the block; the model's own after it."
+    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    own = [dict(vars(m)) for m in modules]
+    hooks = [v for held in own for k, v in held.items() if '_hooks' in k]
+    memo = {id(v): v for v in (*model.modules(), *model.parameters(), *hooks)}
+    copies = copy.deepcopy(own, memo)
+    try:
+        for m, held in zip(modules, copies):
+            vars(m).update(held)
+        yield
+    finally:
+        for m, held in zip(modules, own):
+            vars(m).clear()
+            vars(m).update(held)
 
 # %% ../nbs/05_layers.ipynb #3e35f281
 def own_copy(
@@ -200,6 +228,8 @@ def shared_copy(
     of = model if weights is None else weights
     pairs = zip(model.parameters(), of.parameters(), strict=True)
     memo = {id(p): nn.Parameter(q.detach(), q.requires_grad) for p, q in pairs}
+    kept = [t for m in model.modules() for t in tensors(vars(m)) if t.grad_fn is not None]
+    memo |= {id(t): t.detach().clone() for t in kept}
     net = copy.deepcopy(model, memo).eval()
     for m in net.modules():
         for k, b in m._buffers.items():
@@ -392,7 +422,7 @@ def is_plain(
     if {k for k, _ in held} - {'weight', 'bias'}:
         return False
     try:
-        with in_single(layer):
+        with in_single(layer), keeping_state(layer):
             return all(_does_as(_with_bias(layer), kind, x) for x in _small_inputs(layer))
     except Exception:
         return False

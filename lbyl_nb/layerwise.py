@@ -31,10 +31,12 @@ from lbyl_nb.layers import (
     in_single,
     in_weight,
     is_depthwise,
+    keeping_state,
     map_tensors,
     norm_scale,
     selected,
     tensors,
+    with_tensors,
 )
 from lbyl_nb.moments import (
     Fit,
@@ -317,16 +319,21 @@ def _summands(f, args, kwargs) -> list:
     return [(a, b, other / own) for a, b, own, other in pairs if own]
 
 # %% ../nbs/14_layerwise.ipynb #012bbf45
-def _apply_fit(layer: nn.Module, V: Tensor, c: Tensor, read: Tensor) -> Tensor:
-    "Output of a layer with new taps V (o, columns x taps) and constants c (o,) for what it reads."
+def _apply_fit(layer: nn.Module, V: Tensor, c: Tensor, read: Tensor, like: Tensor) -> Tensor:
+    """Output of a layer with new taps V (o, columns x taps) and constants c (o,).
+
+    Given are what it reads, and an output of the wanted size: with a stride, a transposed
+    convolution has several."""
     V = V.to(read).view(len(V), -1, *layer.weight.shape[2:])
     c = c.to(read)
     if isinstance(layer, nn.Linear):
         return F.linear(read, V, c)
     if isinstance(layer, nn.modules.conv._ConvTransposeNd):
         transposed = getattr(F, f'conv_transpose{V.ndim - 2}d')
-        how = layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation
-        return transposed(read, V.transpose(0, 1), c, *how)
+        stride, padding, dilation = layer.stride, layer.padding, layer.dilation
+        how = stride, padding, layer.kernel_size, V.ndim - 2, dilation
+        more = layer._output_padding(read, list(like.shape[2:]), *how)
+        return transposed(read, V.transpose(0, 1), c, stride, padding, more, layer.groups, dilation)
     return layer._conv_forward(read, V, c)
 
 # %% ../nbs/14_layerwise.ipynb #cf12d00a
@@ -338,17 +345,18 @@ class _Enough(Exception):
 def _walk(model: nn.Module, args, hooks: dict, before: dict | None = None):
     """One forward pass with forward hooks, {name of a module: hook}, that come before all others.
 
-    Those of `before` see what a module is given, behind all others."""
+    Those of `before` see what a module is given, and its keyword arguments, behind all others."""
     gpus = [v.device for v in tensors(args) if v.is_cuda][:1]
     with ExitStack() as active:
+        active.enter_context(keeping_state(model))  # the next pass starts from the same state
         for name, hook in hooks.items():
             module = model.get_submodule(name)
-            active.enter_context(module.register_forward_hook(hook, prepend=True))
+            see = with_tensors(hook)
+            active.enter_context(module.register_forward_hook(see, prepend=True, with_kwargs=True))
         for name, hook in (before or {}).items():
-            active.enter_context(model.get_submodule(name).register_forward_pre_hook(hook))
-        active.enter_context(
-            torch.random.fork_rng(gpus)
-        )  # the next pass starts from the same state
+            module = model.get_submodule(name)
+            active.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
+        active.enter_context(torch.random.fork_rng(gpus))
         active.enter_context(suppress(_Enough))
         call(model, map_tensors(args, torch.clone))  # a network may work in place on them
 
@@ -462,7 +470,7 @@ def _solve_again(pair, p: _Pending, out: Tensor, lack: Tensor):
     changed = pair.halves(p.site, measure, p.read, p.y + _missing(lack, norm))
     fit = pair.fit(p.site, p.layer, changed, p.fit.ridge)
     pair.take(p.site, fit)
-    new = _apply_fit(p.layer, fit.V, fit.c, p.read)
+    new = _apply_fit(p.layer, fit.V, fit.c, p.read, p.y)
     with in_single(pair.model):
         pair.own(out).copy_(norm.forward(new) if norm else new)
 
@@ -497,7 +505,7 @@ class _Restoring(_Pass):
         measure = lambda *v: _site_moments(s, layer, *v)
         halves = self.halves(s, measure, read, dense, y)
         fit = self.fit(s, layer, halves, self.ridge)
-        self.own(out).copy_(_apply_fit(layer, fit.V, fit.c, read))
+        self.own(out).copy_(_apply_fit(layer, fit.V, fit.c, read, y))
         if self.is_summand(s):
             self.expect(s, out, _Pending(s, layer, halves, read, y, fit))
         else:
@@ -526,11 +534,12 @@ class _Restoring(_Pass):
         self.waiting.clear()
         self.pending.clear()
 
-    def again(self, s, layer, x):
-        "What a layer that is rewritten already gives."
+    def again(self, s, layer, x, out):
+        "What a layer that is rewritten already gives, in the size of an output."
         W = by_output(self.target.get_submodule(s.reader.name)).detach()
         V = W[:, in_weight(layer, s.read).to(W.device)].flatten(1)
-        return _apply_fit(layer, V, self.constants[s.reader.name], selected(layer, x, s.read))
+        read = selected(layer, x, s.read)
+        return _apply_fit(layer, V, self.constants[s.reader.name], read, out)
 
 # %% ../nbs/14_layerwise.ipynb #12b237a7
 def _missing(
@@ -563,15 +572,15 @@ def _halving_hook(pair, name: str):
     "A hook in front of a layer that keeps its input and passes on the dense half."
     n = 2 * len(pair.probes)
 
-    def hook(layer, inputs):
-        x, *rest = inputs
+    def hook(layer, inputs, named):
+        x = tensors((inputs, named))[0]
         if len(x) % n:
             return None
         if pair.is_last(name) and _given_bytes(layer, x) > _WIDE:
             _meet_in_parts(pair, pair.sites[name], layer, x)
             pair.go_on()
         pair.given[name] = x
-        return (x[: len(x) // 2], *rest)
+        return map_tensors((inputs, named), lambda v: x[: len(x) // 2] if v is x else v)
 
     return hook
 
@@ -703,7 +712,7 @@ def _unlike(pair: _SideBySide) -> str:
             layer, x = as_called(layer, inputs[0])
             see(s, selected(layer, x, s.read))
             if s.reader.name not in pair.tables:
-                out.copy_(pair.again(s, layer, x))
+                out.copy_(pair.again(s, layer, x, out))
 
         return hook
 
@@ -875,7 +884,7 @@ class _OneByOne(_Restoring):
         "Let a restored layer work with its new weights, and solve for a recorded one."
         name = s.reader.name
         if name in self.missed:
-            out.copy_(self.again(s, layer, x))
+            out.copy_(self.again(s, layer, x, out))
         elif name in self.record and self.record[name].y.shape == out.shape:
             seen, read = self.record[name], selected(layer, x, s.read)
             self.solve(s, layer, read, read if s.free else seen.x, seen.y, out)

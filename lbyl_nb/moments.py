@@ -26,7 +26,7 @@ from lbyl_nb.closed_form import (
     check_ridge,
     ridge_solution,
 )
-from .layers import as_called, call, conv_groups, padded
+from .layers import as_called, call, conv_groups, padded, with_tensors
 from .probes import Probes
 
 # %% ../nbs/07_moments.ipynb #ab3986c7
@@ -505,7 +505,8 @@ def look(
     with ExitStack() as hooks:
         for name in names:
             layer = probes.model.get_submodule(name)
-            hooks.enter_context(layer.register_forward_hook(hook(name), prepend=True))
+            see = with_tensors(hook(name))
+            hooks.enter_context(layer.register_forward_hook(see, prepend=True, with_kwargs=True))
         for args in probes.batches(batch):
             now[0] = args
             call(probes.model, args)

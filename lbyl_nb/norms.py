@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from .layers import _NORMS, LAYERS, _single, own_copy
+from .layers import _NORMS, LAYERS, _single, own_copy, with_tensors
 from lbyl_nb.trace import (
     _MODULES,
     Traced,
@@ -193,5 +193,6 @@ def deaf_norms(
     with ExitStack() as hooks:
         for name, hook in deaf_hooks(net, gone).items():
             module = model.get_submodule(name)
-            hooks.enter_context(module.register_forward_hook(hook, prepend=True))
+            see = with_tensors(hook)
+            hooks.enter_context(module.register_forward_hook(see, prepend=True, with_kwargs=True))
         yield

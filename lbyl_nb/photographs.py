@@ -14,7 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import _joined_samples, call, map_samples, samples, shared_copy, statistics_of
+from lbyl_nb.layers import (
+    _joined_samples,
+    call,
+    map_samples,
+    samples,
+    shared_copy,
+    statistics_of,
+    tensors,
+)
 from .probes import Probes, _drawn_noise, noise, pinned, random_args, random_like
 
 # %% ../nbs/06a_photographs.ipynb #fec9703c
@@ -76,13 +84,13 @@ def _at_first_norm(model, args) -> tuple:  # the batch norm and its input; (None
     "What the batch norm that is called first reads."
     seen = []
 
-    def stop(norm, inputs):
-        seen.append((norm, inputs[0]))
+    def stop(norm, inputs, named):
+        seen.append((norm, tensors((inputs, named))[0]))
         raise _Reached
 
     with ExitStack() as hooks, suppress(_Reached):
         for m in statistics_of(model):
-            hooks.enter_context(m.register_forward_pre_hook(stop))
+            hooks.enter_context(m.register_forward_pre_hook(stop, with_kwargs=True))
         call(model, args)
     return seen[0] if seen else (None, None)
 

@@ -11,13 +11,14 @@ import difflib
 import fnmatch
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import nn
 
-from .criteria import keep_best
+from .criteria import check_criterion, keep_best, scored
 from .delivery import removed
 from .graph import Family, Group, channels
 from .trace import Traced
@@ -31,6 +32,8 @@ def _near(name, names):
 
 def _groups_of(name, groups, argument):
     "The group of this name, or those that a layer writes to; ValueError if none is prunable."
+    if not isinstance(name, str):
+        raise TypeError(f'{argument}: layers are named by strings, got {name!r}')
     found = [g for g in groups if g.name == name]
     if not found:
         found = [g for g in groups if name in g.producers]
@@ -49,7 +52,7 @@ def check_ratio(
     "ValueError unless every ratio, one or a dict of them, is a number in [0, 1)."
     ratios = ratio.values() if isinstance(ratio, dict) else [ratio]
     for r in ratios:
-        number = isinstance(r, (int, float)) and not isinstance(r, bool)
+        number = isinstance(r, Real) and not isinstance(r, bool)
         if not number or not 0 <= r < 1:
             raise ValueError(f'ratio must be a number in [0, 1), got {r!r}')
 
@@ -89,7 +92,7 @@ def unit_scores(
     if hasattr(criterion, 'scores'):
         scores = criterion.scores(net, groups)
     else:
-        scores = {g.name: criterion(channels(model, g, dtype)) for g in groups}
+        scores = {g.name: scored(criterion, channels(model, g, dtype)) for g in groups}
     return {f.name: _mean_scores(f, scores) for f in families_of(groups)}
 
 
@@ -310,6 +313,7 @@ def by_ratio(
 ) -> Callable:  # (model, its traced copy, groups) -> plan
     "The choice of the best channels of every group, at a ratio. Errors as in `check_ratio`."
     check_ratio(ratio)
+    check_criterion(criterion)
 
     def choose(model, net, groups):
         ratios = _ratios(ratio, groups)
@@ -329,17 +333,20 @@ def by_ratio(
 # %% ../nbs/16_plans.ipynb #890518a0
 def _indices(name, kept, m):
     "One entry of a plan as a sorted list of ints, or an error naming the layer."
-    kept = kept.tolist() if hasattr(kept, 'tolist') else list(kept)
+    kept = kept.tolist() if hasattr(kept, 'tolist') else kept
+    if not isinstance(kept, Iterable):
+        raise TypeError(f'keep: {name} must be a list of channels, got {kept!r}')
+    kept = list(kept)
     if not kept:
         raise ValueError(f'keep: {name} would keep no channel')
-    if any(isinstance(i, bool) or not isinstance(i, int) for i in kept):
+    if any(isinstance(i, bool) or not isinstance(i, Integral) for i in kept):
         raise TypeError(f'keep: {name} has indices that are not integers')
     outside = [i for i in kept if not 0 <= i < m]
     if outside:
         raise ValueError(f'keep: {name} has {m} channels, so there are none at {outside[:5]}')
     if len(set(kept)) < len(kept):
         raise ValueError(f'keep: {name} has repeated indices')
-    return sorted(kept)
+    return sorted(map(int, kept))
 
 # %% ../nbs/16_plans.ipynb #a585ca1e
 def _split(name, kept, groups):

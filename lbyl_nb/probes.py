@@ -23,6 +23,7 @@ from lbyl_nb.layers import (
     as_args,
     batch_size,
     call,
+    keeping_state,
     map_samples,
     map_tensors,
     samples,
@@ -340,7 +341,7 @@ def calibration(
 ) -> Callable:  # (model, args) -> Probes
     """A source of given inputs: unlabelled images, or probes made before.
 
-    The source raises ValueError for none."""
+    The source raises ValueError for none, and where the model cannot be run on them."""
 
     def source(model, args):
         device = next((v.device for v in tensors(args)), torch.device('cpu'))
@@ -349,11 +350,24 @@ def calibration(
         given = map_tensors(as_args(images, 'images'), fit)
         if reflect:
             given = map_samples(given, _mirrored)
-        return Probes(shared_copy(model), given)
+        probes = Probes(shared_copy(model), given)
+        _check_runs(probes)
+        return probes
 
     return source
 
 # %% ../nbs/06_probes.ipynb #4b0c1d06
+@torch.no_grad()
+def _check_runs(probes: Probes):
+    "ValueError where a model cannot be run on images that were given."
+    try:
+        with keeping_state(probes.model):
+            call(probes.model, next(probes.batches()))
+    except Exception as e:
+        why = f'{type(e).__name__}: {e}'
+        raise ValueError(f'images: the model cannot be run on them: {why}') from e
+
+
 def _mirrored(v: Tensor) -> Tensor:
     "Samples, then their mirror images; without that of the last one if their number is odd."
     even = v[: len(v) // 2 * 2]

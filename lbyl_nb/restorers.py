@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .closed_form import check_ridge, gram_delivery
+from .closed_form import check_number, check_ridge, gram_delivery
 from .delivery import Delivery, removed
 from .gaussian import gaussian_delivery, mean_behind
 
@@ -82,6 +82,8 @@ def merging(
 
     ValueError for weights outside [0, 1].
     """
+    for name, v in dict(cos_weight=cos_weight, threshold=threshold).items():
+        check_number(v, name)
     if not 0 <= cos_weight <= 1:
         raise ValueError(f'cos_weight must be in [0, 1], got {cos_weight}')
 
@@ -104,6 +106,7 @@ def lbyl(
     The ridge with an intercept takes `lam2` alone. ValueError for negative weights.
     """
     for name, lam in dict(lam1=lam1, lam2=lam2).items():
+        check_number(lam, name)
         if not 0 <= lam < math.inf:
             raise ValueError(f'{name} must be a finite number >= 0, got {lam}')
 

@@ -7,6 +7,7 @@ __all__ = ['save_restored', 'load_restored']
 
 # %% ../nbs/37_saved.ipynb #ddd01c4e
 import json
+from collections.abc import Sized
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 from .delivery import removed
 from .files import read_safetensors, write_safetensors
 from .graph import find_groups, follow_sizes, lost, remove_channels
-from .layers import as_args
+from .layers import LAYERS, as_args, width
 from .plans import check_plan
 from .recover import _dress, _plainly, described, number_heads
 from .trace import trace
@@ -29,11 +30,41 @@ def save_restored(
     plan: dict,  # the plan it was made with
     path: str | Path,  # file to write, .safetensors by custom
 ):
-    "Save a restored network with its plan, for `load_restored`."
+    """Save a restored network with its plan, for `load_restored`.
+
+    TypeError for what is no network or no plan, ValueError for another network's plan."""
+    _check_module(model)
+    _check_saved(model, plan)
     plan = {k: [int(i) for i in v] for k, v in plan.items()}
     network = type(model).__name__
     about = dict(format=_RESTORED_FORMAT, network=network, plan=json.dumps(plan))
     write_safetensors(model.state_dict(), path, about)
+
+# %% ../nbs/37_saved.ipynb #f7ce83c3
+def _check_module(model):
+    "TypeError for what is no network."
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}')
+
+
+def _check_saved(model: nn.Module, plan):
+    "TypeError for what is no plan, ValueError for one that was not made with this network."
+    if not isinstance(plan, dict):
+        kind = type(plan).__name__
+        raise TypeError(f'plan must be a dict {{layer: kept channels}}, got {kind}')
+    layers, parts = dict(model.named_modules()), dict(model.named_children())
+    if isinstance(model, nn.MultiheadAttention):  # which is written as layers of its own
+        parts = {}
+    for name, kept in plan.items():
+        if not isinstance(name, str) or not isinstance(kept, Sized):
+            what = 'plan must be a dict {layer: kept channels}'
+            raise TypeError(f'{what}, got {kept!r} for {name!r}')
+        layer, inside = layers.get(name), name.partition('[')[0].partition('.')[0]
+        if parts and inside not in parts:
+            raise ValueError(f'plan: the model has no layer {name!r}')
+        if isinstance(layer, LAYERS) and (not len(kept) or width(layer) % len(kept)):
+            what = f'{name} has {width(layer)} channels in the model'
+            raise ValueError(f'plan: {what}, but the plan keeps {len(kept)}')
 
 # %% ../nbs/37_saved.ipynb #02a8e496
 @_plainly
@@ -45,18 +76,21 @@ def load_restored(
     """Rebuild a restored network.
 
     ValueError where the file is damaged, not ours, or belongs to another architecture;
-    FileNotFoundError where there is none."""
+    FileNotFoundError where there is none; TypeError for what is no network."""
+    _check_module(model)
     tensors, meta = read_safetensors(path)
     if meta.get('format') != _RESTORED_FORMAT:
         raise ValueError(f'{path}: not written by save_restored (format {meta.get("format")!r})')
+    if 'plan' not in meta or 'network' not in meta:
+        raise ValueError(f'{path}: holds no plan of a network')
     net = trace(model, example_inputs)
     groups = find_groups(net, streams=True)
     try:
         keep = check_plan(json.loads(meta['plan']), groups)
     except (ValueError, TypeError) as e:
         raise ValueError(f'{path}: made for another architecture ({meta["network"]}): {e}') from e
-    width = {g.name: g.channels for g in groups}
-    gone = {k: removed(kept, width[k]).tolist() for k, kept in keep.items()}
+    size = {g.name: g.channels for g in groups}
+    gone = {k: removed(kept, size[k]).tolist() for k, kept in keep.items()}
     small = remove_channels(net, groups, gone)
     follow_sizes(net, net.args, lost(groups, gone))
     number_heads(net, net.args, lost(groups, gone))

@@ -46,6 +46,7 @@ from lbyl_nb.layers import (
     as_args,
     call,
     in_single,
+    keeping_state,
     map_tensors,
     shared_copy,
 )
@@ -1294,9 +1295,10 @@ def trace(
     net = _widened(_private_copy(model))
     for p in net.parameters():  # frozen weights would be multiplied by in another way
         p.requires_grad_(p.is_floating_point())
-    r = _Recorder(net)
     try:
-        _record(r, args)
+        with keeping_state(net):
+            r = _Recorder(net)
+            _record(r, args)
     except Exception as e:
         why = f'{type(e).__name__}: {e}'
         raise ValueError(f'example_inputs: the model cannot be run on them: {why}') from e
@@ -1329,7 +1331,7 @@ def _first_calls(model, args) -> dict:
     def see(m, a, k):  # returns nothing: what a hook returns would replace the arguments
         seen.setdefault(m, (a, k))
 
-    with ExitStack() as hooks, torch.no_grad():
+    with ExitStack() as hooks, keeping_state(model), torch.no_grad():
         for m in model.modules():
             hooks.enter_context(m.register_forward_pre_hook(see, with_kwargs=True))
         call(model, args)
