@@ -199,7 +199,7 @@ def keeping_state(
     "Copies in place of all buffers and attributes inside the block; the model's own after it."
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     own = [dict(vars(m)) for m in modules]
-    hooks = [v for held in own for k, v in held.items() if '_hooks' in k]
+    hooks = [v for held in own for k, v in held.items() if 'hook' in k]
     memo = {id(v): v for v in (*model.modules(), *model.parameters(), *hooks)}
     copies = copy.deepcopy(own, memo)
     try:

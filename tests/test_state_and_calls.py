@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import cpu_offload
 from torch import nn
 
 from lbyl_nb.distilled import distilled
 from lbyl_nb.files import write_safetensors
 from lbyl_nb.fisher import _answers
+from lbyl_nb.layers import keeping_state
 from lbyl_nb.layerwise import layerwise, probe, probed_lbyl
 from lbyl_nb.probes import calibration, noise
 from lbyl_nb.pruned_elsewhere import restore_inside
@@ -277,3 +279,16 @@ def test_files_are_refused_by_name(tmp_path):
     write_safetensors(r.model.state_dict(), path, dict(format='lbyl_nb.restored.1'))
     with pytest.raises(ValueError, match='net.safetensors: holds no plan'):
         load_restored(net, X, path)
+
+
+def test_weights_that_lie_elsewhere_are_not_copied(monkeypatch):
+    copied = []
+    monkeypatch.setattr(torch.Tensor, '__deepcopy__', lambda self, memo: copied.append(self.shape))
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    net[0].register_buffer('mask', torch.ones(5))
+    x = torch.randn(2, 3)
+    want = net(x)
+    cpu_offload(net, execution_device=torch.device('cpu'))
+    with keeping_state(net):
+        assert torch.equal(net(x), want)
+    assert copied == [(5,)]
