@@ -45,6 +45,7 @@ from lbyl_nb.graph import (
 )
 from .heads import put_together, set_numbers_of_heads, take_back
 from lbyl_nb.layers import (
+    _PLAIN,
     BATCH_NORM,
     as_args,
     by_output,
@@ -461,6 +462,51 @@ def _suspects(groups, name, gone):
     at = lambda g: [k for k, _ in g.cut] + [c.name for c in g.consumers]
     return [g for g in cut if name in at(g)] or cut
 
+# %% ../nbs/13_recover.ipynb #1830a9cd
+def _around(name: str) -> set:
+    "Names of a module and of two levels above it."
+    parts = name.split('.') if name else []
+    return {'.'.join(parts[: max(len(parts) - up, 0)]) for up in range(3)}
+
+
+def _sizes_near(net: Traced, touched: list) -> dict:
+    "{module: numbers of channels, before the cut, of what lost some near it}."
+    sizes = {k: {len(v)} for k, v in net.seen.out.items()}
+    for (k, _), v in net.seen.param.items():
+        sizes.setdefault(k, set()).add(len(v))
+    near = {}
+    for k in {k for g in touched for k, _ in g.cut}:
+        for name in _around(k):
+            near.setdefault(name, set()).update(sizes.get(k, ()))
+    return near
+
+
+def _unread(net: Traced, touched: list) -> list:
+    "Names of what nothing has read, near channels that were removed and of their old number."
+    near, found = _sizes_near(net, touched), []
+    for name, m in net.model.named_modules():
+        if type(m) in _PLAIN or name in net.calls or isinstance(m, torch.jit.ScriptModule):
+            continue
+        sizes = set().union(*(near.get(k, ()) for k in _around(name)))
+        held = {**m._parameters, **m._buffers}
+        unread = [k for k, v in held.items() if v is not None and id(v) not in net.seen.marks]
+        unread = [k for k in unread if held[k].is_floating_point() and sizes & {*held[k].shape}]
+        if unread and name and not any(m.children()):
+            found.append(name)
+        else:
+            found += [f'{name}.{k}'.lstrip('.') for k in unread]
+    return found
+
+
+def _warn_of_unread(net: Traced, touched: list):
+    "A warning that names what `_unread` finds."
+    if names := _unread(net, touched):
+        warnings.warn(
+            'not used on example_inputs, and left at the size that channels beside them had, so '
+            f'that the network may fail where it uses them: {", ".join(names[:5])}',
+            stacklevel=3,
+        )
+
 # %% ../nbs/13_recover.ipynb #eb7086c5
 def _attempt(
     model,
@@ -499,6 +545,7 @@ def _attempt(
     if wrong:
         return None, wrong
     after = _count(small, net.args)
+    _warn_of_unread(net, touched)
     small = _dressed(net, small, model)
     for m in small.modules():
         vars(m).pop('takes_no_constant', None)

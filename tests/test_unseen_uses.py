@@ -4,6 +4,7 @@ Weights that `forward` reads by itself, local response norms, autocast inside a 
 infinities, and norms and parameters that only other inputs use.
 """
 
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -266,3 +267,54 @@ def test_what_a_norm_computes_with_may_not(name):
     getattr(net[1], name).data[2] = torch.inf
     with pytest.raises(ValueError, match=f'1.{name}: holds NaN or infinity'):
         restore(net, torch.randn(2, 3, 8, 8), ratio=0.5)
+
+
+class TwoNorms(nn.Module):
+    "Another norm for training, and a factor for other inputs."
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU())
+        self.n, self.aux = nn.BatchNorm2d(16), nn.BatchNorm2d(16)
+        self.gain = nn.Parameter(torch.rand(16, 1, 1))
+        self.b, self.o, self.far = nn.Conv2d(16, 8, 3), nn.Linear(8, 3), nn.LayerNorm(5)
+
+    def forward(self, x, night=False):
+        x = self.a(x)
+        x = self.aux(x) if self.training else self.n(x)
+        return self.o(F.relu(self.b(x * self.gain if night else x)).mean((2, 3)))
+
+
+def warned(ratio, *x, **kwargs):
+    "Messages of a restoration."
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter('always')
+        restore(*x, ratio=ratio, restorer=prune_only(), **kwargs)
+    return [str(w.message) for w in seen]
+
+
+def test_what_only_other_inputs_use_is_named():
+    x = torch.randn(2, 3, 8, 8)
+    (message,) = warned({'a.0': 0.5}, TwoNorms().eval(), x)
+    assert message.startswith('not used on example_inputs') and message.endswith(': gain, aux')
+    assert warned({'b': 0.5}, TwoNorms().eval(), x) == []
+    (message,) = warned({'a.0': 0.5}, TwoNorms().eval(), (x, True))
+    assert message.endswith(': aux')
+
+
+class Padded(nn.Conv2d):
+    "A convolution that pads by itself."
+
+    def forward(self, x):
+        return F.conv2d(F.pad(x, (1, 1, 1, 1)), self.weight, self.bias)
+
+
+def test_of_what_is_used_or_made_nothing_is_said():
+    torch.manual_seed(0)
+    block = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    net = nn.Sequential(Padded(3, 16, 3, bias=False), nn.ReLU(), Padded(16, 16, 3, bias=False))
+    net.append(nn.Flatten(2)).append(nn.Linear(16, 16)).append(block).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        done = restore(net, torch.randn(8, 3, 4, 4), ratio=0.5, restorer=merging())
+    assert '0' in done.plan and any(k.startswith('5') for k in done.plan)
