@@ -15,6 +15,7 @@ from torch.nn.utils import prune
 
 from .graph import find_groups
 from .layers import LAYERS, as_args, by_output, evaluating
+from .plans import FilterNumbers, _kept_of
 from .recover import Restoration, restore
 from .trace import _first_calls, _private_copy, trace
 
@@ -58,14 +59,14 @@ def _check_others(masks: dict, plan: dict):
 # %% ../nbs/18_pruned_elsewhere.ipynb #2c9e7b14
 def from_masks(
     model: nn.Module,  # with masks of `torch.nn.utils.prune`; not changed
-) -> tuple:  # the dense network without masks, and the plan {layer: kept channels}
+) -> tuple:  # the dense network without masks, and the plan {layer: kept filters}
     "What structured masks remove. ValueError naming a layer whose masks do not say which filters."
     masks = _masks_of(model)
     layers = dict(model.named_modules())
     plan = {}
     for (name, what), mask in masks.items():
         if what == 'weight' and isinstance(layers[name], LAYERS):
-            plan[name] = _kept_filters(layers[name], mask, name)
+            plan[name] = FilterNumbers(_kept_filters(layers[name], mask, name))
     _check_others(masks, plan)
     if not plan:
         raise ValueError(f'{type(model).__name__} has no mask on any weight')
@@ -157,7 +158,7 @@ def from_pruned(
         own = [g for g in groups if g.producers[0] == name]
         kept = _kept_rows(net.model, small, name, own, lost.get(name, []))
         if len(kept) < len(by_output(net.model.get_submodule(name))):
-            plan[name] = kept
+            plan[name] = _kept_of(own[0], name, kept) if own[0].name == name else kept
         for g in own:
             gone = ~torch.isin(dict(g.cut)[name], torch.tensor(kept)).all(1)
             for c in g.consumers:
