@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_ratio', 'families_of', 'unit_scores', 'whole_units', 'Limits', 'cells_of', 'equally_many', 'evened', 'by_ratio',
-           'check_plan']
+           'FilterNumbers', 'check_plan']
 
 # %% ../nbs/16_plans.ipynb #bfd13994
 import difflib
@@ -331,7 +331,7 @@ def by_ratio(
     return choose
 
 # %% ../nbs/16_plans.ipynb #890518a0
-def _indices(name, kept, m):
+def _indices(name, kept, m, what='channels'):
     "One entry of a plan as a sorted list of ints, or an error naming the layer."
     kept = kept.tolist() if hasattr(kept, 'tolist') else kept
     if not isinstance(kept, Iterable):
@@ -343,17 +343,21 @@ def _indices(name, kept, m):
         raise TypeError(f'keep: {name} has indices that are not integers')
     outside = [i for i in kept if not 0 <= i < m]
     if outside:
-        raise ValueError(f'keep: {name} has {m} channels, so there are none at {outside[:5]}')
+        raise ValueError(f'keep: {name} has {m} {what}, so there are none at {outside[:5]}')
     if len(set(kept)) < len(kept):
         raise ValueError(f'keep: {name} has repeated indices')
     return sorted(map(int, kept))
 
 # %% ../nbs/16_plans.ipynb #a585ca1e
+class FilterNumbers(list):
+    "Kept filters of a layer, where a plain list could as well be channels of its group."
+
+
 def _split(name, kept, groups):
     "One entry of a plan, for a group or a whole layer, as pairs (group, its kept channels)."
     found = _groups_of(name, groups, 'keep')
     if found[0].name == name:
-        yield found[0], _indices(name, kept, found[0].channels)
+        yield found[0], _kept_by_name(found[0], kept)
         return
     places = {g.name: dict(g.cut)[name] for g in found}
     tied = [g for g in groups if name in g.producers and g.reason]
@@ -364,15 +368,27 @@ def _split(name, kept, groups):
     if lost:
         raise ValueError(f'keep: {name}: channels {lost[:5]} cannot be removed: {tied[0].reason}')
     for g in found:
-        yield g, _kept_of(g, name, kept, places[g.name])
+        yield g, _kept_of(g, name, kept)
 
 
-def _kept_of(g, name, kept, places):
-    "Channels of a group of which a layer's kept channels hold every copy; ValueError for some."
-    rows = torch.isin(places, torch.tensor(sorted(kept)))
-    if (rows.any(1) != rows.all(1)).any():
+def _kept_by_name(g, kept):
+    "Channels of a group, given as such, or as filters of its layer that are more than these."
+    places = dict(g.cut).get(g.name)
+    if places is None or places.shape[1] == 1:
+        return _indices(g.name, kept, g.channels)
+    filters = _indices(g.name, kept, places.numel(), 'filters')
+    if filters[-1] < g.channels and not isinstance(kept, FilterNumbers):
+        return filters
+    return _kept_of(g, g.name, filters)
+
+
+def _kept_of(g, name, kept):
+    "Channels of which a layer keeps all filters; ValueError where it keeps some of a channel's."
+    rows = torch.isin(dict(g.cut)[name], torch.tensor(sorted(kept)))
+    split = (rows.any(1) != rows.all(1)).nonzero().flatten().tolist()
+    if split:
         what = f'it writes each channel of {g.name} several times'
-        raise ValueError(f'keep: {name}: {what}, but the plan keeps some of them only')
+        raise ValueError(f'{name}: {what}, and would keep some filters only of {split[:5]}')
     return rows.all(1).nonzero().flatten().tolist()
 
 # %% ../nbs/16_plans.ipynb #2b9af6b2

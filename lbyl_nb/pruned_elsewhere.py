@@ -15,6 +15,7 @@ from torch.nn.utils import prune
 
 from .graph import find_groups
 from .layers import LAYERS, as_args, by_output, evaluating
+from .plans import FilterNumbers, _kept_of
 from .recover import Restoration, restore
 from .trace import _first_calls, _private_copy, trace
 
@@ -58,14 +59,14 @@ def _check_others(masks: dict, plan: dict):
 # %% ../nbs/18_pruned_elsewhere.ipynb #2c9e7b14
 def from_masks(
     model: nn.Module,  # with masks of `torch.nn.utils.prune`; not changed
-) -> tuple:  # the dense network without masks, and the plan {layer: kept channels}
+) -> tuple:  # the dense network without masks, and the plan {layer: kept filters}
     "What structured masks remove. ValueError naming a layer whose masks do not say which filters."
     masks = _masks_of(model)
     layers = dict(model.named_modules())
     plan = {}
     for (name, what), mask in masks.items():
         if what == 'weight' and isinstance(layers[name], LAYERS):
-            plan[name] = _kept_filters(layers[name], mask, name)
+            plan[name] = FilterNumbers(_kept_filters(layers[name], mask, name))
     _check_others(masks, plan)
     if not plan:
         raise ValueError(f'{type(model).__name__} has no mask on any weight')
@@ -119,7 +120,7 @@ def _match(small: Tensor, dense: Tensor, name: str) -> list:
 # %% ../nbs/18_pruned_elsewhere.ipynb #8617f4f0
 def _has(model, name):
     "Has a model a module of this name?"
-    return name in dict(model.named_modules())
+    return name in dict(model.named_modules(remove_duplicate=False))
 
 
 def _check_kinds(small, dense, groups):
@@ -157,7 +158,7 @@ def from_pruned(
         own = [g for g in groups if g.producers[0] == name]
         kept = _kept_rows(net.model, small, name, own, lost.get(name, []))
         if len(kept) < len(by_output(net.model.get_submodule(name))):
-            plan[name] = kept
+            plan[name] = _kept_of(own[0], name, kept) if own[0].name == name else kept
         for g in own:
             gone = ~torch.isin(dict(g.cut)[name], torch.tensor(kept)).all(1)
             for c in g.consumers:
@@ -177,6 +178,32 @@ def _called_with(model, name, args):
         raise ValueError(f'{name}: {how}')
     return named or positional
 
+# %% ../nbs/18_pruned_elsewhere.ipynb #eb139383
+def _put_in(whole, old, new):
+    """Put a new part in the place of an old one, in place, under all of its names.
+
+    ValueError naming a parameter that the rest shares with the old part, not with the new."""
+    names = [k for k, m in whole.named_modules(remove_duplicate=False) if m is old]
+    within = tuple(f'{k}.' for k in names)
+    shared = {p: k for k, p in old.named_parameters()}
+    after = dict(new.named_parameters())
+    for full, p in list(whole.named_parameters(remove_duplicate=False)):
+        if p not in shared or full.startswith(within):
+            continue
+        now = after.get(shared[p])
+        if now is None or now.shape != p.shape or not torch.equal(now, p):
+            what = f'{within[0]}{shared[p]}: is shared with {full}, outside of the part'
+            raise ValueError(f'{what}, and would change; let the layer keep what it has and reads')
+        _set(whole, full, now)
+    for k in names:
+        _set(whole, k, new)
+
+
+def _set(whole, name, value):
+    "Let a model have a module or a parameter under a name, in place."
+    parent, _, child = name.rpartition('.')
+    setattr(whole.get_submodule(parent), child, value)
+
 # %% ../nbs/18_pruned_elsewhere.ipynb #d4c19058
 def restore_inside(
     model: nn.Module,  # the whole model; not changed
@@ -184,13 +211,19 @@ def restore_inside(
     example_inputs,  # of the whole model: a tensor, tuple or dict
     **kwargs,  # as in `restore`, with the names that layers have inside the part
 ) -> Restoration:  # its model is the whole one
-    "`restore` for a part of a model. ValueError where there is no such part or it is not called."
-    if not _has(model, name):
+    """`restore` for a part of a model.
+
+    ValueError where there is no such part, it is not called, or it is called with positional and
+    keyword arguments; and for a parameter that it shares with the rest and that would change."""
+    if not name or not _has(model, name):
         raise ValueError(f'{type(model).__name__} has no part {name!r}')
-    whole = copy.deepcopy(model)
+    whole, args = copy.deepcopy(model), as_args(example_inputs)
     with evaluating(whole):
-        args = _called_with(whole, name, as_args(example_inputs))
-    part = restore(whole.get_submodule(name), args, **kwargs)
-    parent, _, child = name.rpartition('.')
-    setattr(whole.get_submodule(parent), child, part.model)
+        inner = _called_with(whole, name, args)
+    old = whole.get_submodule(name)
+    part = restore(old, inner, **kwargs)
+    _put_in(whole, old, part.model)
+    with evaluating(whole):
+        if part.model not in _first_calls(whole, args):
+            raise ValueError(f'{name}: the model calls it by something else than a name of it')
     return replace(part, model=whole)
