@@ -340,8 +340,9 @@ def budget(
     at_least: int | float = 0.1,  # channels that stay in every group; below 1, a fraction of them
     **limits,  # `ignore`, `round_to`, `together`: as in `Limits`
 ) -> dict[str, list[int]]:  # {layer: kept channels}
-    """A plan within a budget: channels of all layers in one ranking by normalised scores.
+    """A plan within a budget: channels of all layers in one ranking.
 
+    The ranking is by normalised scores or, with `output_loss()`, by loss for what is saved.
     ValueError for bad input, and for budgets that cannot be met."""
     if (params is None) == (macs is None):
         raise ValueError('give exactly one of params and macs')
