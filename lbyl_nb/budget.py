@@ -24,8 +24,8 @@ from .criteria import check_criterion, l2_norm
 from .layers import LAYERS, by_output, conv_groups, width, with_tensors
 from lbyl_nb.plans import (
     Limits,
-    _balance,
     _choose_units,
+    _units_kept,
     cells_of,
     equally_many,
     evened,
@@ -250,10 +250,7 @@ def _kept_after(n, order, families, limits, sets):
     left = {f.name: [c.units - gone[c.name] for c in cells_of(f)] for f in families}
     left, kept = evened(left, sets), {}
     for f in families:
-        cells = cells_of(f)
-        wanted = [limits.units(c, k) for c, k in zip(cells, left[f.name])]
-        least = [limits.units(c, 0) for c in cells]
-        kept[f.name] = _balance(f, wanted, least)
+        kept[f.name] = _units_kept(f, left[f.name], limits)
     return kept
 
 

@@ -153,7 +153,7 @@ def _masked(r: _Recorder, mask: Tensor, heads: Tensor):
 
 # %% ../nbs/09a_heads.ipynb #ad5f7d5b
 def _values_alone(r: _Recorder, c: _Call, marks: list, labels: Tensor):
-    "Without heads, queries and keys are pinned; values are mixed position by position."
+    "Without heads, queries and keys are held; values are mixed position by position."
     _note_heads(r, None, None, 0)
     for n in ('query', 'key', 'attn_mask'):
         read = _mark(r, c[n]).labels if isinstance(c[n], Tensor) else None
@@ -425,7 +425,7 @@ def _both_masks(padding: Tensor | None, mask: Tensor | None, like: Tensor, heads
 class HeadsLeft(nn.MultiheadAttention):
     """PyTorch's attention with fewer heads than the width of what it reads would hold.
 
-    `_few` makes it of one; parameters have the names that they have there."""
+    `put_together` makes it of one; parameters have the names that they have there."""
 
     def _projected(self, query, key, value):
         "Queries, keys and values of all heads."

@@ -10,7 +10,9 @@ __all__ = ['check_ratio', 'families_of', 'unit_scores', 'whole_units', 'Limits',
 import difflib
 import fnmatch
 import functools
+import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -120,28 +122,61 @@ def _matching(pattern: str, groups: list, argument: str) -> list:
         raise ValueError(f'{argument}: the model has no prunable layer {pattern!r}{near}')
     return found
 
+
+def _names(argument: str, given) -> tuple:
+    "Names of layers as a tuple; TypeError for one name, and for what is no name."
+    if isinstance(given, str):
+        raise TypeError(f'{argument} must be a list of names, got the string {given!r}')
+    try:
+        names = tuple(given)
+    except TypeError:
+        raise TypeError(f'{argument} must be a list of names, got {given!r}') from None
+    wrong = [k for k in names if not isinstance(k, str)]
+    if wrong:
+        raise TypeError(f'{argument} must be a list of names, and {wrong[0]!r} is none')
+    return names
+
 # %% ../nbs/16_plans.ipynb #1d437f67
 @dataclass(frozen=True)
 class Limits:
-    "What a choice must respect. ValueError for numbers out of range, TypeError for one name."
+    """What a choice must respect.
+
+    ValueError for numbers out of range, TypeError for what is no list of names. Halves of a layer
+    that cannot lose equally many channels in steps of `round_to` keep other numbers, and a warning
+    says so."""
 
     ignore: tuple = ()  # names of layers that keep all channels; * and ? stand for anything
-    round_to: int = 1  # groups keep a multiple of so many channels, all if they have fewer
+    round_to: int = 1  # groups keep a multiple of so many channels, or all
     at_least: int | float = 1  # channels that stay in every group; below 1, a fraction of them
     together: tuple = ()  # names: layers that one of them stands for keep equally many channels
 
+    def __new__(cls, *_, **given):
+        "TypeError for an argument of `plan` that is no limit."
+        names = list(cls.__dataclass_fields__)
+        for k in given.keys() - names:
+            known = f'limits are {", ".join(names)}{_near(k, names)}'
+            raise TypeError(f'{k} is no argument of a plan; its {known}')
+        return super().__new__(cls)
+
     def __post_init__(self):
         for name in ('ignore', 'together'):
-            names = getattr(self, name)
-            if isinstance(names, str):
-                raise TypeError(f'{name} must be a list of names, got the string {names!r}')
+            object.__setattr__(self, name, _names(name, getattr(self, name)))
         if not (isinstance(self.round_to, int) and self.round_to >= 1):
             raise ValueError(f'round_to must be a positive integer, got {self.round_to!r}')
-        fraction = 0 < self.at_least <= 1
-        number = self.at_least > 1 and self.at_least == int(self.at_least)
-        if not fraction and not number:
+        number = isinstance(self.at_least, Real)
+        fraction = number and 0 < self.at_least <= 1
+        whole = number and self.at_least > 1 and self.at_least % 1 == 0
+        if not fraction and not whole:
             what = 'at_least must be a number of channels, or a fraction in (0, 1)'
             raise ValueError(f'{what}, got {self.at_least!r}')
+
+    def step(
+        self,
+        c,  # a cell, one of `cells_of`
+    ) -> int:
+        "So many units of a cell make a multiple of `round_to` channels."
+        span = c.channels // c.units * c.alike
+        return math.lcm(self.round_to, span) // span
 
     def units(
         self,
@@ -150,8 +185,7 @@ class Limits:
     ) -> int:
         "Number of units that a cell keeps if so many are wanted."
         span = c.channels // c.units * c.alike  # channels that go with one unit
-        all_channels = c.channels * c.alike
-        step = math.lcm(self.round_to, span) // span  # so many units make a multiple
+        all_channels, step = c.channels * c.alike, self.step(c)
         least = self.at_least if self.at_least >= 1 else self.at_least * all_channels
         low = math.ceil(max(least, 1) / span / step) * step
         nearest = round(wanted / step) * step
@@ -215,15 +249,14 @@ def equally_many(
     patterns: tuple,  # `Limits.together`
     groups: list,  # that may lose channels
 ) -> list:  # of sets of names of families
-    """Families that shall keep equally many channels.
+    """Families that shall keep equally many channels, among those that may lose some.
 
     ValueError for a name that no layer has, and for layers of different widths."""
     sets, families = [], {f.name: f for f in families_of(groups)}
     for p in patterns:
-        names = {g.family.name for g in _matching(p, groups, 'together')}
+        names = {g.family.name for g in _matching(p, groups, 'together')} & families.keys()
         widths = {k: [(c.units, c.channels) for c in cells_of(families[k])] for k in names}
-        first, *others = sorted(names)
-        for k in others:
+        for first, k in itertools.pairwise(sorted(names)):
             if widths[k] != widths[first]:
                 raise ValueError(f'together: {first} and {k} have different widths')
         for other in sets:
@@ -254,52 +287,62 @@ def _unbalanced(family: Family) -> torch.Tensor:
     return torch.stack(more).double() if more else torch.zeros(0, len(first)).double()
 
 
-def _balance(
+def _units_kept(
     family: Family,
-    kept: list,  # units that each of its cells shall keep
-    least: list,  # and has to keep
-) -> list:  # the nearest numbers with which all pieces lose equally many channels
-    "Numbers of units that are balanced."
-    size = torch.tensor([c.units for c in cells_of(family)])
-    rows = _unbalanced(family)
-
-    def even(k):
-        return not (rows @ (size - torch.tensor(k)).double()).any()
-
+    wanted: list,  # units that each of its cells would keep
+    limits: Limits,
+) -> list:  # the nearest numbers within the limits with which pieces lose equally many channels
+    "How many units the cells of a family keep."
+    cells, rows = cells_of(family), _unbalanced(family)
+    size = torch.tensor([c.units for c in cells])
+    step = torch.tensor([limits.step(c) for c in cells])
+    kept = torch.tensor([limits.units(c, k) for c, k in zip(cells, wanted)])
+    least = torch.tensor([limits.units(c, 0) for c in cells])
+    even = lambda k: not (rows @ (size - k).double()).any()
     if even(kept):
-        return kept
-    new = _nearest(rows, size, torch.tensor(kept).double(), torch.tensor(least))
-    return new if even(new) else size.tolist()
+        return kept.tolist()
+    for steps in (step, torch.ones_like(step)):
+        new = _nearest(rows, size, kept, least, steps)
+        if even(new) and (new < size).any():
+            return new.tolist()
+    return size.tolist()
 
+# %% ../nbs/16_plans.ipynb #ab4612e5
+def _nearest(rows, size, kept, least, step) -> torch.Tensor:
+    """Integers k of least total distance to `kept` with `rows` (size - k) = 0; `size` if none.
 
-def _nearest(rows, size, kept, least) -> list:
-    "Integers k of least total distance to `kept` with `rows` (size - k) = 0; `size` if none."
+    Each is a multiple of its step, or its size."""
     from scipy.optimize import Bounds, LinearConstraint, milp  # half a second, and rarely needed
 
-    n = len(kept)
+    n, steps, rest = len(size), size // step, size % step
     eye, zero, most = torch.eye(n), torch.zeros(n), torch.full((n,), math.inf)
-    # unknowns: the numbers k, and distances d with k - d <= kept <= k + d
-    A = torch.cat([torch.cat(v, 1) for v in ([rows, 0 * rows], [eye, -eye], [eye, eye])])
+    # unknowns: numbers of steps; whether a rest is kept, too; d with k - d <= kept <= k + d
+    k = torch.cat([torch.diag(step), torch.diag(rest), 0 * eye], 1)
+    d = torch.cat([0 * eye, 0 * eye, eye], 1)
+    all_steps = torch.cat([eye, -torch.diag(steps), 0 * eye], 1)  # a rest comes behind all steps
+    A = torch.cat([rows @ k.double(), k - d, k + d, all_steps])
     balanced = rows @ size.double()
-    low, high = torch.cat([balanced, -most, kept]), torch.cat([balanced, kept, most])
+    low, high = torch.cat([balanced, -most, kept, zero]), torch.cat([balanced, kept, most, most])
+    fewest = torch.minimum((least + step - 1) // step, steps)
+    forced, may = least > steps * step, rest > 0
     found = milp(
-        torch.cat([zero, zero + 1]),
-        integrality=torch.ones(2 * n),
-        bounds=Bounds(torch.cat([least, zero]), torch.cat([size, most])),
+        torch.cat([zero, zero, zero + 1]),
+        integrality=torch.ones(3 * n),
+        bounds=Bounds(torch.cat([fewest, forced, zero]), torch.cat([steps, may, most])),
         constraints=LinearConstraint(A, low, high),
     )
     if found.x is None:
-        return size.tolist()
-    return [round(v) for v in found.x[:n]]
+        return size
+    return (k @ torch.tensor(found.x).round().float()).long()
 
 # %% ../nbs/16_plans.ipynb #917b88db
-def _choose_units(scores, family: Family, wanted: list, limits: Limits) -> dict:
-    "The best units of a family, if so many are wanted of each of its cells: {group: channels}."
-    cells = cells_of(family)
-    allowed = [limits.units(c, w) for c, w in zip(cells, wanted)]
-    least = [limits.units(c, 0) for c in cells]
+def _choose_units(scores, family: Family, kept: list, limits: Limits) -> dict:
+    "The best units of a family, if its cells keep so many: {group: channels}."
     best = []
-    for c, k in zip(cells, _balance(family, allowed, least)):
+    for c, k in zip(cells_of(family), kept):
+        if k < c.units and k % limits.step(c):
+            what = f'{family.name}: no multiples of {limits.round_to} leave its pieces even'
+            warnings.warn(f'{what}, so it keeps other numbers (round_to)', stacklevel=2)
         places = list(keep_best(scores[c.at], k, family.name))
         best += c.at[places].tolist()
     return family.rows(best)
@@ -325,7 +368,8 @@ def by_ratio(
         wanted = evened(wanted, equally_many(limits.together, groups))
         plan = {}
         for f in families:
-            plan.update(_choose_units(scores[f.name], f, wanted[f.name], limits))
+            kept = _units_kept(f, wanted[f.name], limits)
+            plan.update(_choose_units(scores[f.name], f, kept, limits))
         return {g.name: plan[g.name] for g in groups if g.name in plan}
 
     return choose

@@ -5,16 +5,19 @@ them must give what they gave.
 """
 
 import copy
+import warnings
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
 
+from lbyl_nb.budget import budget
 from lbyl_nb.layers import LAYERS
 from lbyl_nb.plans import FilterNumbers
 from lbyl_nb.pruned_elsewhere import from_masks, from_pruned, restore_inside
-from lbyl_nb.recover import lbyl_restore
+from lbyl_nb.recover import lbyl_restore, plan
 from lbyl_nb.restorers import lbyl, prune_only
 
 
@@ -184,3 +187,122 @@ def test_channels_that_lose_some_of_their_filters(make):
         ValueError, match=rf'^keep: a has {n} filters, so there are none at \[{n}\]'
     ):
         lbyl_restore(dense, x, keep={'a': [0, n]}, restorer=prune_only())
+
+
+class Nested(nn.Module):
+    "Of what one layer gives a half goes its own way, and so does each quarter of the other half."
+
+    def __init__(self, channels=64):
+        super().__init__()
+        torch.manual_seed(0)
+        half, quarter = channels // 2, channels // 4
+        self.a, self.whole = nn.Linear(3, channels), nn.Linear(half, 2)
+        self.third, self.fourth = nn.Linear(quarter, 2), nn.Linear(channels - half - quarter, 2)
+
+    def forward(self, x):
+        left, right = self.a(x).chunk(2, -1)
+        third, fourth = right.chunk(2, -1)
+        return self.whole(left) + self.third(third) + self.fourth(fourth)
+
+
+@pytest.mark.parametrize('round_to, ratio', [(3, 0.5), (4, 0.4), (5, 0.2), (5, 0.6), (6, 0.5)])
+def test_halves_keep_multiples(round_to, ratio):
+    "Without a warning every part of the layer keeps a multiple or all, also where steps differ."
+    net, x = Nested().eval(), torch.randn(4, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        keep = plan(net, x, ratio, round_to=round_to)
+    small = lbyl_restore(net, x, keep=keep, restorer=prune_only())
+    left, third, fourth = (m.in_features for m in (small.whole, small.third, small.fourth))
+    assert small.a.out_features == left + third + fourth and left == 2 * third == 2 * fourth
+    assert not left % round_to or left == 32
+    assert not third % round_to or third == 16
+
+
+class Shuffle(nn.Module):
+    "Twice, half of 26 channels passes a layer, and those of both halves are mixed, one by one."
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.out = nn.Linear(3, 26), nn.Linear(26, 2)
+        self.layers = nn.ModuleList(nn.Linear(13, 13) for _ in range(2))
+
+    def forward(self, x):
+        x = self.a(x)
+        for layer in self.layers:
+            left, right = x.chunk(2, 1)
+            x = torch.cat([left, layer(right)], 1)
+            x = x.view(len(x), 2, x.shape[1] // 2).transpose(1, 2).reshape(len(x), -1)
+        return self.out(x)
+
+
+def test_halves_that_cannot_keep_multiples():
+    """A plan says where it goes without.
+
+    Each of the 13 channels on the left that goes takes one of the right along, and in the second
+    round two on the right, so 26 channels lose four at a time and are never a multiple of four."""
+    net, x = Shuffle().eval(), torch.randn(4, 3)
+    why = 'no multiples of 4 leave its pieces even, so it keeps other numbers'
+    for make in (partial(plan, ratio=0.5), partial(budget, params=0.6)):
+        with pytest.warns(UserWarning, match=why):
+            keep = make(net, x, round_to=4)
+        small = lbyl_restore(net, x, keep=keep, restorer=prune_only())
+        assert small.a.out_features in (6, 10, 14, 18, 22)
+
+
+class Attention(nn.Module):
+    "Two blocks of attention, of four heads, and a hidden layer behind them."
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        block = lambda: nn.ModuleDict({k: nn.Linear(8, 8) for k in 'qkvo'})
+        self.blocks = nn.ModuleList([block(), block()])
+        self.hidden, self.out = nn.Linear(8, 12), nn.Linear(12, 2)
+
+    def forward(self, x):
+        for b in self.blocks:
+            q, k, v = (b[n](x).unflatten(-1, (-1, 2)).transpose(1, 2) for n in 'qkv')
+            heads = nn.functional.scaled_dot_product_attention(q, k, v)
+            x = x + b['o'](heads.transpose(1, 2).flatten(2))
+        return self.out(self.hidden(x).relu())
+
+
+def test_together_and_ignored():
+    "Heads that all stay, because their keys are ignored, do not count among the layers of a kind."
+    net, x = Attention().eval(), torch.randn(2, 5, 8)
+    lengths = lambda **limits: {k: len(v) for k, v in plan(net, x, 0.5, **limits).items()}
+    second = {f'blocks.1.{k}': 4 for k in 'qkv'}
+    assert lengths(ignore=['*.k'], together=['*.q']) == {'hidden': 6}
+    assert lengths(ignore=['*.0.k'], together=['*.q']) == {**second, 'hidden': 6}
+    keep = budget(net, x, macs=0.8, ignore=['*.0.k'], together=['*.q'])
+    assert (
+        not {'blocks.0.q', 'blocks.0.k', 'blocks.0.v'} & keep.keys() and len(keep['blocks.1.q']) < 8
+    )
+
+
+BAD = [
+    (dict(at_least='x'), "^at_least must be a number of channels.* got 'x'"),
+    (dict(at_least=float('inf')), '^at_least must be a number of channels.* got inf'),
+    (dict(round_to='x'), "^round_to must be a positive integer, got 'x'"),
+    (dict(ignore=[0]), '^ignore must be a list of names, and 0 is none'),
+    (dict(together=[None]), '^together must be a list of names, and None is none'),
+    (dict(ignore=None), '^ignore must be a list of names, got None'),
+    (dict(foo=1), '^foo is no argument of a plan; its limits are ignore, round_to, at_least, tog'),
+    (dict(round=8), 'round is no argument of a plan.*; did you mean round_to'),
+]
+
+
+@pytest.mark.parametrize('wrong, says', BAD)
+@pytest.mark.parametrize('make', [lambda *a, **k: plan(*a, 0.5, **k), partial(budget, params=0.7)])
+def test_limits_that_are_none(make, wrong, says):
+    "An argument of a wrong kind, or of nobody, is named."
+    with pytest.raises((TypeError, ValueError), match=says):
+        make(Gated(), torch.randn(4, 3), **wrong)
+
+
+def test_names_that_can_be_gone_through_once():
+    "A generator of names is as good as a list."
+    net, x = Attention().eval(), torch.randn(2, 5, 8)
+    assert plan(net, x, 0.5, ignore=(k for k in ['*.q', '*.k'])).keys() == {'hidden'}
