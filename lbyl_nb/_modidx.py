@@ -485,6 +485,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'lbyl_nb.layers.as_args': ('layers.html#as_args', 'lbyl_nb/layers.py'),
                                 'lbyl_nb.layers.as_called': ('layers.html#as_called', 'lbyl_nb/layers.py'),
                                 'lbyl_nb.layers.batch_size': ('layers.html#batch_size', 'lbyl_nb/layers.py'),
+                                'lbyl_nb.layers.batched': ('layers.html#batched', 'lbyl_nb/layers.py'),
                                 'lbyl_nb.layers.by_output': ('layers.html#by_output', 'lbyl_nb/layers.py'),
                                 'lbyl_nb.layers.call': ('layers.html#call', 'lbyl_nb/layers.py'),
                                 'lbyl_nb.layers.channel_dim': ('layers.html#channel_dim', 'lbyl_nb/layers.py'),

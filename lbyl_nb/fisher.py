@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .closed_form import all_finite
-from .layers import batch_size, call, channel_dim, keeping_state, map_samples
+from .layers import batch_size, batched, call, channel_dim, keeping_state, map_samples
 from .moments import no_padding
 from .probes import Probes
 from .progress import progress
@@ -162,7 +162,8 @@ def _add_products(sums: dict, model: nn.Module, given: dict, s: Tensor, again: b
     for (name, _), g in zip(outputs, gradients):
         if g is None:
             continue
-        rows = g.movedim(channel_dim(model.get_submodule(name)), -1).flatten(0, -2).double()
+        layer = model.get_submodule(name)
+        rows = batched(layer, g).movedim(channel_dim(layer), -1).flatten(0, -2).double()
         sums[name] = sums.get(name, 0) + rows.T @ rows
 
 

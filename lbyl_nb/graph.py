@@ -754,7 +754,9 @@ def remove_channels(
     groups: list,  # of it
     removed: dict[str, list],  # {group: indices of the channels to remove}
 ) -> nn.Module:  # the smaller model
-    "Remove channels with everything tied to them."
+    """Remove channels with everything tied to them.
+
+    ValueError where a layer's groups, or the rows of a parameter, would not stay equal."""
     gone = lost(groups, removed)
     for name in net.seen.out:
         out = _stays(net, net.seen.out[name], gone)
@@ -786,7 +788,7 @@ def remove_channels(
 def silence(
     model: nn.Module,  # changed in place
     groups: list,  # of the model
-    removed: dict[str, list],  # {producer: indices of the channels to remove}
+    removed: dict[str, list],  # {group: indices of the channels to remove}
 ):
     "Give weight zero to removed channels wherever they are read."
     for g in groups:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BATCH_NORM', 'LAYERS', 'tensors', 'map_tensors', 'batch_size', 'samples', 'map_samples', 'as_args', 'in_single',
            'call', 'with_tensors', 'evaluating', 'keeping_state', 'own_copy', 'shared_copy', 'statistics_of',
-           'norm_scale', 'is_depthwise', 'width', 'by_output', 'channel_dim', 'selected', 'padded', 'conv_groups',
-           'in_weight', 'as_called', 'is_plain']
+           'norm_scale', 'is_depthwise', 'width', 'by_output', 'channel_dim', 'selected', 'batched', 'padded',
+           'conv_groups', 'in_weight', 'as_called', 'is_plain']
 
 # %% ../nbs/05_layers.ipynb #94d400c1
 import copy
@@ -304,8 +304,10 @@ def by_output(
 def channel_dim(
     layer: nn.Module,  # convolution or linear
 ) -> int:  # dimension of its input
-    "Where a layer's input has its channels: last for a linear layer, second for a convolution."
-    return -1 if isinstance(layer, nn.Linear) else 1
+    """Where a layer's input has its channels, counted from behind.
+
+    They are last for a linear layer; for a convolution they precede height and width."""
+    return -1 if isinstance(layer, nn.Linear) else 1 - layer.weight.ndim
 
 
 def selected(
@@ -315,6 +317,14 @@ def selected(
 ) -> Tensor:  # like `x`, with fewer channels
     "The input of a layer with these columns (channels) alone."
     return x.index_select(channel_dim(layer), columns.to(x.device))
+
+# %% ../nbs/05_layers.ipynb #294bb52c
+def batched(
+    layer: nn.Module,  # convolution or linear
+    v: Tensor,  # what it reads or gives
+) -> Tensor:  # (samples, channels, ...) or (samples, ..., channels)
+    "What a layer reads or gives; a single sample as a batch of one."
+    return v[None] if v.ndim < layer.weight.ndim else v
 
 # %% ../nbs/05_layers.ipynb #42993979
 def padded(

@@ -24,6 +24,7 @@ from .experts import takes_constants
 from .graph import Reader, add_constant, channels, find_readers, lost, own_consumers, stored
 from lbyl_nb.layers import (
     as_called,
+    batched,
     by_output,
     call,
     channel_dim,
@@ -120,7 +121,7 @@ def _site(
 # %% ../nbs/14_layerwise.ipynb #94f9b6b9
 def _channel_rows(
     layer: nn.Module,  # the consumer
-    x: Tensor,  # what it reads, (n, channels, h, w) or, if it is linear, (..., channels)
+    x: Tensor,  # what it reads, (..., channels, h, w) or, if it is linear, (..., channels)
     columns: Tensor,  # (m, span): input columns of each channel
 ) -> Tensor:  # (positions, m)
     "Channels as columns: one row for each sample and position."
@@ -574,6 +575,8 @@ def _halving_hook(pair, name: str):
 
     def hook(layer, inputs, named):
         x = tensors((inputs, named))[0]
+        if batched(layer, x) is not x:
+            raise ValueError(f'{name}: is given a single sample, which all probes may be parts of')
         if len(x) % n:
             return None
         if pair.is_last(name) and _given_bytes(layer, x) > _WIDE:
@@ -802,7 +805,7 @@ class _Recording(_Pass):
 # %% ../nbs/14_layerwise.ipynb #ec4aafb3
 def _row_prints(layer, t: Tensor) -> tuple:
     "Leading dimensions of what a layer gives, and a number for each row of them."
-    last = channel_dim(layer) == -1
+    last, t = channel_dim(layer) == -1, batched(layer, t)
     rows = t.reshape(-1, t.shape[-1]) if last else t
     return tuple(t.shape[:-1] if last else t.shape[:1]), _fingerprint(rows, len(rows))
 

@@ -26,7 +26,7 @@ from lbyl_nb.closed_form import (
     check_ridge,
     ridge_solution,
 )
-from .layers import as_called, call, conv_groups, padded, with_tensors
+from .layers import as_called, batched, call, conv_groups, padded, with_tensors
 from .probes import Probes
 
 # %% ../nbs/07_moments.ipynb #ab3986c7
@@ -158,7 +158,10 @@ class Moments:
         "The same as covariances and means."
         p, y = self.p / self.n, self.y / self.n
         G = _minus_products(self.G / self.n, p, p)
-        return Centred(G, _minus_products(self.C / self.n, y, p), p, y, self.var)
+        C = _minus_products(self.C / self.n, y, p)
+        if self.n == 1:  # nothing varies; what is left of the difference is rounding
+            G, C = 0 * G, 0 * C
+        return Centred(G, C, p, y, self.var)
 
 
 @dataclass
@@ -497,6 +500,7 @@ def look(
         def add(layer, inputs, y):
             layer, x = as_called(layer, inputs[0])
             some = counted_positions(layer, now[0])
+            x, y = batched(layer, x), batched(layer, y)
             new = in_turn(lambda x, y: measure(layer, x, y, name), x, y, counted=some)
             sums[name] = [a + b for a, b in zip(sums[name], new)] if name in sums else new
 

@@ -1283,7 +1283,7 @@ def trace(
 ) -> Traced:  # a private copy of the model, and what was recorded of it
     """Copy a model and record one forward pass; warns of layers that are not called.
 
-    ValueError if it cannot be copied or run on `example_inputs`.
+    ValueError if it cannot be copied or run on `example_inputs`, and under `torch.inference_mode`.
     """
     if torch.is_inference_mode_enabled():
         raise ValueError(
