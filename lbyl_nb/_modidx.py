@@ -475,6 +475,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'lbyl_nb.layers._InSingle.__torch_function__': ( 'layers.html#_insingle.__torch_function__',
                                                                                  'lbyl_nb/layers.py'),
                                 'lbyl_nb.layers._batch_of': ('layers.html#_batch_of', 'lbyl_nb/layers.py'),
+                                'lbyl_nb.layers._copied': ('layers.html#_copied', 'lbyl_nb/layers.py'),
+                                'lbyl_nb.layers._copied_or_itself': ('layers.html#_copied_or_itself', 'lbyl_nb/layers.py'),
                                 'lbyl_nb.layers._does_as': ('layers.html#_does_as', 'lbyl_nb/layers.py'),
                                 'lbyl_nb.layers._is_changed': ('layers.html#_is_changed', 'lbyl_nb/layers.py'),
                                 'lbyl_nb.layers._joined_samples': ('layers.html#_joined_samples', 'lbyl_nb/layers.py'),

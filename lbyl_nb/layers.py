@@ -192,6 +192,21 @@ def evaluating(
             m.training = training
 
 # %% ../nbs/05_layers.ipynb #dca9fe1e
+def _copied(own: list, memo: dict) -> list:
+    "Deep copies of attributes; what cannot be copied, such as a lock, stays what it is."
+    try:
+        return copy.deepcopy(own, dict(memo))
+    except Exception:
+        return [{k: _copied_or_itself(v, dict(memo)) for k, v in held.items()} for held in own]
+
+
+def _copied_or_itself(v, memo: dict):
+    try:
+        return copy.deepcopy(v, memo)
+    except Exception:
+        return v
+
+
 @contextmanager
 def keeping_state(
     model: nn.Module,  # to run
@@ -200,8 +215,9 @@ def keeping_state(
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     own = [dict(vars(m)) for m in modules]
     hooks = [v for held in own for k, v in held.items() if 'hook' in k]
-    memo = {id(v): v for v in (*model.modules(), *model.parameters(), *hooks)}
-    copies = copy.deepcopy(own, memo)
+    memo = {id(v): v for v in (*model.modules(), *model.parameters())}
+    memo |= {id(v): copy.copy(v) if isinstance(v, dict) else v for v in hooks}
+    copies = _copied(own, memo)
     try:
         for m, held in zip(modules, copies):
             vars(m).update(held)

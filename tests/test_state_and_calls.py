@@ -2,6 +2,7 @@
 
 import copy
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -292,3 +293,28 @@ def test_weights_that_lie_elsewhere_are_not_copied(monkeypatch):
     with keeping_state(net):
         assert torch.equal(net(x), want)
     assert copied == [(5,)]
+
+
+class Installs(nn.Module):
+    "Puts a hook on its layer when it is first called, and remembers that it has; holds a lock."
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.installed = nn.Linear(3, 3), False
+        self.lock = threading.Lock()
+
+    def forward(self, x):
+        if not self.installed:
+            self.layer.register_forward_hook(lambda m, i, y: y + 1)
+            self.installed = True
+        return self.layer(x)
+
+
+def test_hooks_that_a_network_installs_are_not_installed_twice():
+    net, x = Installs().eval(), torch.randn(2, 3)
+    want = net.layer(x) + 1
+    for _ in range(2):
+        with keeping_state(net):
+            assert torch.equal(net(x), want) and torch.equal(net(x), want)
+        assert not net.installed and not net.layer._forward_hooks
+    assert torch.equal(net(x), want)
