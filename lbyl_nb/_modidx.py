@@ -861,6 +861,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'lbyl_nb.recover._packed': ('recover.html#_packed', 'lbyl_nb/recover.py'),
                                  'lbyl_nb.recover._plainly': ('recover.html#_plainly', 'lbyl_nb/recover.py'),
                                  'lbyl_nb.recover._prunable': ('recover.html#_prunable', 'lbyl_nb/recover.py'),
+                                 'lbyl_nb.recover._read_tensors': ('recover.html#_read_tensors', 'lbyl_nb/recover.py'),
                                  'lbyl_nb.recover._report': ('recover.html#_report', 'lbyl_nb/recover.py'),
                                  'lbyl_nb.recover._row': ('recover.html#_row', 'lbyl_nb/recover.py'),
                                  'lbyl_nb.recover._ruined': ('recover.html#_ruined', 'lbyl_nb/recover.py'),

@@ -481,15 +481,21 @@ def _sizes_near(net: Traced, touched: list) -> dict:
     return near
 
 
+def _read_tensors(net: Traced) -> set:
+    "Identities of parameters and buffers that the forward pass has read."
+    owners = {m.owner for m in net.seen.marks.values() if m.owner}
+    return {id(getattr(net.model.get_submodule(name), k, None)) for name, k in owners}
+
+
 def _unread(net: Traced, touched: list) -> list:
     "Names of what nothing has read, near channels that were removed and of their old number."
-    near, found = _sizes_near(net, touched), []
+    near, read, found = _sizes_near(net, touched), _read_tensors(net), []
     for name, m in net.model.named_modules():
         if type(m) in _PLAIN or name in net.calls or isinstance(m, torch.jit.ScriptModule):
             continue
         sizes = set().union(*(near.get(k, ()) for k in _around(name)))
         held = {**m._parameters, **m._buffers}
-        unread = [k for k, v in held.items() if v is not None and id(v) not in net.seen.marks]
+        unread = [k for k, v in held.items() if v is not None and id(v) not in read]
         unread = [k for k in unread if held[k].is_floating_point() and sizes & {*held[k].shape}]
         if unread and name and not any(m.children()):
             found.append(name)

@@ -318,3 +318,12 @@ def test_of_what_is_used_or_made_nothing_is_said():
         warnings.simplefilter('error')
         done = restore(net, torch.randn(8, 3, 4, 4), ratio=0.5, restorer=merging())
     assert '0' in done.plan and any(k.startswith('5') for k in done.plan)
+
+
+def test_of_batch_norms_that_are_used_nothing_is_said():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    net.append(nn.BatchNorm2d(8)).append(nn.Flatten()).append(nn.Linear(128, 5)).eval()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        restore(net, torch.randn(2, 3, 8, 8), ratio=0.5, restorer=prune_only())
+    assert not [w for w in said if 'not used' in str(w.message)]
