@@ -480,7 +480,7 @@ def _sizes_near(net: Traced, touched: list) -> dict:
             near.setdefault(name, set()).update(sizes.get(k, ()))
     return near
 
-
+# %% ../nbs/13_recover.ipynb #60b78e4f
 def _read_tensors(net: Traced) -> set:
     "Identities of parameters and buffers that the forward pass has read."
     owners = {m.owner for m in net.seen.marks.values() if m.owner}
