@@ -529,8 +529,7 @@ class _Restoring(_Pass):
 
     def finish(self):
         "Summands whose addition was not seen keep the weights that they have."
-        left = [*self.waiting.values(), *(p for _, p in self.pending.values())]
-        for p in left:
+        for p in (*self.waiting.values(), *(p for _, p in self.pending.values())):
             self.take(p.site, p.fit)
         self.waiting.clear()
         self.pending.clear()

@@ -136,6 +136,18 @@ def _names(argument: str, given) -> tuple:
         raise TypeError(f'{argument} must be a list of names, and {wrong[0]!r} is none')
     return names
 
+# %% ../nbs/16_plans.ipynb #f8983527
+def _span(c) -> int:
+    "How many channels go with one unit of a cell."
+    return c.channels // c.units * c.alike
+
+
+def _check_known(given: dict, names: list):
+    "TypeError for an argument of `plan` that is no limit."
+    for k in given.keys() - names:
+        known = f'limits are {", ".join(names)}{_near(k, names)}'
+        raise TypeError(f'{k} is no argument of a plan; its {known}')
+
 # %% ../nbs/16_plans.ipynb #1d437f67
 @dataclass(frozen=True)
 class Limits:
@@ -152,10 +164,7 @@ class Limits:
 
     def __new__(cls, *_, **given):
         "TypeError for an argument of `plan` that is no limit."
-        names = list(cls.__dataclass_fields__)
-        for k in given.keys() - names:
-            known = f'limits are {", ".join(names)}{_near(k, names)}'
-            raise TypeError(f'{k} is no argument of a plan; its {known}')
+        _check_known(given, list(cls.__dataclass_fields__))
         return super().__new__(cls)
 
     def __post_init__(self):
@@ -175,8 +184,7 @@ class Limits:
         c,  # a cell, one of `cells_of`
     ) -> int:
         "So many units of a cell make a multiple of `round_to` channels."
-        span = c.channels // c.units * c.alike
-        return math.lcm(self.round_to, span) // span
+        return math.lcm(self.round_to, _span(c)) // _span(c)
 
     def units(
         self,
@@ -184,8 +192,7 @@ class Limits:
         wanted: float,  # how many units it would keep without limits
     ) -> int:
         "Number of units that a cell keeps if so many are wanted."
-        span = c.channels // c.units * c.alike  # channels that go with one unit
-        all_channels, step = c.channels * c.alike, self.step(c)
+        span, step, all_channels = _span(c), self.step(c), c.channels * c.alike
         least = self.at_least if self.at_least >= 1 else self.at_least * all_channels
         low = math.ceil(max(least, 1) / span / step) * step
         nearest = round(wanted / step) * step
