@@ -41,7 +41,7 @@ def _numbers(out) -> list:
 def divergence(
     dense,  # output of the dense network
     other,  # of the same samples, of another network
-    temperature: float = 1.0,  # > 1 softens classes, as said below
+    temperature: float = 1.0,  # of the answers, as `softening` finds it
 ) -> float:  # >= 0
     """How far an output lies from the dense one: Kullback–Leibler divergence in nats for classes.
 
@@ -117,7 +117,7 @@ def fisher(
     draws: int = 1,  # labels for each probe: so many backward passes
     batch: int = 16,  # samples at a time
     seed: int = 0,  # of the labels
-    temperature: float = 1.0,  # > 1 softens classes, as said below
+    temperature: float = 1.0,  # of the answers, as `softening` finds it
 ) -> dict:  # {name: (o, o)} Fisher information of what each gives, summed over positions, float64
     """By which matrix errors of a layer's output count: E[sum of g g^T over positions].
 

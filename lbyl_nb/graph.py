@@ -29,6 +29,7 @@ from lbyl_nb.layers import (
     LAYERS,
     by_output,
     call,
+    channel_dim,
     conv_groups,
     in_weight,
     is_depthwise,
@@ -821,14 +822,13 @@ def _layer_outputs(
     "What every convolution and linear layer puts out, channels last, and what the network does."
     out = {}
 
-    def keep(name, dim):
-        return lambda m, i, o: out.update({name: o.movedim(dim, -1)})
+    def keep(name):
+        return lambda m, i, o: out.update({name: o.movedim(channel_dim(m), -1)})
 
     with ExitStack() as hooks:
         for name, m in model.named_modules():
             if isinstance(m, LAYERS):
-                dim = -1 if isinstance(m, nn.Linear) else 1 - m.weight.ndim
-                hooks.enter_context(m.register_forward_hook(keep(name, dim)))
+                hooks.enter_context(m.register_forward_hook(keep(name)))
         hooks.enter_context(_Still())
         hooks.enter_context(keeping_state(model))
         y = call(model, args)
