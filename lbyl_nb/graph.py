@@ -332,7 +332,7 @@ def _positive(scale) -> bool:
 # %% ../nbs/10_graph.ipynb #9ffb961a
 def _straight(
     node: _Node,  # of a producer, or where channels have met
-) -> tuple:  # branch, activation or None, scales, last node of the path
+) -> tuple:  # branch, activation, whether that is all, scales, last node of the path
     """Along the single path behind a node, up to where paths meet or part, or a layer reads.
 
     The branch consists of pairs of nodes [layer, batch norm or None].
@@ -348,36 +348,43 @@ def _straight(
             f, scales = None, ()
         else:
             f, known, scales = _behind(f, known, scales, at)
-    return branch, f if known else None, scales, at
+    return branch, f, known, scales, at
 
 # %% ../nbs/10_graph.ipynb #aa2a8029
 def _branches(net, writers, at, roots):
     """Branches of a group, what each is multiplied by, the activation that its consumers see.
 
-    Last, whether all are summands, each channel of which is multiplied by one number.
+    Last, the additions where they meet; None where a branch is no summand, or is one behind a
+    function, or one with channels that are not multiplied by one number each.
     """
-    out, factors, met, f, sure = [], [], set(), None, True
+    out, factors, met, f, sure = [], [], {}, None, True
     for k in writers:
-        branch, g, scales, last = _straight(net.node(k))
+        branch, g, is_all, scales, last = _straight(net.node(k))
         behind = [n for n in last.outputs if len(n.inputs) > 1] or last.outputs
         junction = behind[0] if behind else None
         if junction and junction.kind == 'mul' and junction in met:
             continue
-        met.add(junction)
+        met[junction] = None
         added = junction is not None and junction.kind in ('add', 'sub')
         if not out:
-            f = _straight(junction)[1] if added else g
+            f = _function_of(junction) if added else g if is_all else None
         if added and junction.second[0] is last:
             scales = (*scales, float(junction.second[1]))
         factor = _factor(net, scales, roots) if added else None
         if factor is not None and factor.isnan().any():
             added, factor = False, None
-        sure &= added
+        sure &= added and is_all and (g is None or g == f == relu)
         pairs = tuple((n.layer, norm and norm.layer) for n, norm in branch)
         times = at[k].shape[1]
         out += [pairs] * times
         factors += [factor] * times
-    return tuple(out), tuple(factors), f, sure
+    return tuple(out), tuple(factors), f, tuple(met) if sure else None
+
+
+def _function_of(sum_: _Node):
+    "The activation behind a sum, None where something else is behind it, too."
+    branch, f, is_all, *_ = _straight(sum_)
+    return f if is_all and branch == [[sum_, None]] else None
 
 
 def _factor(net, scales, roots):
@@ -395,10 +402,11 @@ def _factor(net, scales, roots):
     return None if (total == 1).all() else total
 
 # %% ../nbs/10_graph.ipynb #8af6cf74
-def _seen_by(start: _Node, reader: _Node) -> list:
+def _seen_by(start: _Node, reader: _Node, sums: tuple = ()) -> list:
     """What a layer reads of what a node puts out.
 
-    For each way there, a triple: activation, whether that is all, scales.
+    For each way there that leads through none of some sums, a triple: activation, whether that is
+    all, scales.
     """
     todo, done, out = [(start, None, True, ())], set(), []
     while todo:
@@ -406,7 +414,7 @@ def _seen_by(start: _Node, reader: _Node) -> list:
         for n in at.outputs:
             if n is reader:
                 out.append(tuple(state))
-            if n.kind == 'layer':
+            if n.kind == 'layer' or n in sums:
                 continue
             alone = (len(n.inputs) == 1 or n.kind in ('cat', 'stack')) and n.kind != 'depthwise'
             new = _behind(*state, n) if alone else (None, False, ())
@@ -422,22 +430,24 @@ def _comparable(scale):
     return scale if isinstance(scale, float) else tuple(tuple(v.tolist()) for v in scale)
 
 
-def _consumer(net, name, columns, branches, f, sure, roots):
+def _consumer(net, name, columns, branches, f, sums, roots):
     "One reader of a group."
     norm = _own_norm(net, name)
     found = Consumer(name, columns, norm and norm.layer)
-    if len({b[0] for b in branches}) > 1:
-        return replace(found, known=sure)
-    layer, its_norm = branches[0][-1]
     kinds = ('layer', 'depthwise', 'batch_norm')
-    end = next(n for n in net.seen.nodes if n.layer == (its_norm or layer) and n.kind in kinds)
-    ways = _seen_by(end, net.node(name))
+    ends = {norm or layer for layer, norm in (b[-1] for b in branches)}
+    starts = [n for n in net.seen.nodes if n.layer in ends and n.kind in kinds]
+    several = len({b[0] for b in branches}) > 1
+    if several and sums is None:
+        return replace(found, known=False)
+    starts = [*starts, *sums] if several else starts[:1]
+    ways = [w for n in starts for w in _seen_by(n, net.node(name), sums if several else ())]
     if len(ways) != 1:
         return replace(found, known=False)
     activation, is_all, scales = ways[0]
     scale = _factor(net, scales, roots)
-    several = scale is not None and scale.isnan().any()
-    if not is_all or activation != f or several:
+    unclear = scale is not None and scale.isnan().any()
+    if not is_all or activation != f or unclear:
         return replace(found, known=False)
     return replace(found, scale=scale)
 
@@ -485,8 +495,8 @@ def _group(table, keys, roots, order):
             cut.setdefault(k[1], columns(k))
         else:
             parameters.append((*k[1:], columns(k)))
-    branches, scales, f, sure = _branches(net, writers, cut, roots)
-    consumer = partial(_consumer, net, branches=branches, f=f, sure=sure, roots=roots)
+    branches, scales, f, sums = _branches(net, writers, cut, roots)
+    consumer = partial(_consumer, net, branches=branches, f=f, sums=sums, roots=roots)
     return Group(
         name,
         len(roots),

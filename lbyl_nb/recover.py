@@ -583,22 +583,33 @@ def _left_alone(groups, reasons):
 
 # %% ../nbs/13_recover.ipynb #297c19df
 _OFF = threading.local()  # `depth`: in how many blocks of `_without_autocast` a thread is
+_LOCK, _METHODS = threading.Lock(), []  # those of `torch.autocast`, once for each open block
+
+
+def _replace_methods(kind):
+    "Let `torch.autocast` ask first whether its thread is in a block."
+    enter, leave = methods = kind.__enter__, kind.__exit__
+    is_off = lambda: getattr(_OFF, 'depth', 0) > 0
+    kind.__enter__ = lambda self: self if is_off() else enter(self)
+    kind.__exit__ = lambda self, *error: None if is_off() else leave(self, *error)
+    return methods
 
 
 @contextlib.contextmanager
 def _without_autocast():
     "Inside the block `torch.autocast` does nothing in this thread, whoever opens it."
     kind = torch.autocast
-    enter, leave = kind.__enter__, kind.__exit__
-    is_off = lambda: getattr(_OFF, 'depth', 0) > 0
-    kind.__enter__ = lambda self: self if is_off() else enter(self)
-    kind.__exit__ = lambda self, *error: None if is_off() else leave(self, *error)
+    with _LOCK:
+        _METHODS.append(_METHODS[0] if _METHODS else _replace_methods(kind))
     _OFF.depth = getattr(_OFF, 'depth', 0) + 1
     try:
         yield
     finally:
         _OFF.depth -= 1
-        kind.__enter__, kind.__exit__ = enter, leave
+        with _LOCK:
+            methods = _METHODS.pop()
+            if not _METHODS:
+                kind.__enter__, kind.__exit__ = methods
 
 # %% ../nbs/13_recover.ipynb #3f8f8a38
 def _plainly(f):

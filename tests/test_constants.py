@@ -15,7 +15,7 @@ from lbyl_nb.graph import find_groups
 from lbyl_nb.layerwise import layerwise
 from lbyl_nb.probes import calibration
 from lbyl_nb.recover import restore
-from lbyl_nb.restorers import gaussian, lbyl, prune_only
+from lbyl_nb.restorers import gaussian, lbyl, prune_only, with_mean
 from lbyl_nb.trace import trace
 
 CONSTANTS = lbyl(0, 1e6)  # delivers next to nothing but constants
@@ -163,3 +163,44 @@ def test_positions_that_are_worked_on_with_other_numbers_get_no_constant(name):
     as_dense, as_silenced = read(f, nn.Conv2d(6, 2, 1))
     assert (as_dense if stays else as_silenced) < 1e-5
     assert max(as_dense, as_silenced) > 1e-2
+
+
+class Sum(nn.Module):
+    "What a function makes of two branches, whose channels are the same, read by a convolution."
+
+    def __init__(self, f):
+        super().__init__()
+        self.a, self.n = nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6)
+        self.b, self.m = nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6)
+        self.k, self.c, self.f = nn.BatchNorm2d(6), nn.LazyConv2d(2, 1), f
+        is_constant(self.n, -1)
+        is_constant(self.m, 1.5)
+        self.k.bias.data[0] = 1
+
+    def forward(self, x):
+        return self.c(self.f(self.n(self.a(x)), self.m(self.b(x)), self.k))
+
+
+SUMS = dict(  # and whether readers see one function of the sum, times a number
+    relu=(lambda a, b, k: (a + b).relu(), True),
+    difference=(lambda a, b, k: (b - a).relu(), True),
+    multiplied=(lambda a, b, k: 2 * (a + b).relu(), True),
+    factors=(lambda a, b, k: torch.cat([(a + b).relu(), 3 * (a + b).relu()], 1), False),
+    summand_too=(lambda a, b, k: torch.cat([(a + b).relu(), b.relu()], 1), False),
+    normed=(lambda a, b, k: k(a + b).relu(), False),
+    behind_silu=(lambda a, b, k: (F.silu(a) + b).relu(), False),
+    behind_norm=(lambda a, b, k: (F.instance_norm(a) + b).relu(), False),
+)
+
+
+@pytest.mark.parametrize('name', SUMS)
+def test_what_is_made_of_a_sum_decides_whether_its_constant_is_delivered(name):
+    f, delivered = SUMS[name]
+    torch.manual_seed(0)
+    net, x = Sum(f).eval(), draw(16, 3, 4, 4)
+    net(x)
+    columns = list(range(0, net.c.weight.shape[1], 6))
+    without_it = silenced(net, c=columns)
+    assert gap(net, without_it, x) > 1e-2
+    small = restore(net, x, keep=dict(a=range(1, 6)), restorer=with_mean(prune_only())).model
+    assert gap(net if delivered else without_it, small, x) < 1e-5

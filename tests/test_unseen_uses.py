@@ -6,6 +6,7 @@ infinities, and norms and parameters that only other inputs use.
 
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import pytest
 import torch
@@ -208,6 +209,38 @@ def test_autocast_is_off_in_the_thread_that_restores_alone():
     with pytest.raises(KeyError):
         verified(Mixed(True), torch.randn(2, 3, 8, 8), prune_only(), choose)
     assert seen == [torch.bfloat16, torch.float32] and elsewhere() == torch.bfloat16
+
+
+def test_autocast_stays_off_until_the_last_of_two_threads_is_done():
+    net, methods = Mixed(True), (torch.autocast.__enter__, torch.autocast.__exit__)
+    first, second, ended = Event(), Event(), Event()
+
+    def begin(*_):
+        first.set()
+        assert second.wait(60)
+        raise KeyError
+
+    def look(*_):
+        second.set()
+        assert ended.wait(60)
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            seen.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+        raise KeyError
+
+    def run(choose):
+        with pytest.raises(KeyError):
+            verified(net, torch.randn(2, 3, 8, 8), prune_only(), choose)
+
+    seen = []
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(run, begin)
+        assert first.wait(60)
+        other = pool.submit(run, look)
+        one.result()
+        ended.set()
+        other.result()
+    assert seen == [torch.float32]
+    assert methods == (torch.autocast.__enter__, torch.autocast.__exit__)
 
 
 class Sized(nn.Module):
