@@ -26,7 +26,7 @@ _BIASES = 'mlp_bias', 'attention_bias', 'use_bias', 'bias', 'qkv_bias'
 
 def _settings(v) -> dict:
     "The numbers that a module, or a configuration of it, holds by name."
-    return {k: n for k, n in vars(v).items() if type(n) is int}
+    return {k: n for k, n in vars(v).items() if type(n) in (int, float)}
 
 
 def _changes(small: nn.Module, dense: nn.Module) -> tuple:
@@ -162,7 +162,7 @@ def describe(
 ) -> bool:  # is it described?
     """Let the configuration of a model of transformers describe its smaller copy, if it can.
 
-    It stays as it is where layers of a kind are not equally wide, or biases have no room."""
+    Nothing is changed where layers of a kind are not equally wide, or biases have no room."""
     if not hasattr(getattr(dense, 'config', None), 'to_dict'):
         return False
     config = _proposed(small, dense)

@@ -380,7 +380,7 @@ def _branches(net, writers, at, roots):
         factors += [factor] * times
     return tuple(out), tuple(factors), f, tuple(met) if sure else None
 
-
+# %% ../nbs/10_graph.ipynb #f2de6a72
 def _function_of(sum_: _Node):
     "The activation behind a sum, None where something else is behind it, too."
     branch, f, is_all, *_ = _straight(sum_)
@@ -429,7 +429,7 @@ def _comparable(scale):
     "A number, or labels and values as tuples."
     return scale if isinstance(scale, float) else tuple(tuple(v.tolist()) for v in scale)
 
-
+# %% ../nbs/10_graph.ipynb #4e5db3d4
 def _consumer(net, name, columns, branches, f, sums, roots):
     "One reader of a group."
     norm = _own_norm(net, name)
@@ -833,7 +833,11 @@ def _layer_outputs(
     out = {}
 
     def keep(name):
-        return lambda m, i, o: out.update({name: o.movedim(channel_dim(m), -1)})
+        def hook(m, _, y):
+            if isinstance(y, Tensor):
+                out[name] = y.movedim(channel_dim(m), -1)
+
+        return hook
 
     with ExitStack() as hooks:
         for name, m in model.named_modules():

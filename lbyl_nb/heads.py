@@ -338,7 +338,19 @@ def _holders(model: nn.Module) -> dict:
             holders.setdefault((k, id(v)), []).append(name)
     return holders
 
+
+def _of_configuration(config, numbers: tuple) -> dict:
+    "What is new in a configuration: numbers of heads, and the width of one if it was a division."
+    new = _renamed(vars(config), numbers)
+    if new and hasattr(config, 'to_dict') and getattr(config, 'head_dim', None) is None:
+        heads, _, widths = numbers
+        new['head_dim'] = widths[0] // heads[0]
+    return new
+
 # %% ../nbs/09a_heads.ipynb #5be8e59c
+_ABSENT = object()  # in place of a value
+
+
 def set_numbers_of_heads(
     net: Traced,  # whose model is cut, and runs
     gone: Tensor,  # classes of the channels that were removed
@@ -350,7 +362,7 @@ def set_numbers_of_heads(
     numbers, done = _numbers(net.seen, gone), []
 
     def put(held: dict, new: dict):
-        done.extend((held, k, held[k]) for k in new)
+        done.extend((held, k, held.get(k, _ABSENT)) for k in new)
         held.update(new)
 
     for name, n in numbers.items():
@@ -365,7 +377,7 @@ def set_numbers_of_heads(
         for name in names if shared else own:
             held = vars(net.model.get_submodule(name))
             n = next(iter(own.values())) if shared else own[name]
-            new = _renamed(vars(held[k]), n)
+            new = _of_configuration(held[k], n)
             if shared:
                 put(vars(held[k]), new)
             elif new:
@@ -374,13 +386,16 @@ def set_numbers_of_heads(
                 put(held, {k: settings})
     return done
 
-
+# %% ../nbs/09a_heads.ipynb #507791f5
 def take_back(
     done: list,  # what `set_numbers_of_heads` returned
 ):
     "Set attributes to what they were."
     for held, k, old in reversed(done):
-        held[k] = old
+        if old is _ABSENT:
+            del held[k]
+        else:
+            held[k] = old
 
 # %% ../nbs/09a_heads.ipynb #36ed9407
 def attend(

@@ -279,9 +279,27 @@ def random_args(
     args: tuple | dict,  # example inputs as arguments
     draw: Callable,  # (tensor, tables) -> samples in its place
 ) -> tuple | dict:  # like `args`
-    "Arguments with other samples in place of the example's."
+    """Arguments with other samples in place of the example's.
+
+    Where the network does not run on them, what is looked up is the example's, sample by sample.
+    """
     tables = _lookups(model, args)
-    return map_samples(args, lambda v: draw(v, tables.get(id(v), ())))
+    made = map_samples(args, lambda v: draw(v, tables.get(id(v), ())))
+    if not tables or _runs(model, made):
+        return made
+    turns = torch.arange(len(samples(made)[0]))
+    repeated = lambda v: v[turns.to(v.device) % len(v)]
+    return map_samples(args, lambda v: repeated(v) if id(v) in tables else draw(v, ()))
+
+
+@torch.no_grad()
+def _runs(model, args) -> bool:
+    "Does a network take these arguments?"
+    try:
+        call(shared_copy(model), args)
+    except Exception:
+        return False
+    return True
 
 # %% ../nbs/06_probes.ipynb #4b0c1d11
 def _check_varied(args):

@@ -357,7 +357,7 @@ def _mark(r: _Recorder, t: Tensor) -> _Mark:
     if key is None:
         return _Mark(fixed=True)
     weight = (r.weights[id(t)], False) if id(t) in r.weights else None
-    if isinstance(r.model.get_submodule(key[0]), nn.Embedding) and t.numel():
+    if isinstance(r.model.get_submodule(key[0]), nn.Embedding) and t.ndim == 2 and t.numel():
         r.param[key] = _new_labels(r, t.shape[1], key).view(1, -1)  # all rows are alike
         m = _Mark(r.param[key].expand(t.shape), const=True, weight=weight)
     elif weight:
