@@ -44,8 +44,13 @@ def _tall(
     generator: torch.Generator,  # on the CPU
     scale: float = 1.0,  # 1: the expectation of A'A is the identity
 ) -> Tensor:  # (groups, h, m), float64
-    "Normal matrices with more rows than columns."
-    return torch.randn(groups, h, m, generator=generator, dtype=torch.float64) * (scale / h**0.5)
+    """Random matrices with at least as many rows as columns.
+
+    Normal ones; with orthonormal columns where there are few more rows than columns."""
+    A = torch.randn(groups, h, m, generator=generator, dtype=torch.float64)
+    if m <= h < 1.5 * m:
+        return scale * torch.linalg.qr(A).Q
+    return A * (scale / h**0.5)
 
 # %% ../nbs/20_expand.ipynb #689a9a8c
 def _left_inverse(

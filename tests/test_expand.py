@@ -273,6 +273,24 @@ def test_settings_that_are_one_number(stride):
     assert operations(big, x.shape)['compact'] == y.numel() * 27
 
 
+@pytest.mark.parametrize('rate', [1, 1.01, 1.25, 1.5])
+def test_low_rates_are_exact_in_single_precision(rate):
+    torch.manual_seed(0)
+    for layer in (nn.Linear(256, 256), nn.Conv2d(64, 64, 1)):
+        exact = layer.weight.detach().double()
+        for seed in range(3):
+            big = expand(layer, rate, linear_rate=rate, linear_factors=3, seed=seed)
+            assert far(big.weight.double(), exact) < 1e-5
+            assert far(contract(big).weight.double(), exact) < 1e-6
+
+
+def test_random_factors_of_the_published_rate_are_normal():
+    big, g = expand(nn.Conv2d(4, 6, 3), seed=5), torch.Generator().manual_seed(5)
+    normal = lambda h, m: torch.randn(h, m, generator=g, dtype=torch.float64) / h**0.5
+    assert torch.equal(big.first[..., 0, 0], normal(12, 4).float())
+    assert torch.equal(big.last[..., 0, 0], normal(18, 6).T.float())
+
+
 class Keeps(nn.Sequential):
     "Keeps what it put out last."
 
