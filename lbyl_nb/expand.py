@@ -436,7 +436,12 @@ def _choose(
     model: nn.Module,
     layers: Callable | None,  # predicate (name, module), None for all
 ) -> dict:  # name -> layer
-    "Layers to be expanded. ValueError if some are expanded already, or if there are none."
+    """Layers to be expanded: those that learn, unless none does.
+
+    ValueError if some are expanded already, or if there are none.
+    TypeError for `layers` that is no function."""
+    if layers is not None and not callable(layers):
+        raise TypeError(f'layers must be a function of name and module, got {layers!r}')
     done = [k for k, m in model.named_modules() if isinstance(m, Expanded)]
     if done:
         raise ValueError(f'{done[0] or "the model"}: expanded already; contract the model first')
@@ -446,7 +451,8 @@ def _choose(
     if not chosen:
         left = {k: reason for k, reason in reasons.items() if reason}
         raise ValueError(f'no layer to expand; of {len(reasons)} layers, left alone: {left}')
-    return chosen
+    learning = {k: m for k, m in chosen.items() if m.weight.requires_grad}
+    return learning or chosen
 
 # %% ../nbs/20_expand.ipynb #24fc1d87
 def expand(
@@ -463,8 +469,9 @@ def expand(
     """Linear over-parameterization (arXiv 2204.11444).
 
     The same function with more parameters, to be trained and contracted.
-    Layers that can't be expanded are left alone, see `expandable`. ValueError for a rate under 1,
-    NaN in a weight, a model that is expanded already or can't be copied, or no layer."""
+    Layers that can't be expanded are left alone, see `expandable`, and so are frozen ones beside
+    others that learn. ValueError for a rate under 1, NaN in a weight, a model that is expanded
+    already or can't be copied, or no layer."""
     if linear_factors not in (2, 3):
         raise ValueError(f'linear_factors must be 2 or 3, got {linear_factors}')
     if not 0 < scale < float('inf'):

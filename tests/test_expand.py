@@ -291,6 +291,20 @@ def test_random_factors_of_the_published_rate_are_normal():
     assert torch.equal(big.last[..., 0, 0], normal(18, 6).T.float())
 
 
+def test_frozen_layers_keep_every_bit():
+    "Where all are frozen, or those that are chosen, they are expanded."
+    net = digits_net()
+    net.features.requires_grad_(False)
+    small = contract(expand(net))
+    for a, b in zip(small.features.parameters(), net.features.parameters()):
+        assert torch.equal(a, b) and not a.requires_grad
+    big = expand(net, layers=lambda name, m: name == 'features.0')
+    assert isinstance(big.features[0], Expanded) and not big.features[0].middle.requires_grad
+    big = expand(net.requires_grad_(False))
+    assert not any(p.requires_grad for p in big.parameters())
+    assert not any(type(m) is nn.Conv2d for m in big.modules())
+
+
 class Keeps(nn.Sequential):
     "Keeps what it put out last."
 
@@ -462,6 +476,8 @@ def test_rate_too_small_names_the_layer(rate):
 
 def test_bad_input():
     net = digits_net()
+    with pytest.raises(TypeError, match="layers must be a function of name and module, got .'fc'."):
+        expand(net, layers=['fc'])
     with pytest.raises(ValueError, match='expanded already'):
         expand(expand(net))
     with pytest.raises(ValueError, match='expanded already'):
