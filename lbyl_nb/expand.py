@@ -8,9 +8,10 @@ __all__ = ['factorise', 'contraction', 'compose', 'Expanded', 'operations', 'is_
 # %% ../nbs/20_expand.ipynb #8e956230
 import copy
 import warnings
-from collections import Counter
 from collections.abc import Callable
+from inspect import isfunction
 from math import prod
+from types import MethodType
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from torch.nn.utils import parametrize
 
 from .closed_form import all_finite
 from .progress import progress
+from .trace import _copied, _tensors_within
 
 # %% ../nbs/20_expand.ipynb #0d87b047
 def _expanded_width(
@@ -42,8 +44,13 @@ def _tall(
     generator: torch.Generator,  # on the CPU
     scale: float = 1.0,  # 1: the expectation of A'A is the identity
 ) -> Tensor:  # (groups, h, m), float64
-    "Normal matrices with more rows than columns."
-    return torch.randn(groups, h, m, generator=generator, dtype=torch.float64) * (scale / h**0.5)
+    """Random matrices with at least as many rows as columns.
+
+    Normal ones; with orthonormal columns where there are few more rows than columns."""
+    A = torch.randn(groups, h, m, generator=generator, dtype=torch.float64)
+    if m <= h < 1.5 * m:
+        return scale * torch.linalg.qr(A).Q
+    return A * (scale / h**0.5)
 
 # %% ../nbs/20_expand.ipynb #689a9a8c
 def _left_inverse(
@@ -173,19 +180,23 @@ def _consecutive(
 # %% ../nbs/20_expand.ipynb #e84e6788
 def _positions(
     layer: nn.Module,  # convolution or linear layer
+    kernel: torch.Size,  # taps along each axis
     shape: torch.Size,  # of its input
 ) -> tuple[int, int]:  # inputs and outputs
     "Positions, times samples, that a layer reads and gives."
     if isinstance(layer, nn.Linear):
         n = prod(shape[:-1])
         return n, n
-    dims = len(layer.kernel_size)
-    reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size)]
+    dims = len(kernel)
+    # one number stands for all axes
+    each = lambda v: [v] * dims if isinstance(v, int) else list(v) * (dims // len(v))
+    reach = [d * (k - 1) for d, k in zip(each(layer.dilation), kernel)]
     if isinstance(layer.padding, str):
         pad = dict(same=reach, valid=[0] * dims)[layer.padding]
     else:
-        pad = [2 * p for p in layer.padding]
-    out = [(n + p - r - 1) // s + 1 for n, p, r, s in zip(shape[-dims:], pad, reach, layer.stride)]
+        pad = [2 * p for p in each(layer.padding)]
+    sizes = zip(shape[-dims:], pad, reach, each(layer.stride))
+    out = [(n + p - r - 1) // s + 1 for n, p, r, s in sizes]
     samples = prod(shape[: -dims - 1])
     return samples * prod(shape[-dims:]), samples * prod(out)
 
@@ -214,6 +225,19 @@ class Expanded(nn.Module):
         self.__dict__['plain'] = _settings(layer)  # no submodule: nobody shall find it
         self.train(layer.training)
 
+    def __getattr__(self, name):
+        plain = self.__dict__.get('plain')
+        if plain is not None and name in plain.__dict__:
+            return plain.__dict__[name]
+        return super().__getattr__(name)
+
+    def __setattr__(self, name, value):
+        plain = self.__dict__.get('plain')
+        kept = plain is not None and name in plain.__dict__ and name not in self.__dict__
+        if kept:
+            return setattr(plain, name, value)
+        super().__setattr__(name, value)
+
     @property
     def factors(self):
         return self.first, self.middle, self.last
@@ -241,7 +265,15 @@ def _settings(layer: nn.Module) -> nn.Module:
     "A layer without its weights, which knows how to pad and stride."
     plain = copy.copy(layer)
     plain._parameters = dict.fromkeys(layer._parameters)
+    for k in _own_methods(layer):
+        delattr(plain, k)
     return plain
+
+
+def _own_methods(layer: nn.Module) -> dict:
+    "{name: what stands on a layer itself in the place of a method of its class}."
+    is_method = lambda k: isfunction(getattr(type(layer), k, None))
+    return {k: v for k, v in vars(layer).items() if is_method(k)}
 
 
 def _product(layer: Expanded) -> Tensor:
@@ -274,7 +306,7 @@ def operations(
 ) -> dict:  # compact, composed, consecutive
     "Multiplications of one forward pass in every form, biases aside."
     first, middle, last = layer.factors
-    before, after = _positions(layer.plain, shape)
+    before, after = _positions(layer.plain, middle.shape[2:], shape)
     n = len(middle if last is None else last)
     m = (middle if first is None else first).shape[1]
     size = lambda w: 0 if w is None else w.numel()
@@ -299,6 +331,21 @@ def is_composed(
     return cost['composed'] <= cost['consecutive']
 
 # %% ../nbs/20_expand.ipynb #e6bb9aa2
+def _would_be_lost(
+    layer: nn.Module,
+) -> str:  # '' if there is nothing
+    "What a layer has that others of its class have not."
+    for k, v in _own_methods(layer).items():
+        if v != MethodType(getattr(type(layer), k), layer):
+            return f'a {k} of its own'
+    for kind in ('parameters', 'buffers', 'modules'):
+        held = getattr(layer, f'_{kind}').items()
+        more = [k for k, v in held if v is not None and k not in ('weight', 'bias')]
+        if more:
+            return f'{more[0]!r} among its {kind}'
+    return ''
+
+
 def _why_not(
     layer: nn.Module,
 ) -> str:  # '' if it can be expanded
@@ -316,51 +363,85 @@ def _why_not(
     backward = layer._backward_hooks or layer._backward_pre_hooks
     if forward or backward:
         return 'has hooks, which would be lost'
+    if lost := _would_be_lost(layer):
+        return f'has {lost}, which would be lost'
     if not layer.weight.numel() or layer.weight.is_meta:
         return 'its weight has no values'
     return '' if layer.weight.is_floating_point() else f'its weight is {layer.weight.dtype}'
 
 # %% ../nbs/20_expand.ipynb #a927cf1c
+def _places(tensors: list) -> list:  # of (device, first byte, the one behind the last)
+    "Where tensors lie in memory; those without values aside."
+    places = []
+    for t in tensors:
+        if nn.parameter.is_lazy(t) or t.is_meta or t.layout != torch.strided or not t.numel():
+            continue
+        start, last = t.data_ptr(), sum((n - 1) * s for n, s in zip(t.shape, t.stride()))
+        places.append((str(t.device), start, start + (last + 1) * t.element_size()))
+    return places
+
+
+def _overlapping(places: list) -> set:
+    "Those that share memory with another one."
+    shared, far = set(), ('', 0, 0)  # the place that reaches furthest, up to here
+    for p in sorted(places):
+        if p[0] == far[0] and p[1] < far[2]:
+            shared |= {p, far}
+        if p[0] != far[0] or p[2] > far[2]:
+            far = p
+    return shared
+
+
 def _parameters(layer: nn.Module) -> list:
-    "The places in memory of a layer's own parameters."
-    own = [p for p in layer._parameters.values() if p is not None]
-    return [(p.device, p.data_ptr()) for p in own if not nn.parameter.is_lazy(p)]
+    "Parameters of a layer itself."
+    return [p for p in layer._parameters.values() if p is not None]
 
 
+def _attributes(layer: nn.Module) -> list:
+    "Tensors that a layer itself holds and that are not its parameters."
+    own = {k: v for k, v in vars(layer).items() if k not in ('_parameters', '_modules')}
+    return _tensors_within(own, depth=1)
+
+# %% ../nbs/20_expand.ipynb #70638286
 def expandable(
     model: nn.Module,  # the compact network
 ) -> dict:  # name -> reason, '' for layers that can be expanded
     "Every convolution and linear layer of a network, and why it is left alone by `expand`."
-    users = Counter(place for m in model.modules() for place in _parameters(m))
+    parameters = _places([p for m in model.modules() for p in _parameters(m)])
+    others = _places([t for m in model.modules() for t in _attributes(m)])
+    shared, held = _overlapping(parameters), _overlapping(parameters + others)
     reasons = {}
     for k, m in model.named_modules():
         if not isinstance(m, (_ConvNd, nn.Linear)):
             continue
         reasons[k] = _why_not(m)
-        if not reasons[k] and any(users[place] > 1 for place in _parameters(m)):
+        own = set(_places(_parameters(m)))
+        if not reasons[k] and own & shared:
             reasons[k] = 'shares a parameter with another layer'
+        elif not reasons[k] and own & held:
+            reasons[k] = 'its weight or bias is in an attribute or a buffer, too'
     return reasons
 
 # %% ../nbs/20_expand.ipynb #2224aeda
 def _swap(
-    model: nn.Module,  # changed in place
+    model: nn.Module,  # any network; not changed
     new: dict,  # module -> what takes its place
-) -> nn.Module:  # the model, or what stands for it
-    "Put modules in the place of others, everywhere."
-    if model in new:
-        return new[model]
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child in new:
-                parent._modules[name] = new[child]
-    return model
+) -> nn.Module:  # a copy with the same parameters and buffers
+    "Put modules in the place of others, everywhere: in lists and other objects, too."
+    kept = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, kept | {id(m): n for m, n in new.items()})
 
 # %% ../nbs/20_expand.ipynb #f5fddfaf
 def _choose(
     model: nn.Module,
     layers: Callable | None,  # predicate (name, module), None for all
 ) -> dict:  # name -> layer
-    "Layers to be expanded. ValueError if some are expanded already, or if there are none."
+    """Layers to be expanded: those that learn, unless none does.
+
+    ValueError if some are expanded already, or if there are none.
+    TypeError for `layers` that is no function."""
+    if layers is not None and not callable(layers):
+        raise TypeError(f'layers must be a function of name and module, got {layers!r}')
     done = [k for k, m in model.named_modules() if isinstance(m, Expanded)]
     if done:
         raise ValueError(f'{done[0] or "the model"}: expanded already; contract the model first')
@@ -370,7 +451,8 @@ def _choose(
     if not chosen:
         left = {k: reason for k, reason in reasons.items() if reason}
         raise ValueError(f'no layer to expand; of {len(reasons)} layers, left alone: {left}')
-    return chosen
+    learning = {k: m for k, m in chosen.items() if m.weight.requires_grad}
+    return learning or chosen
 
 # %% ../nbs/20_expand.ipynb #24fc1d87
 def expand(
@@ -387,13 +469,14 @@ def expand(
     """Linear over-parameterization (arXiv 2204.11444).
 
     The same function with more parameters, to be trained and contracted.
-    Layers that can't be expanded are left alone, see `expandable`. ValueError for a rate under 1,
-    NaN in a weight, a model that is expanded already, or no layer."""
+    Layers that can't be expanded are left alone, see `expandable`, and so are frozen ones beside
+    others that learn. ValueError for a rate under 1, NaN in a weight, a model that is expanded
+    already or can't be copied, or no layer."""
     if linear_factors not in (2, 3):
         raise ValueError(f'linear_factors must be 2 or 3, got {linear_factors}')
     if not 0 < scale < float('inf'):
         raise ValueError(f'scale must be a positive number, got {scale}')
-    net = copy.deepcopy(model)
+    net = _copied(model)
     generator = torch.Generator().manual_seed(seed)
     new = {}
     for name, m in progress(_choose(net, layers).items(), 'expanding'):
@@ -428,7 +511,7 @@ def contract(
     model: nn.Module,  # an expanded network, not changed
 ) -> nn.Module:  # a copy with compact layers
     "Back to the compact network. A model that isn't expanded is copied as it is, with a warning."
-    net = copy.deepcopy(model)
+    net = _copied(model)
     old = [m for m in net.modules() if isinstance(m, Expanded)]
     if not old:
         warnings.warn('contract: the model is not expanded, the copy is as it was', stacklevel=2)

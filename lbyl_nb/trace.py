@@ -1228,17 +1228,21 @@ def of_one_class(
     return type(a) is type(b) or (isinstance(a, graph) and isinstance(b, graph))
 
 
+def _copied(model: nn.Module) -> nn.Module:
+    "A copy with parameters of its own. ValueError where it cannot be made."
+    try:
+        return copy.deepcopy(model, _without_history(model))
+    except Exception as e:
+        name = type(model).__name__
+        raise ValueError(f'{name}: cannot be copied: {type(e).__name__}: {e}') from e
+
+
 def _private_copy(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode, with PyTorch's layers for equal ones of other libraries.
 
     ValueError where it cannot be made.
     """
-    kept = _without_history(model)
-    try:
-        net = copy.deepcopy(model, kept).eval()
-    except Exception as e:
-        name = type(model).__name__
-        raise ValueError(f'{name}: cannot be copied: {type(e).__name__}: {e}') from e
+    net = _copied(model).eval()
     for name, m in list(net.named_modules()):
         new = _equal_layer(m)
         if new is None:

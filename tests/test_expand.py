@@ -2,11 +2,14 @@
 
 import copy
 import io
+import threading
+import types
 import warnings
 
 import pytest
 import torch
 import torchvision
+from accelerate.hooks import ModelHook, add_hook_to_module
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -164,9 +167,193 @@ def test_weights_tied_by_memory_are_seen():
     assert all(expandable(net).values())
 
 
+class FromLists(nn.Module):
+    "Layers and a weight that are found in lists, tuples, dicts and objects."
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(3, 3, dtype=torch.float64) for _ in range(4))
+        self.e = nn.Linear(3, 3, dtype=torch.float64)
+        self.listed = [self.a, (self.b,)]
+        self.named = dict(c=[self.c])
+        self.object = types.SimpleNamespace(layer=self.d)
+        self.weights = [types.SimpleNamespace(of_e=self.e.weight)]
+
+    def forward(self, x):
+        x = self.listed[1][0](self.listed[0](x).sin()).sin()
+        x = self.object.layer(self.named['c'][0](x).sin()).sin()
+        return F.linear(x, self.weights[0].of_e, self.e.bias)
+
+
+def test_layers_are_replaced_wherever_they_are_held():
+    "Trained and contracted, a network computes what a new one with the same state does."
+    torch.manual_seed(0)
+    net, x = FromLists(), torch.randn(4, 3, dtype=torch.float64)
+    left = {k: reason for k, reason in expandable(net).items() if reason}
+    assert left == dict(e='its weight or bias is in an attribute or a buffer, too')
+    big = expand(net)
+    assert big.listed[0] is big.a and isinstance(big.a, Expanded)
+    optimiser = torch.optim.SGD(big.parameters(), 0.1)
+    big(x).square().sum().backward()
+    optimiser.step()
+    small, new = contract(big), FromLists()
+    new.load_state_dict(small.state_dict())
+    for y in (small(x), big(x)):
+        assert far(y, new(x)) < 1e-10 < 1e-3 < far(y, net(x))
+    for k, p in small.named_parameters():
+        assert not torch.equal(p, net.get_parameter(k))
+
+
+def test_parameters_that_overlap_in_memory_are_tied():
+    "Those that lie side by side are not."
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    parameters = list(net.parameters())
+    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(parameters), parameters)
+    assert not any(expandable(net).values())
+    net.flat = nn.Parameter(torch.zeros(20))
+    net[1].weight.data = net.flat.data[5:14].view(3, 3)
+    assert [k for k, reason in expandable(net).items() if 'shares a parameter' in reason] == ['1']
+    del net.flat
+    net.register_buffer('seen', net[1].weight.data[2])
+    assert [k for k, reason in expandable(net).items() if 'a buffer' in reason] == ['1']
+
+
+def test_a_forward_that_is_set_on_a_layer_is_kept():
+    "Its class's own, as Accelerate leaves it there, is none."
+
+    def standardised(self, x):
+        w = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, w, self.bias)
+
+    net, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)).double(), torch.randn(2, 3, 7, 7)
+    net[0].forward = types.MethodType(standardised, net[0])
+    net[1].forward = net[1].forward
+    y, big = net(x.double()), expand(net)
+    assert [type(m) for m in big] == [nn.Conv2d, Expanded]
+    assert far(big(x.double()), y) < 1e-10
+    with torch.no_grad():
+        big[1].middle.mul_(2)
+        big[1].bias.mul_(2)
+    assert far(contract(big)(x.double()), 2 * y) < 1e-10
+
+
+class ReadsSettings(nn.Module):
+    "A network that asks a convolution and a linear layer for their settings."
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.Linear(4, 2)
+
+    def forward(self, x):
+        c = self.conv
+        y = F.conv2d(x, c.weight, c.bias, c.stride, c.padding, c.dilation, c.groups)
+        assert c.kernel_size == (3, 3) and c.in_channels == 3
+        return self.fc(y.view(len(x), c.out_channels, -1).mean(2)[:, : self.fc.in_features])
+
+
+def test_settings_are_read_and_written():
+    net, x = ReadsSettings().double(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    big = expand(net)
+    assert far(big(x), net(x)) < 1e-10
+    for m in (net, big):
+        m.conv.stride = (1, 2)
+    assert far(big(x), net(x)) < 1e-10 and far(contract(big)(x), net(x)) < 1e-10
+    assert big.conv(x).shape == net.conv(x).shape == (2, 4, 8, 4)
+    assert not hasattr(big.conv, 'no_such')
+
+
+@pytest.mark.parametrize('stride', [1, 2, (2,), [1, 2]])
+def test_settings_that_are_one_number(stride):
+    "PyTorch takes them for all axes; so do the count and the choice of a form."
+    layer, x = nn.Conv2d(3, 4, 3).double(), torch.randn(2, 3, 8, 9, dtype=torch.float64)
+    layer.stride, layer.padding, layer.dilation = stride, 1, 2
+    big, y = expand(layer), layer(x)
+    for net in forms(big):
+        assert far(net(x), y) < 1e-10
+    assert operations(big, x.shape)['compact'] == y.numel() * 27
+
+
+@pytest.mark.parametrize('rate', [1, 1.01, 1.25, 1.5])
+def test_low_rates_are_exact_in_single_precision(rate):
+    torch.manual_seed(0)
+    for layer in (nn.Linear(256, 256), nn.Conv2d(64, 64, 1)):
+        exact = layer.weight.detach().double()
+        for seed in range(3):
+            big = expand(layer, rate, linear_rate=rate, linear_factors=3, seed=seed)
+            assert far(big.weight.double(), exact) < 1e-5
+            assert far(contract(big).weight.double(), exact) < 1e-6
+
+
+def test_random_factors_of_the_published_rate_are_normal():
+    big, g = expand(nn.Conv2d(4, 6, 3), seed=5), torch.Generator().manual_seed(5)
+    normal = lambda h, m: torch.randn(h, m, generator=g, dtype=torch.float64) / h**0.5
+    assert torch.equal(big.first[..., 0, 0], normal(12, 4).float())
+    assert torch.equal(big.last[..., 0, 0], normal(18, 6).T.float())
+
+
+def test_frozen_layers_keep_every_bit():
+    "Where all are frozen, or those that are chosen, they are expanded."
+    net = digits_net()
+    net.features.requires_grad_(False)
+    small = contract(expand(net))
+    for a, b in zip(small.features.parameters(), net.features.parameters()):
+        assert torch.equal(a, b) and not a.requires_grad
+    big = expand(net, layers=lambda name, m: name == 'features.0')
+    assert isinstance(big.features[0], Expanded) and not big.features[0].middle.requires_grad
+    big = expand(net.requires_grad_(False))
+    assert not any(p.requires_grad for p in big.parameters())
+    assert not any(type(m) is nn.Conv2d for m in big.modules())
+
+
+class Keeps(nn.Sequential):
+    "Keeps what it put out last."
+
+    def forward(self, x):
+        self.last = [super().forward(x)]
+        return self.last[0]
+
+
+def test_networks_that_keep_their_output_and_such_that_cannot_be_copied():
+    net, x = Keeps(nn.Linear(3, 3), nn.ReLU()), torch.randn(2, 3)
+    y = net(x)
+    big = expand(net)
+    assert far(big(x), y) < 1e-5 and far(contract(big)(x), y) < 1e-5
+    assert net.last[0] is y and y.grad_fn is not None
+    big.lock = net.lock = threading.Lock()
+    for f in (expand, contract):
+        with pytest.raises(ValueError, match='Keeps: cannot be copied: TypeError: .*lock'):
+            f(net)
+
+
 def hooked(n):
     n.register_forward_hook(lambda *a: None)
     return n
+
+
+def with_more(kind):
+    "A change of a layer that adds a parameter, a buffer or a module to it."
+
+    def add(n):
+        if kind == 'module':
+            n.add_module('more', nn.ReLU())
+        elif kind == 'buffer':
+            n.register_buffer('more', torch.ones(3))
+        else:
+            n.more = nn.Parameter(torch.ones(3))
+        return n
+
+    return add
+
+
+def doubled(method):
+    "A change of a layer that doubles what one of its methods gives."
+
+    def change(n):
+        own = getattr(n, method)
+        setattr(n, method, lambda *args: 2 * own(*args))
+        return n
+
+    return change
 
 
 # what is made of a convolution, and why that is not expanded
@@ -178,6 +365,12 @@ SPOILT = [
     (lambda n: nn.ConvTranspose2d(3, 3, 3), 'transposed'),
     (lambda n: n.to('meta'), 'no values'),
     (lambda n: n.to(torch.complex64), 'complex64'),
+    (doubled('forward'), 'a forward of its own'),
+    (doubled('_conv_forward'), 'a _conv_forward of its own'),
+    (lambda n: add_hook_to_module(n, ModelHook()), 'a forward of its own'),
+    (with_more('parameter'), "'more' among its parameters"),
+    (with_more('buffer'), "'more' among its buffers"),
+    (with_more('module'), "'more' among its modules"),
 ]
 
 
@@ -283,6 +476,8 @@ def test_rate_too_small_names_the_layer(rate):
 
 def test_bad_input():
     net = digits_net()
+    with pytest.raises(TypeError, match="layers must be a function of name and module, got .'fc'."):
+        expand(net, layers=['fc'])
     with pytest.raises(ValueError, match='expanded already'):
         expand(expand(net))
     with pytest.raises(ValueError, match='expanded already'):
