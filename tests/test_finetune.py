@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
+from lbyl_nb.bench import accuracy
 from lbyl_nb.data import digits, subset
+from lbyl_nb.expand import expand
 from lbyl_nb.files import read_safetensors
 from lbyl_nb.finetune import (
     FINETUNING,
@@ -257,6 +259,35 @@ def test_callers_generator_goes_on(data, dense):
     torch.manual_seed(5)
     finetune(fresh(dense), data, recipe=replace(SHORT, epochs=0.5), augment=Shift())
     assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision(dtype, data, dense):
+    "An expanded layer keeps its factors in float32, and computes in its own precision."
+    net = dense.to(dtype)
+    assert accuracy(expand(net), data) == accuracy(net, data)
+    done = boost(net, data, teacher=dense, recipe=SHORT, sp_weight=3)
+    assert {p.dtype for p in done.model.parameters()} == {dtype}
+    assert done.history.loss.iloc[-1] < done.history.loss.iloc[0]
+
+
+class Attentive(nn.Module):
+    "An attention layer on rows of pixels."
+
+    def __init__(self):
+        super().__init__()
+        self.into = nn.Linear(8, 16)
+        self.block = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+        self.out = nn.Linear(16, 10)
+
+    def forward(self, x):
+        return self.out(self.block(self.into(x[:, 0])).mean(1))
+
+
+def test_attention_on_the_whole_path(data):
+    net, image = initialised(Attentive, 0).eval(), torch.zeros(2, 1, 8, 8)
+    done = restore_and_boost(net, image, data, restoring=dict(ratio=0.5), recipe=SHORT)
+    assert done.history.similarity.gt(0).all()
 
 
 @settings(max_examples=100, deadline=None)
