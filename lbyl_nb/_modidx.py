@@ -258,6 +258,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'lbyl_nb.finetune._begin': ('finetune.html#_begin', 'lbyl_nb/finetune.py'),
                                   'lbyl_nb.finetune._check_arguments': ('finetune.html#_check_arguments', 'lbyl_nb/finetune.py'),
                                   'lbyl_nb.finetune._complete': ('finetune.html#_complete', 'lbyl_nb/finetune.py'),
+                                  'lbyl_nb.finetune._full_steps': ('finetune.html#_full_steps', 'lbyl_nb/finetune.py'),
                                   'lbyl_nb.finetune._go_on': ('finetune.html#_go_on', 'lbyl_nb/finetune.py'),
                                   'lbyl_nb.finetune._load_checkpoint': ('finetune.html#_load_checkpoint', 'lbyl_nb/finetune.py'),
                                   'lbyl_nb.finetune._mixed': ('finetune.html#_mixed', 'lbyl_nb/finetune.py'),

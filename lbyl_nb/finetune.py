@@ -10,7 +10,7 @@ __all__ = ['FINETUNING', 'SCRATCH', 'Recipe', 'Penalty', 'Similarity', 'unchange
 import copy
 import json
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import inf, isclose, isfinite
@@ -189,6 +189,20 @@ def _sgd(net: nn.Module, recipe: Recipe) -> torch.optim.SGD:
         raise ValueError('every parameter is frozen: nothing to train')
     return torch.optim.SGD(weights, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
 
+# %% ../nbs/22_finetune.ipynb #40b89193
+@contextmanager
+def _full_steps():
+    "Each batch is a full step of Accelerate inside the block; how the caller counts stays."
+    from accelerate.state import GradientState
+
+    state = GradientState()
+    before = state.sync_gradients, state.plugin_kwargs
+    state.sync_gradients, state.plugin_kwargs = True, {}
+    try:
+        yield
+    finally:
+        state.sync_gradients, state.plugin_kwargs = before
+
 # %% ../nbs/22_finetune.ipynb #5837406e
 def _begin(
     model: nn.Module,  # never changed
@@ -205,7 +219,8 @@ def _begin(
     "A run before its first step."
     from accelerate import Accelerator
 
-    a = Accelerator()
+    with _full_steps():
+        a = Accelerator()
     _check_arguments(recipe, len(train_set), a.num_processes, autocast)
     check_model(model)
     net = batch_norms(copy.deepcopy(model).to(a.device).train())
@@ -259,9 +274,10 @@ def _take_step(
     if not all(map(isfinite, seen)):
         says = f'the loss is {seen[0]}, the {run.penalty.name} {seen[1]}'
         raise FloatingPointError(f'step {step + 1}: {says}')
-    run.opt.zero_grad(set_to_none=True)
-    a.backward(task + run.penalty.weight * added)
-    run.opt.step()
+    with _full_steps():
+        run.opt.zero_grad(set_to_none=True)
+        a.backward(task + run.penalty.weight * added)
+        run.opt.step()
     return seen
 
 # %% ../nbs/22_finetune.ipynb #bc94a29d

@@ -261,6 +261,25 @@ def test_callers_generator_goes_on(data, dense):
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_gradients_that_a_caller_accumulates(data, dense, monkeypatch):
+    "Training is the same whatever Accelerate was told, and its state is the caller's afterwards."
+    expected = finetune(dense, data, recipe=SHORT)
+    try:
+        caller = Accelerator(cpu=True, gradient_accumulation_steps=4)
+        net = caller.prepare(nn.Linear(3, 3))
+        with caller.accumulate(net):
+            caller.backward(net(torch.randn(2, 3)).sum())
+        monkeypatch.setenv('ACCELERATE_GRADIENT_ACCUMULATION_STEPS', '8')
+        done = finetune(dense, data, recipe=SHORT)
+        assert caller.gradient_accumulation_steps == 4 and not caller.sync_gradients
+    finally:
+        monkeypatch.delenv('ACCELERATE_GRADIENT_ACCUMULATION_STEPS', raising=False)
+        Accelerator(cpu=True).gradient_state._set_sync_gradients(True)
+    assert done.history.equals(expected.history)
+    state = expected.model.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in done.model.state_dict().items())
+
+
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_half_precision(dtype, data, dense):
     "An expanded layer keeps its factors in float32, and computes in its own precision."
