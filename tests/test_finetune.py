@@ -3,11 +3,14 @@
 And what its schedule and order of images promise for any numbers.
 """
 
+import copy
 import signal
 import sys
 from dataclasses import replace
+from functools import partial
 from math import isclose
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -17,9 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.utils import prune
 
 from lbyl_nb.bench import accuracy
-from lbyl_nb.data import digits, subset
+from lbyl_nb.data import Dataset, crop_flip, digits, subset
 from lbyl_nb.expand import expand
 from lbyl_nb.files import read_safetensors
 from lbyl_nb.finetune import (
@@ -127,8 +131,6 @@ class Shift:
     "The same shifts as in the scripts."
 
     def __call__(self, x):
-        from lbyl_nb.data import crop_flip
-
         return crop_flip(x, 1)
 
 
@@ -278,6 +280,177 @@ def test_gradients_that_a_caller_accumulates(data, dense, monkeypatch):
     assert done.history.equals(expected.history)
     state = expected.model.state_dict()
     assert all(torch.equal(v, state[k]) for k, v in done.model.state_dict().items())
+
+
+SHUFFLED = torch.randperm(256, generator=torch.Generator().manual_seed(0))
+
+
+def changed(net, change):
+    net = copy.deepcopy(net)
+    with torch.no_grad():
+        change(net)
+    return net
+
+
+def times(factor):
+    return lambda x: x * factor
+
+
+ANOTHER = dict(  # what is told apart: the first call, the second
+    augment=(dict(augment=lambda x: x), dict(augment=lambda x: -x)),
+    enclosed=(dict(augment=times(1)), dict(augment=times(-1))),
+    arguments=[dict(augment=partial(crop_flip, pad=p)) for p in (1, 3)],
+    labels=({}, dict(data=lambda d: Dataset(d.images, d.labels[SHUFFLED]))),
+    pixels=({}, dict(data=lambda d: Dataset(d.images.flip(-1), d.labels))),
+    frozen=({}, dict(net=lambda n: n.features.requires_grad_(False))),
+    modules=({}, dict(net=lambda n: setattr(n.features, '2', nn.GELU()))),
+    precision=({}, dict(net=lambda n: n.double())),
+    negated=({}, dict(net=lambda n: n.classifier.weight.neg_())),
+    turned=({}, dict(net=lambda n: n.classifier.weight.copy_(n.classifier.weight.flip(0)))),
+)
+
+
+@pytest.mark.parametrize('what', ANOTHER)
+def test_checkpoint_of_another_run(what, tmp_path, data, dense):
+    "A second call that is not the first one is refused; the first one again gives what it gave."
+    path = tmp_path / 'c.safetensors'
+
+    def train(data=data, net=dense, **how):
+        data = data if isinstance(data, Dataset) else data(TRAINING)
+        net = net if isinstance(net, nn.Module) else changed(dense, net)
+        short = replace(SHORT, epochs=0.5)
+        return finetune(net, data, recipe=short, checkpoint=path, **how).model.state_dict()
+
+    TRAINING = data
+    first, second = ANOTHER[what]
+    done = train(**first)
+    with pytest.raises(ValueError, match='checkpoint of another run'):
+        train(**second)
+    again = train(**first)
+    assert all(torch.equal(v, again[k]) for k, v in done.items())
+
+
+class Running(nn.Module):
+    "A network with a running mean of its scores that is not saved."
+
+    def __init__(self):
+        super().__init__()
+        self.net = digits_net(4)
+        self.register_buffer('mean', torch.zeros(10), persistent=False)
+
+    def forward(self, x):
+        y = self.net(x)
+        if self.training:
+            self.mean.lerp_(y.detach().mean(0), 0.1)
+        return y - self.mean
+
+
+class Stop(Exception):
+    pass
+
+
+class Until:
+    "Images as they are, up to a call."
+
+    def __init__(self, calls):
+        self.left = calls
+
+    def __call__(self, x):
+        self.left -= 1
+        if self.left < 0:
+            raise Stop
+        return x
+
+
+def test_buffers_that_are_not_saved(tmp_path, data):
+    "They come back with the network, and with a checkpoint."
+    net, path = initialised(Running, 0).eval(), tmp_path / 'c.safetensors'
+    train = partial(finetune, net, data, recipe=replace(SHORT, lr=0.1), eval_set=data)
+    whole = train(augment=Until(99))
+    right, n = accuracy(whole.model, data)
+    assert 100 * right / n == whole.history.eval_accuracy.iloc[-1]
+    assert whole.model.mean.abs().max() > 0 and not net.mean.any()
+    with pytest.raises(Stop):
+        train(augment=Until(9), checkpoint=path)
+    rest = train(augment=Until(4), checkpoint=path)
+    assert rest.history.equals(whole.history)
+    assert torch.equal(rest.model.mean, whole.model.mean)
+
+
+class Extra(nn.Conv2d):
+    "A convolution with state that is no tensor."
+
+    def get_extra_state(self):
+        return dict(a=1)
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_state_that_is_no_tensor(tmp_path, data, dense):
+    "Training needs none of it; a checkpoint can't hold it."
+    net = copy.deepcopy(dense)
+    net.features[0] = Extra(1, 4, 3, padding=1, bias=False)
+    net.features[0].load_state_dict(dense.features[0].state_dict(), strict=False)
+    done, expected = (finetune(n, data, recipe=SHORT).history for n in (net, dense))
+    assert done.equals(expected)
+    with pytest.raises(ValueError, match='features.0._extra_state: dict; .* but tensors'):
+        finetune(net, data, recipe=SHORT, checkpoint=tmp_path / 'c.safetensors')
+
+
+def test_numbers_of_other_libraries(tmp_path, data, dense):
+    "They are written to a checkpoint like Python's own, and are the same run."
+    path = tmp_path / 'c.safetensors'
+    short = replace(SHORT, lr=0.5)
+    other = replace(SHORT, lr=np.float32(0.5), epochs=np.int64(3), milestones=np.array([2]))
+    how = dict(mean=torch.tensor([0.5]), std=np.array([0.5]), seed=np.int64(3), every=np.int64(2))
+    done = finetune(dense, data, recipe=other, checkpoint=path, **how)
+    again = finetune(dense, data, recipe=short, checkpoint=path, seed=3, every=2)
+    own = finetune(dense, data, recipe=short, seed=3, every=2)
+    assert again.history.equals(done.history) and own.history.equals(done.history)
+
+
+NO_SETS = {
+    'eval_set: there are no images': lambda d: (d, dict(eval_set=d[:0])),
+    'train_set: there are no images': lambda d: (d[:0], {}),
+    'train_set: 512 images and 256': lambda d: (Dataset(d.images.repeat(2, 1, 1, 1), d.labels), {}),
+    'train_set: must be a': lambda d: (torch.utils.data.DataLoader(d), {}),
+    'eval_set: must be a': lambda d: (
+        d,
+        dict(eval_set=torch.utils.data.TensorDataset(d.images, d.labels)),
+    ),
+    'mean: one number for each colour': lambda d: (d, dict(mean=0.5)),
+    'std: one number for each colour': lambda d: (d, dict(std=torch.tensor(0.5))),
+}
+
+
+@pytest.mark.parametrize('says', NO_SETS)
+def test_wrong_arguments_before_training(says, data, dense):
+    train_set, how = NO_SETS[says](data)
+    with pytest.raises((TypeError, ValueError), match=says):
+        finetune(dense, train_set, recipe=SHORT, augment=Until(0), **how)
+
+
+def test_no_folder_is_noticed_before_training(tmp_path, data, dense):
+    how = dict(restoring=dict(ratio=0.5), recipe=SHORT, augment=Until(0))
+    with pytest.raises(FileNotFoundError, match='there is no folder'):
+        restore_and_boost(dense, torch.zeros(1, 1, 8, 8), data, path=tmp_path / 'no/s', **how)
+
+
+@pytest.mark.filterwarnings('ignore::FutureWarning')
+def test_fresh_leaves_nothing_alone(dense):
+    "Layers whose weight is computed from other parameters are refused."
+    kinds = {
+        'weight_orig': lambda m: prune.l1_unstructured(m, 'weight', 0.5),
+        'weight_[gv]': nn.utils.weight_norm,
+    }
+    for k, change in kinds.items():
+        net = copy.deepcopy(dense)
+        net.classifier = change(net.classifier)
+        with torch.no_grad():
+            net(torch.zeros(1, 1, 8, 8))  # from now on its weight can be copied
+        with pytest.raises(ValueError, match=f'classifier.{k}: reset_parameters of Linear'):
+            fresh(net)
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
