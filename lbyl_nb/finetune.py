@@ -525,9 +525,11 @@ def _load_checkpoint(
     ValueError if the file is truncated, no checkpoint, or of another kind, architecture or run."""
     tensors, meta = read_safetensors(path)
     kind = run.penalty.kind
-    if meta.get('format') != _CHECKPOINT_FORMAT.format(kind):
-        says = f'not a checkpoint of {kind}, or one of another version of this package'
-        raise ValueError(f'{path}: {says} (format {meta.get("format")!r})')
+    form, wanted = meta.get('format'), _CHECKPOINT_FORMAT.format(kind)
+    if form != wanted:
+        of_this_kind = str(form).startswith(wanted.rstrip('0123456789'))
+        says = 'checkpoint of another version' if of_this_kind else f'not a checkpoint of {kind}'
+        raise ValueError(f'{path}: {says} (format {form!r})')
     part = lambda of: {k.partition('/')[2]: v for k, v in tensors.items() if k.startswith(of)}
     weights, momenta = part('model/'), part('momentum/')
     if wrong := _differences(run.net, weights):
