@@ -483,13 +483,18 @@ def _unsaved(net: nn.Module) -> dict:
     return {k: v for k, v in net.named_buffers() if k not in saved}
 
 
+@torch.no_grad()
 def _put_buffers(net: nn.Module, buffers: dict):
-    "Give a network buffers, name -> tensor, of which a copy is put where the network is."
+    "Give the buffers of a network, which modules may share, other values; name -> tensor."
     for k, v in buffers.items():
         parent, _, name = k.rpartition('.')
-        m = net.get_submodule(parent)
-        if name in m._buffers:
-            m._buffers[name] = v.detach().to(place(net)[0], copy=True)
+        own = net.get_submodule(parent)._buffers
+        old = own.get(name)
+        if old is not None and old.shape == v.shape:
+            if not torch.equal(old, v.to(old)):
+                old.copy_(v)
+        elif name in own:  # made or enlarged in training
+            own[name] = v.to(place(net)[0], copy=True)
 
 # %% ../nbs/22_finetune.ipynb #7be21675
 _CHECKPOINT_FORMAT = 'lbyl_nb.{}.2'  # of a kind of penalty

@@ -337,12 +337,19 @@ class Running(nn.Module):
         super().__init__()
         self.net = digits_net(4)
         self.register_buffer('mean', torch.zeros(10), persistent=False)
+        self.register_buffer('steps', None, persistent=False)
+        self.register_buffer(
+            'one', torch.ones(1).expand(10), persistent=False
+        )  # no room of its own
+        self.twin = nn.Module()
+        self.twin.register_buffer('mean', self.mean, persistent=False)
 
     def forward(self, x):
         y = self.net(x)
         if self.training:
             self.mean.lerp_(y.detach().mean(0), 0.1)
-        return y - self.mean
+            self.steps = torch.ones(()) if self.steps is None else self.steps + 1
+        return y - self.twin.mean * self.one
 
 
 class Stop(Exception):
@@ -370,11 +377,13 @@ def test_buffers_that_are_not_saved(tmp_path, data):
     right, n = accuracy(whole.model, data)
     assert 100 * right / n == whole.history.eval_accuracy.iloc[-1]
     assert whole.model.mean.abs().max() > 0 and not net.mean.any()
+    assert whole.model.twin.mean is whole.model.mean
+    assert whole.model.steps == 12 and net.steps is None
     with pytest.raises(Stop):
         train(augment=Until(9), checkpoint=path)
     rest = train(augment=Until(4), checkpoint=path)
     assert rest.history.equals(whole.history)
-    assert torch.equal(rest.model.mean, whole.model.mean)
+    assert torch.equal(rest.model.mean, whole.model.mean) and rest.model.steps == 12
 
 
 class Extra(nn.Conv2d):
