@@ -30,6 +30,7 @@ from .progress import progress
 # %% ../nbs/32_bench.ipynb #fded1fd2
 import lbyl_nb
 from .data import Dataset, normalise
+from .expand import Expanded
 from .files import locked, writing
 from .layers import evaluating
 
@@ -45,8 +46,11 @@ def place(
     model: nn.Module,  # any network
 ) -> tuple[torch.device, torch.dtype]:  # of the first parameter; CPU and float32 without one
     "Where a model computes, and in which type"
-    p = next(model.parameters(), torch.empty(0))
-    return p.device, p.dtype
+    for m in model.modules():
+        p = next(m.parameters(recurse=False), None)
+        if p is not None:  # factors of a layer in half precision are in float32
+            return p.device, m.dtype if isinstance(m, Expanded) else p.dtype
+    return torch.device('cpu'), torch.float32
 
 # %% ../nbs/32_bench.ipynb #d0d245ae
 def accuracy(

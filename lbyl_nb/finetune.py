@@ -8,13 +8,16 @@ __all__ = ['FINETUNING', 'SCRATCH', 'Recipe', 'Penalty', 'Similarity', 'unchange
 
 # %% ../nbs/22_finetune.ipynb #02593d86
 import copy
+import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from math import inf, isclose, isfinite
+from math import inf, isclose, isfinite, nan
 from pathlib import Path
+from types import CodeType
 
 import numpy as np
 import pandas as pd
@@ -36,6 +39,13 @@ from .saved import save_restored
 from .similarity import similarity
 
 # %% ../nbs/22_finetune.ipynb #6fbb76ad
+def _plain(
+    number,  # of Python, NumPy or PyTorch
+):  # of Python
+    "A number that can be written down."
+    return number.item() if hasattr(number, 'item') else number
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How long, how fast, how many images at a time.
@@ -51,6 +61,9 @@ class Recipe:
     weight_decay: float = 5e-4  # on all parameters
 
     def __post_init__(self):
+        for name, v in list(vars(self).items()):
+            plain = tuple(map(_plain, v)) if name == 'milestones' else _plain(v)
+            object.__setattr__(self, name, plain)
         fine = dict(
             epochs=0 < self.epochs < inf,
             lr=0 < self.lr < inf,
@@ -172,6 +185,24 @@ def unchanged(
     return x
 
 # %% ../nbs/22_finetune.ipynb #68a06b2a
+def _check_set(data, name: str):
+    "TypeError or ValueError naming an argument that is no set of images with labels."
+    if not (hasattr(data, 'images') and hasattr(data, 'labels')):
+        raise TypeError(f'{name}: must be a `Dataset` of images and labels, got {type(data)}')
+    if len(data.images) != len(data.labels):
+        raise ValueError(f'{name}: {len(data.images)} images and {len(data.labels)} labels')
+    if not len(data.labels):
+        raise ValueError(f'{name}: there are no images')
+
+
+def _for_each_colour(numbers, name: str) -> tuple:
+    "Numbers of Python. TypeError naming an argument that is a single number."
+    try:
+        return tuple(map(_plain, numbers))
+    except TypeError as e:
+        raise TypeError(f'{name}: one number for each colour, as in (0.5,), got {numbers}') from e
+
+
 def _check_arguments(recipe: Recipe, images: int, processes: int, autocast):
     "ValueError for a batch that is too large or can't be shared, or an unsupported precision."
     if not recipe.batch <= images:
@@ -189,6 +220,20 @@ def _sgd(net: nn.Module, recipe: Recipe) -> torch.optim.SGD:
         raise ValueError('every parameter is frozen: nothing to train')
     return torch.optim.SGD(weights, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
 
+# %% ../nbs/22_finetune.ipynb #40b89193
+@contextmanager
+def _full_steps():
+    "Each batch is a full step of Accelerate inside the block; how the caller counts stays."
+    from accelerate.state import GradientState
+
+    state = GradientState()
+    before = state.sync_gradients, state.plugin_kwargs
+    state.sync_gradients, state.plugin_kwargs = True, {}
+    try:
+        yield
+    finally:
+        state.sync_gradients, state.plugin_kwargs = before
+
 # %% ../nbs/22_finetune.ipynb #5837406e
 def _begin(
     model: nn.Module,  # never changed
@@ -205,7 +250,10 @@ def _begin(
     "A run before its first step."
     from accelerate import Accelerator
 
-    a = Accelerator()
+    _check_set(train_set, 'train_set')
+    mean, std = _for_each_colour(mean, 'mean'), _for_each_colour(std, 'std')
+    with _full_steps():
+        a = Accelerator()
     _check_arguments(recipe, len(train_set), a.num_processes, autocast)
     check_model(model)
     net = batch_norms(copy.deepcopy(model).to(a.device).train())
@@ -223,7 +271,7 @@ def _begin(
         augment=augment,
         batch_norms=batch_norms,
         autocast=autocast,
-        seed=seed,
+        seed=_plain(seed),
     )
 
 # %% ../nbs/22_finetune.ipynb #f5c1d0b9
@@ -259,9 +307,10 @@ def _take_step(
     if not all(map(isfinite, seen)):
         says = f'the loss is {seen[0]}, the {run.penalty.name} {seen[1]}'
         raise FloatingPointError(f'step {step + 1}: {says}')
-    run.opt.zero_grad(set_to_none=True)
-    a.backward(task + run.penalty.weight * added)
-    run.opt.step()
+    with _full_steps():
+        run.opt.zero_grad(set_to_none=True)
+        a.backward(task + run.penalty.weight * added)
+        run.opt.step()
     return seen
 
 # %% ../nbs/22_finetune.ipynb #bc94a29d
@@ -314,51 +363,141 @@ def synced_norms(
     return nn.SyncBatchNorm.convert_sync_batchnorm(net)
 
 # %% ../nbs/22_finetune.ipynb #84f2dc10
-def _norms(net: nn.Module, of: str) -> dict:
-    "The norm of every tensor of a network, {`of` and its name: number}."
-    return {f'{of} {k}': v.double().norm().item() for k, v in net.state_dict().items()}
+def _products(net: nn.Module, of: str, trained=()) -> dict:
+    "What each tensor is, its norm and its product with random numbers, {`of` and its name: list}."
+    facts = {}
+    for k, v in net.state_dict().items():
+        if isinstance(v, Tensor):
+            flat = v.cpu().double().flatten()
+            gen = torch.Generator().manual_seed(0)
+            random = torch.randn(len(flat), generator=gen, dtype=torch.float64)
+            product = flat.nan_to_num(posinf=0, neginf=0) @ random
+            kind = f'{v.dtype}, {"trained" if k in trained else "fixed"}'
+            facts[f'{of} {k}'] = [kind, flat.norm().item(), product.item()]
+    return facts
+
+# %% ../nbs/22_finetune.ipynb #96dab6ee
+def _words(value) -> str:
+    "A value as it is printed, without its place in memory."
+    return re.sub(' at 0x[0-9a-f]+', '', repr(value))
 
 
+def _digest_of(*parts) -> str:
+    "A few digits that differ where tensors or other values do."
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        if isinstance(part, Tensor):
+            digest.update(f'{part.dtype} {tuple(part.shape)} '.encode())
+            digest.update(part.detach().cpu().numpy().tobytes())
+        else:
+            digest.update(f'{_words(part)} '.encode())
+    return digest.hexdigest()
+
+# %% ../nbs/22_finetune.ipynb #d3298de5
+def _name(f: Callable) -> str:
+    "A function or object in words."
+    if isinstance(f, partial):
+        arguments = [*map(_words, f.args), *(f'{k}={_words(v)}' for k, v in f.keywords.items())]
+        return f'{_name(f.func)} with {", ".join(arguments)}'
+    if hasattr(f, '__qualname__'):
+        return f.__qualname__
+    return type(f).__qualname__ if type(f).__repr__ is object.__repr__ else _words(f)
+
+
+def _instructions(code: CodeType) -> list:
+    "What code does, the same in every process."
+    constants = []
+    for c in code.co_consts:
+        if isinstance(c, CodeType):
+            c = _instructions(c)
+        constants.append(sorted(map(repr, c)) if isinstance(c, frozenset) else c)
+    return [code.co_code.hex(), code.co_names, constants]
+
+# %% ../nbs/22_finetune.ipynb #b681c7ff
+def _enclosed(f: Callable) -> dict:
+    "The plain values that a function took from around it, {name: value}."
+    values = {}
+    for k, cell in zip(f.__code__.co_freevars, f.__closure__ or ()):
+        with suppress(ValueError):  # a variable that has none yet
+            values[k] = cell.cell_contents
+    plain = (bool, int, float, str, tuple)
+    return {k: v for k, v in values.items() if isinstance(v, plain)}
+
+
+def _code(f: Callable) -> str:
+    "A digest of a function; '' for an object."
+    if isinstance(f, partial):
+        return _code(f.func)
+    if not hasattr(f, '__code__'):
+        return ''
+    return _digest_of(_instructions(f.__code__), f.__defaults__, f.__kwdefaults__, _enclosed(f))
+
+# %% ../nbs/22_finetune.ipynb #a24b2d4d
 def _about(run: _Run, every: int) -> dict:
     "What distinguishes a run from others, for a checkpoint; numbers and strings."
-    name = lambda f: getattr(f, '__qualname__', type(f).__qualname__)
-    data = dict(
+    teacher = run.penalty.teacher
+    about = asdict(run.recipe) | dict(
         images=len(run.data),
-        pixels=int(run.data.images.sum(dtype=torch.int64)),
-        labels=int(run.data.labels.sum()),
-    )
-    how = dict(
+        pixels=_digest_of(run.data.images),
+        labels=_digest_of(run.data.labels),
         mean=run.mean,
         std=run.std,
-        augment=name(run.augment),
-        batch_norms=name(run.batch_norms),
         autocast=str(run.autocast),
         every=every,
         seed=run.seed,
+        modules=_digest_of(run.net, '' if teacher is None else teacher),
     )
-    weights = _norms(run.net, 'start')
-    if run.penalty.teacher is not None:
-        weights |= _norms(run.penalty.teacher, 'teacher')
-    about = asdict(run.recipe) | data | how
-    about['weights'] = weights
-    return about | run.penalty.facts()
+    for k in ('augment', 'batch_norms'):
+        about[k] = _name(getattr(run, k))
+        about[f'code of {k}'] = _code(getattr(run, k))
+    trained = [k for k, p in run.net.named_parameters() if p.requires_grad]
+    about['weights'] = _products(run.net, 'start', trained)
+    if teacher is not None:
+        about['weights'] |= _products(teacher, 'teacher')
+    about |= run.penalty.facts()
+    return json.loads(json.dumps(about, default=lambda v: v.tolist()))
 
 # %% ../nbs/22_finetune.ipynb #df0f9286
 def _same_run(path, there: dict, here: dict):
     "ValueError unless a checkpoint, which says `there` of itself, belongs to the run `here`."
     other = f'{path}: checkpoint of another run'
-    here = json.loads(json.dumps(here))
     for k in here:
-        if k != 'weights' and there.get(k) != here[k]:
+        if k not in ('weights', 'modules') and there.get(k) != here[k]:
             raise ValueError(f'{other}, whose {k} is {there.get(k)} and not {here[k]}')
     if odd := there['weights'].keys() ^ here['weights'].keys():
         raise ValueError(f'{other}, with {sorted(odd)[0]} on one side only')
-    for k, v in here['weights'].items():
-        if not isclose(v, there['weights'][k], rel_tol=1e-4, abs_tol=1e-12):
+    for k, (kind, norm, product) in here['weights'].items():
+        kind_there, norm_there, product_there = there['weights'][k]
+        if kind != kind_there:
+            raise ValueError(f'{other}, whose {k} is {kind_there} and not {kind}')
+        near = isclose(norm, norm_there, rel_tol=1e-4, abs_tol=1e-12)
+        if not near or abs(product - product_there) > 1e-4 * norm + 1e-12:
             raise ValueError(f'{other}, with other weights: {k}')
+    if there['modules'] != here['modules']:
+        raise ValueError(f'{other}, with other modules')
+
+# %% ../nbs/22_finetune.ipynb #c2aa10a1
+def _unsaved(net: nn.Module) -> dict:
+    "Buffers that a `state_dict` leaves out, name -> tensor."
+    saved = net.state_dict()
+    return {k: v for k, v in net.named_buffers() if k not in saved}
+
+
+@torch.no_grad()
+def _put_buffers(net: nn.Module, buffers: dict):
+    "Give the buffers of a network, which modules may share, other values; name -> tensor."
+    for k, v in buffers.items():
+        parent, _, name = k.rpartition('.')
+        own = net.get_submodule(parent)._buffers
+        old = own.get(name)
+        if old is not None and old.shape == v.shape:
+            if not torch.equal(old, v.to(old)):
+                old.copy_(v)
+        elif name in own:  # made or enlarged in training
+            own[name] = v.to(place(net)[0], copy=True)
 
 # %% ../nbs/22_finetune.ipynb #7be21675
-_CHECKPOINT_FORMAT = 'lbyl_nb.{}.1'  # of a kind of penalty
+_CHECKPOINT_FORMAT = 'lbyl_nb.{}.2'  # of a kind of penalty
 
 
 def _save_checkpoint(path, run: _Run, what: dict, step: int, rows: list):
@@ -370,6 +509,8 @@ def _save_checkpoint(path, run: _Run, what: dict, step: int, rows: list):
             tensors[f'momentum/{k}'] = momentum
     for k, v in run.penalty.state().items():
         tensors[f'penalty/{k}'] = v
+    for k, v in _unsaved(run.net).items():
+        tensors[f'buffer/{k}'] = v
     meta = dict(
         format=_CHECKPOINT_FORMAT.format(run.penalty.kind),
         run=json.dumps(what),
@@ -389,8 +530,11 @@ def _load_checkpoint(
     ValueError if the file is truncated, no checkpoint, or of another kind, architecture or run."""
     tensors, meta = read_safetensors(path)
     kind = run.penalty.kind
-    if meta.get('format') != _CHECKPOINT_FORMAT.format(kind):
-        raise ValueError(f'{path}: not a checkpoint of {kind} (format {meta.get("format")!r})')
+    form, wanted = meta.get('format'), _CHECKPOINT_FORMAT.format(kind)
+    if form != wanted:
+        of_this_kind = str(form).startswith(wanted.rstrip('0123456789'))
+        says = 'checkpoint of another version' if of_this_kind else f'not a checkpoint of {kind}'
+        raise ValueError(f'{path}: {says} (format {form!r})')
     part = lambda of: {k.partition('/')[2]: v for k, v in tensors.items() if k.startswith(of)}
     weights, momenta = part('model/'), part('momentum/')
     if wrong := _differences(run.net, weights):
@@ -398,6 +542,7 @@ def _load_checkpoint(
     _same_run(path, json.loads(meta['run']), what)
     run.net.load_state_dict(weights)
     run.penalty.load_state(part('penalty/'))
+    _put_buffers(run.net, part('buffer/'))
     for k, p in run.net.named_parameters():
         if k in momenta:
             run.opt.optimizer.state[p]['momentum_buffer'] = momenta[k].to(p)
@@ -432,10 +577,11 @@ def _with_accuracy(run: _Run, row: dict, eval_set: Dataset | None) -> dict:
 # %% ../nbs/22_finetune.ipynb #dc770a61
 def _go_on(run: _Run, eval_set, checkpoint, every: int, label: str) -> list:  # rows of the history
     "Train a run to its end, from where its checkpoint left it; main process writes."
-    what = _about(run, every)
-    done, rows = 0, []
-    if checkpoint is not None and Path(checkpoint).exists():
-        done, rows = _load_checkpoint(checkpoint, run, what)
+    done, rows, what = 0, [], None
+    if checkpoint is not None:
+        what = _about(run, every)
+        if Path(checkpoint).exists():
+            done, rows = _load_checkpoint(checkpoint, run, what)
     total = run.recipe.steps(len(run.data))
     main = run.accelerator.is_main_process
     shown = {} if main else dict(disable=True)
@@ -456,18 +602,36 @@ def _go_on(run: _Run, eval_set, checkpoint, every: int, label: str) -> list:  # 
             run.accelerator.wait_for_everyone()
     return rows
 
+# %% ../nbs/22_finetune.ipynb #b3f1f7da
+def _check_folder(path: str | Path):
+    "FileNotFoundError if there is no folder for a file."
+    if not Path(path).parent.is_dir():
+        raise FileNotFoundError(f'{path}: there is no folder {Path(path).parent}')
+
+
+def _check_tensors(net: nn.Module, path: str | Path):
+    "ValueError naming what a checkpoint can't hold."
+    for k, v in net.state_dict().items():
+        if not isinstance(v, Tensor):
+            raise ValueError(f'{k}: {type(v).__name__}; {path} can hold nothing but tensors')
+
 # %% ../nbs/22_finetune.ipynb #1362df68
 def _complete(
     model: nn.Module, run: _Run, eval_set, checkpoint, every: int | None, label: str
 ) -> Finetuned:
     "Train a run of a model to its end; arguments and errors as in `finetune`."
-    if checkpoint is not None and not Path(checkpoint).parent.is_dir():
-        raise FileNotFoundError(f'{checkpoint}: there is no folder {Path(checkpoint).parent}')
+    if checkpoint is not None:
+        _check_folder(checkpoint)
+        _check_tensors(run.net, checkpoint)
     if every is not None and every < 1:
         raise ValueError(f'every: {every} steps')
-    rows = _go_on(run, eval_set, checkpoint, every or len(run.data) // run.recipe.batch, label)
+    if eval_set is not None:
+        _check_set(eval_set, 'eval_set')
+    every = _plain(every) or len(run.data) // run.recipe.batch
+    rows = _go_on(run, eval_set, checkpoint, every, label)
     trained = copy.deepcopy(model)
     trained.load_state_dict(run.net.state_dict())
+    _put_buffers(trained, _unsaved(run.net))
     return Finetuned(trained, pd.DataFrame(rows))
 
 # %% ../nbs/22_finetune.ipynb #6ad23b77
@@ -493,7 +657,9 @@ def finetune(
 
     It runs on the CPU, a GPU or several processes, as Hugging Face Accelerate finds them.
     The same call with the same `checkpoint` goes on where it was killed,
-    on a CPU with as many threads to the same bits.
+    on a CPU with as many threads to the same bits. That calls are not the same is noticed by
+    images, labels, numbers, weights, modules as they are printed, and functions; but not
+    by settings that an object or module keeps without printing them, such as an `augment`'s.
 
     In several processes each takes its share of a batch. Similarities are of images within a
     share, and so are the statistics of batch norm unless `batch_norms` says otherwise;
@@ -502,8 +668,10 @@ def finetune(
 
     FloatingPointError naming the step if a loss or weight is not finite; the checkpoint before
     it stays. ValueError for a batch larger than the set or not divisible by the processes,
-    NaN in the model, a checkpoint that is truncated or of another architecture or run.
-    FileNotFoundError without the folder for it."""
+    NaN in the model, sets without images or with more of them than labels, a checkpoint that is
+    truncated or of another architecture, run or version, and for one of a model whose state is
+    more than tensors. FileNotFoundError without the folder for it.
+    TypeError if a set is no `Dataset`, or `mean` a single number."""
     penalty = Penalty if teacher is None else partial(Similarity, teacher=teacher, weight=sp_weight)
     run = _begin(model, train_set, penalty, recipe, mean, std, augment, batch_norms, autocast, seed)
     return _complete(model, run, eval_set, checkpoint, every, label)
@@ -525,6 +693,19 @@ def boost(
     done = finetune(big, train_set, teacher=teacher, seed=seed, **training)
     return replace(done, model=contract(done.model))
 
+# %% ../nbs/22_finetune.ipynb #669b7ff0
+def _reset(m: nn.Module, name: str):
+    "New parameters of a module's own. ValueError naming one that is still what it was."
+    values = lambda p: p.is_floating_point() and not (nn.parameter.is_lazy(p) or p.is_meta)
+    own = [k for k, p in m.named_parameters(recurse=False) if values(p)]
+    with torch.no_grad():
+        for k in own:
+            getattr(m, k).fill_(nan)
+    m.reset_parameters()
+    for k in own:
+        if m._parameters[k].isnan().any():
+            raise ValueError(f'{name}.{k}: reset_parameters of {type(m).__name__} leaves it alone')
+
 # %% ../nbs/22_finetune.ipynb #8090b42b
 def fresh(
     model: nn.Module,  # never changed
@@ -532,12 +713,12 @@ def fresh(
 ) -> nn.Module:
     """The same architecture with new weights, as every module draws its own.
 
-    ValueError naming a module with parameters that can't."""
+    ValueError naming a module with parameters that can't, or a parameter that it leaves alone."""
     net = copy.deepcopy(model)
     with _seeded(seed, place(net)[0]):
         for name, m in net.named_modules():
             if hasattr(m, 'reset_parameters'):
-                m.reset_parameters()
+                _reset(m, name)
             elif next(m.parameters(recurse=False), None) is not None:
                 raise ValueError(f'{name}: {type(m).__name__} has no reset_parameters')
     return net
@@ -555,6 +736,8 @@ def restore_and_boost(
     """Prune, restore, expand, fine-tune with distillation, contract and save.
 
     Errors as in `restore` and `boost`."""
+    if path is not None:
+        _check_folder(path)
     small = restore(model, example_inputs, **restoring)
     done = boost(small.model, train_set, teacher=model, **training)
     done = replace(done, plan=small.plan)

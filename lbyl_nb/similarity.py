@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .bench import _evaluating
+from .bench import place
 from .expand import _POINTWISE, Expanded
+from .layers import batch_size, evaluating, map_tensors
 
 # %% ../nbs/21_similarity.ipynb #61716945
 def similarities(
@@ -25,6 +26,9 @@ def similarities(
 
     Each row is divided by its L2 norm."""
     A = A.reshape(len(A), -1).to(torch.promote_types(A.dtype, torch.float32), copy=True)
+    if A.numel():
+        largest = A.detach().abs().amax().clamp(min=torch.finfo(A.dtype).tiny)
+        A = A / largest  # a common factor changes nothing, but its square may be out of range
     with torch.autocast(A.device.type, enabled=False):
         return F.normalize(A @ A.T, dim=1)
 
@@ -35,7 +39,7 @@ def similarity_loss(
 ) -> Tensor:  # a number
     """Mean over pairs of the mean square of the difference.
 
-    ValueError naming the layer if pairs or batches don't fit."""
+    ValueError naming the layer if pairs or batches don't fit, and if there are no pairs."""
     for k in {**teacher, **student}:
         t, s = teacher.get(k, []), student.get(k, [])
         if len(t) != len(s):
@@ -45,7 +49,9 @@ def similarity_loss(
             images = f'{len(t[0])} images in the teacher and {len(s[0])} in the student'
             raise ValueError(f'{k}: {images}')
     pairs = [(a, b) for k in teacher for a, b in zip(teacher[k], student[k])]
-    return torch.stack([F.mse_loss(b, a) for a, b in pairs]).mean()
+    if not pairs:
+        raise ValueError('no layers to compare')
+    return torch.stack([F.mse_loss(b, a.to(b.dtype)) for a, b in pairs]).mean()
 
 # %% ../nbs/21_similarity.ipynb #c38ddd2d
 def _paired(
@@ -97,31 +103,59 @@ def _watched_layers(
             hooks.enter_context(net.get_submodule(k).register_forward_hook(_note(seen, k)))
         yield seen
 
+# %% ../nbs/21_similarity.ipynb #e9be20ed
+def _comparable(
+    teacher: dict,  # name -> list of `similarities`, one for each use of the layer
+    student: dict,  # likewise
+    images: int,  # in the batch; 0 if nobody knows
+) -> list:  # names
+    "Layers that both networks use equally often, with images as their first dimension."
+    both = [k for k, t in teacher.items() if len(t) == len(student.get(k, []))]
+    return [k for k in both if not images or all(len(G) == images for G in teacher[k])]
+
+
+def _check_images(teacher: dict, student: dict, images: int) -> list:
+    "Names of all layers. ValueError naming one that has not images as its first dimension."
+    for k, t in teacher.items():
+        if images and any(len(G) != images for G in t):
+            raise ValueError(f'{k}: its first dimension is {len(t[0])}, for {images} images')
+    return list({**teacher, **student})
+
+
+def _in_precision_of(teacher: nn.Module, student: nn.Module, inputs: tuple) -> tuple:
+    "The student's inputs as the teacher takes them, where it computes in another precision."
+    dtype = place(teacher)[1]
+    if dtype == place(student)[1]:
+        return inputs
+    return map_tensors(inputs, lambda v: v.to(dtype) if v.is_floating_point() else v)
+
 # %% ../nbs/21_similarity.ipynb #4d1794a7
 @contextmanager
 def similarity(
     teacher: nn.Module,  # runs in evaluation mode and without gradients
     student: nn.Module,  # in training; its layers have the teacher's names
-    layers: Sequence[str] | None = None,  # names; None: all of the student that have weights
+    layers: Sequence[str] | None = None,  # names; None: all of the student that can be compared
 ):
     """Inside the block, a function that gives the similarity-preserving loss (arXiv 1907.09682).
 
-    It compares the student's last forward pass with the teacher's on the inputs given to it,
-    by default at every convolution, linear and expanded layer of the student.
+    It compares the student's last forward pass with the teacher's on the inputs given to it, whose
+    first dimension counts images. By default that is at every convolution, linear and expanded
+    layer of the student, except those that the networks don't call equally often,
+    and those whose outputs don't have images as their first dimension.
 
-    ValueError for a layer that one of them lacks, another batch than the student's,
-    or a student that hasn't run."""
+    ValueError for a layer that one of them lacks, a named one that can't be compared, if none is
+    left, for another batch than the student's, or a student that hasn't run."""
     names = _paired(teacher, student, layers)
     with _watched_layers(teacher, names) as t, _watched_layers(student, names) as s:
 
         def loss(*inputs) -> Tensor:
             if not s:
                 raise ValueError('the student has not run since the last loss')
-            with _evaluating(teacher):
-                teacher(*inputs)
-            # copies: tensors of inference mode are no good for autograd
-            copies = {k: [g.clone() for g in v] for k, v in t.items()}
-            value = similarity_loss(copies, s)
+            with torch.no_grad(), evaluating(teacher):
+                teacher(*_in_precision_of(teacher, student, inputs))
+            choose = _comparable if layers is None else _check_images
+            chosen = choose(t, s, batch_size(inputs))
+            value = similarity_loss(*({k: v[k] for k in chosen if k in v} for v in (t, s)))
             t.clear()
             s.clear()
             return value

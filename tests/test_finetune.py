@@ -3,11 +3,14 @@
 And what its schedule and order of images promise for any numbers.
 """
 
+import copy
 import signal
 import sys
 from dataclasses import replace
+from functools import partial
 from math import isclose
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -17,8 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.utils import prune
 
-from lbyl_nb.data import digits, subset
+from lbyl_nb.bench import accuracy
+from lbyl_nb.data import Dataset, crop_flip, digits, subset
+from lbyl_nb.expand import expand
 from lbyl_nb.files import read_safetensors
 from lbyl_nb.finetune import (
     FINETUNING,
@@ -125,8 +131,6 @@ class Shift:
     "The same shifts as in the scripts."
 
     def __call__(self, x):
-        from lbyl_nb.data import crop_flip
-
         return crop_flip(x, 1)
 
 
@@ -257,6 +261,234 @@ def test_callers_generator_goes_on(data, dense):
     torch.manual_seed(5)
     finetune(fresh(dense), data, recipe=replace(SHORT, epochs=0.5), augment=Shift())
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_gradients_that_a_caller_accumulates(data, dense, monkeypatch):
+    "Training is the same whatever Accelerate was told, and its state is the caller's afterwards."
+    expected = finetune(dense, data, recipe=SHORT)
+    try:
+        caller = Accelerator(cpu=True, gradient_accumulation_steps=4)
+        net = caller.prepare(nn.Linear(3, 3))
+        with caller.accumulate(net):
+            caller.backward(net(torch.randn(2, 3)).sum())
+        monkeypatch.setenv('ACCELERATE_GRADIENT_ACCUMULATION_STEPS', '8')
+        done = finetune(dense, data, recipe=SHORT)
+        assert caller.gradient_accumulation_steps == 4 and not caller.sync_gradients
+    finally:
+        monkeypatch.delenv('ACCELERATE_GRADIENT_ACCUMULATION_STEPS', raising=False)
+        Accelerator(cpu=True).gradient_state._set_sync_gradients(True)
+    assert done.history.equals(expected.history)
+    state = expected.model.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in done.model.state_dict().items())
+
+
+SHUFFLED = torch.randperm(256, generator=torch.Generator().manual_seed(0))
+
+
+def changed(net, change):
+    net = copy.deepcopy(net)
+    with torch.no_grad():
+        change(net)
+    return net
+
+
+def times(factor):
+    return lambda x: x * factor
+
+
+ANOTHER = dict(  # what is told apart: the first call, the second
+    augment=(dict(augment=lambda x: x), dict(augment=lambda x: -x)),
+    enclosed=(dict(augment=times(1)), dict(augment=times(-1))),
+    arguments=[dict(augment=partial(crop_flip, pad=p)) for p in (1, 3)],
+    labels=({}, dict(data=lambda d: Dataset(d.images, d.labels[SHUFFLED]))),
+    pixels=({}, dict(data=lambda d: Dataset(d.images.flip(-1), d.labels))),
+    frozen=({}, dict(net=lambda n: n.features.requires_grad_(False))),
+    modules=({}, dict(net=lambda n: setattr(n.features, '2', nn.GELU()))),
+    precision=({}, dict(net=lambda n: n.double())),
+    negated=({}, dict(net=lambda n: n.classifier.weight.neg_())),
+    turned=({}, dict(net=lambda n: n.classifier.weight.copy_(n.classifier.weight.flip(0)))),
+)
+
+
+@pytest.mark.parametrize('what', ANOTHER)
+def test_checkpoint_of_another_run(what, tmp_path, data, dense):
+    "A second call that is not the first one is refused; the first one again gives what it gave."
+    path = tmp_path / 'c.safetensors'
+
+    def train(data=data, net=dense, **how):
+        data = data if isinstance(data, Dataset) else data(TRAINING)
+        net = net if isinstance(net, nn.Module) else changed(dense, net)
+        short = replace(SHORT, epochs=0.5)
+        return finetune(net, data, recipe=short, checkpoint=path, **how).model.state_dict()
+
+    TRAINING = data
+    first, second = ANOTHER[what]
+    done = train(**first)
+    with pytest.raises(ValueError, match='checkpoint of another run'):
+        train(**second)
+    again = train(**first)
+    assert all(torch.equal(v, again[k]) for k, v in done.items())
+
+
+class Running(nn.Module):
+    "A network with a running mean of its scores that is not saved."
+
+    def __init__(self):
+        super().__init__()
+        self.net = digits_net(4)
+        self.register_buffer('mean', torch.zeros(10), persistent=False)
+        self.register_buffer('steps', None, persistent=False)
+        self.register_buffer(
+            'one', torch.ones(1).expand(10), persistent=False
+        )  # no room of its own
+        self.twin = nn.Module()
+        self.twin.register_buffer('mean', self.mean, persistent=False)
+
+    def forward(self, x):
+        y = self.net(x)
+        if self.training:
+            self.mean.lerp_(y.detach().mean(0), 0.1)
+            self.steps = torch.ones(()) if self.steps is None else self.steps + 1
+        return y - self.twin.mean * self.one
+
+
+class Stop(Exception):
+    pass
+
+
+class Until:
+    "Images as they are, up to a call."
+
+    def __init__(self, calls):
+        self.left = calls
+
+    def __call__(self, x):
+        self.left -= 1
+        if self.left < 0:
+            raise Stop
+        return x
+
+
+def test_buffers_that_are_not_saved(tmp_path, data):
+    "They come back with the network, and with a checkpoint."
+    net, path = initialised(Running, 0).eval(), tmp_path / 'c.safetensors'
+    train = partial(finetune, net, data, recipe=replace(SHORT, lr=0.1), eval_set=data)
+    whole = train(augment=Until(99))
+    right, n = accuracy(whole.model, data)
+    assert 100 * right / n == whole.history.eval_accuracy.iloc[-1]
+    assert whole.model.mean.abs().max() > 0 and not net.mean.any()
+    assert whole.model.twin.mean is whole.model.mean
+    assert whole.model.steps == 12 and net.steps is None
+    with pytest.raises(Stop):
+        train(augment=Until(9), checkpoint=path)
+    rest = train(augment=Until(4), checkpoint=path)
+    assert rest.history.equals(whole.history)
+    assert torch.equal(rest.model.mean, whole.model.mean) and rest.model.steps == 12
+
+
+class Extra(nn.Conv2d):
+    "A convolution with state that is no tensor."
+
+    def get_extra_state(self):
+        return dict(a=1)
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_state_that_is_no_tensor(tmp_path, data, dense):
+    "Training needs none of it; a checkpoint can't hold it."
+    net = copy.deepcopy(dense)
+    net.features[0] = Extra(1, 4, 3, padding=1, bias=False)
+    net.features[0].load_state_dict(dense.features[0].state_dict(), strict=False)
+    done, expected = (finetune(n, data, recipe=SHORT).history for n in (net, dense))
+    assert done.equals(expected)
+    with pytest.raises(ValueError, match='features.0._extra_state: dict; .* but tensors'):
+        finetune(net, data, recipe=SHORT, checkpoint=tmp_path / 'c.safetensors')
+
+
+def test_numbers_of_other_libraries(tmp_path, data, dense):
+    "They are written to a checkpoint like Python's own, and are the same run."
+    path = tmp_path / 'c.safetensors'
+    short = replace(SHORT, lr=0.5)
+    other = replace(SHORT, lr=np.float32(0.5), epochs=np.int64(3), milestones=np.array([2]))
+    how = dict(mean=torch.tensor([0.5]), std=np.array([0.5]), seed=np.int64(3), every=np.int64(2))
+    done = finetune(dense, data, recipe=other, checkpoint=path, **how)
+    again = finetune(dense, data, recipe=short, checkpoint=path, seed=3, every=2)
+    own = finetune(dense, data, recipe=short, seed=3, every=2)
+    assert again.history.equals(done.history) and own.history.equals(done.history)
+
+
+NO_SETS = {
+    'eval_set: there are no images': lambda d: (d, dict(eval_set=d[:0])),
+    'train_set: there are no images': lambda d: (d[:0], {}),
+    'train_set: 512 images and 256': lambda d: (Dataset(d.images.repeat(2, 1, 1, 1), d.labels), {}),
+    'train_set: must be a': lambda d: (torch.utils.data.DataLoader(d), {}),
+    'eval_set: must be a': lambda d: (
+        d,
+        dict(eval_set=torch.utils.data.TensorDataset(d.images, d.labels)),
+    ),
+    'mean: one number for each colour': lambda d: (d, dict(mean=0.5)),
+    'std: one number for each colour': lambda d: (d, dict(std=torch.tensor(0.5))),
+}
+
+
+@pytest.mark.parametrize('says', NO_SETS)
+def test_wrong_arguments_before_training(says, data, dense):
+    train_set, how = NO_SETS[says](data)
+    with pytest.raises((TypeError, ValueError), match=says):
+        finetune(dense, train_set, recipe=SHORT, augment=Until(0), **how)
+
+
+def test_no_folder_is_noticed_before_training(tmp_path, data, dense):
+    how = dict(restoring=dict(ratio=0.5), recipe=SHORT, augment=Until(0))
+    with pytest.raises(FileNotFoundError, match='there is no folder'):
+        restore_and_boost(dense, torch.zeros(1, 1, 8, 8), data, path=tmp_path / 'no/s', **how)
+
+
+@pytest.mark.filterwarnings('ignore::FutureWarning')
+def test_fresh_leaves_nothing_alone(dense):
+    "Layers whose weight is computed from other parameters are refused."
+    kinds = {
+        'weight_orig': lambda m: prune.l1_unstructured(m, 'weight', 0.5),
+        'weight_[gv]': nn.utils.weight_norm,
+    }
+    for k, change in kinds.items():
+        net = copy.deepcopy(dense)
+        net.classifier = change(net.classifier)
+        with torch.no_grad():
+            net(torch.zeros(1, 1, 8, 8))  # from now on its weight can be copied
+        with pytest.raises(ValueError, match=f'classifier.{k}: reset_parameters of Linear'):
+            fresh(net)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision(dtype, data, dense):
+    "An expanded layer keeps its factors in float32, and computes in its own precision."
+    net = dense.to(dtype)
+    assert accuracy(expand(net), data) == accuracy(net, data)
+    done = boost(net, data, teacher=dense, recipe=SHORT, sp_weight=3)
+    assert {p.dtype for p in done.model.parameters()} == {dtype}
+    assert done.history.loss.iloc[-1] < done.history.loss.iloc[0]
+
+
+class Attentive(nn.Module):
+    "An attention layer on rows of pixels."
+
+    def __init__(self):
+        super().__init__()
+        self.into = nn.Linear(8, 16)
+        self.block = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+        self.out = nn.Linear(16, 10)
+
+    def forward(self, x):
+        return self.out(self.block(self.into(x[:, 0])).mean(1))
+
+
+def test_attention_on_the_whole_path(data):
+    net, image = initialised(Attentive, 0).eval(), torch.zeros(2, 1, 8, 8)
+    done = restore_and_boost(net, image, data, restoring=dict(ratio=0.5), recipe=SHORT)
+    assert done.history.similarity.gt(0).all()
 
 
 @settings(max_examples=100, deadline=None)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lbyl_nb.expand import contract, expand
 from lbyl_nb.models import digits_net
-from lbyl_nb.recover import lbyl_restore
+from lbyl_nb.recover import lbyl_restore, restore
 from lbyl_nb.similarity import _paired, _watched_layers, similarities, similarity, similarity_loss
 
 
@@ -150,3 +150,94 @@ def test_bad_input():
         with _watched_layers(p, ['0']):
             p(x)
     assert hooks(teacher, net, p) == 0
+
+
+class Attentive(nn.Module):
+    "Tokens, an attention layer, a decision."
+
+    def __init__(self):
+        super().__init__()
+        self.into = nn.Linear(8, 16)
+        self.block = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+        self.out = nn.Linear(16, 10)
+
+    def forward(self, x):
+        return self.out(self.block(self.into(x)).mean(1))
+
+
+def test_layers_that_one_side_does_not_call_are_left_out():
+    "Attention reads the weight of `out_proj`, and calls it once it is restored."
+    torch.manual_seed(0)
+    teacher, x = Attentive().eval(), torch.randn(6, 5, 8)
+    student = restore(teacher, x, ratio=0.5).model.train()
+    called = ['into', 'block.linear1', 'block.linear2', 'out']
+    outputs = {net: {} for net in (teacher, student)}
+    with similarity(teacher, student) as similar:
+        for net, seen in outputs.items():
+            for k in called:
+                note = lambda m, args, out, k=k, seen=seen: seen.update({k: out})
+                net.get_submodule(k).register_forward_hook(note)
+        student(x)
+        loss = similar(x)
+    pairs = [[outputs[net][k].detach() for net in (teacher, student)] for k in called]
+    assert loss.item() == pytest.approx(naive(pairs), rel=1e-4) and loss > 1e-6
+    loss.backward()
+    with similarity(teacher, student, ['block.self_attn.out_proj']) as similar:
+        student(x)
+        with pytest.raises(ValueError, match='used 0 times by the teacher and 1 times'):
+            similar(x)
+
+
+def test_nothing_left_to_compare():
+    torch.manual_seed(0)
+    turned = lambda: nn.Sequential(nn.Flatten(0, 1), nn.Linear(4, 4))
+    teacher, student, x = turned(), turned(), torch.randn(5, 7, 4)
+    with similarity(teacher, student) as similar:
+        student(x)
+        with pytest.raises(ValueError, match='no layers to compare'):
+            similar(x)
+
+
+@pytest.mark.parametrize('factor', [1e-20, 1e-8, 1e-4, 1e8, 1e15, 1e20])
+def test_a_common_factor_changes_nothing(factor):
+    A = torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(similarities(A * factor), similarities(A))
+    A, b = A.double().requires_grad_(), torch.rand(4, 4, dtype=torch.float64)
+    [at_one] = torch.autograd.grad((similarities(A) * b).sum(), A)
+    [there] = torch.autograd.grad((similarities(A * factor) * b).sum(), A)
+    torch.testing.assert_close(there, at_one)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_teacher_of_another_precision(dtype):
+    torch.manual_seed(0)
+    teacher, student, x = digits_net(8).eval(), digits_net(4).eval(), torch.randn(6, 1, 8, 8)
+    losses = []
+    for guide in (teacher, copy.deepcopy(teacher).to(dtype)):
+        with similarity(guide, student) as similar:
+            student(x)
+            losses.append(similar(x))
+            losses[-1].backward()
+    assert losses[1].dtype == torch.float32
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=0.05)
+
+
+def test_teacher_can_be_trained_afterwards():
+    "What it made for itself in its first pass is fit for gradients."
+
+    class Made(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.table = nn.Linear(8, 3), None
+
+        def forward(self, x):
+            if self.table is None:
+                self.table = torch.ones(8)
+            return self.linear(x * self.table.requires_grad_())
+
+    teacher, student, x = Made(), Made(), torch.randn(4, 8)
+    with similarity(teacher, student) as similar:
+        student(x)
+        similar(x)
+    teacher(x).sum().backward()
+    assert teacher.linear.weight.grad is not None

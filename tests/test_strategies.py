@@ -769,12 +769,12 @@ def test_admm_refuses_checkpoints(tmp_path, small_set):
         (dict(train_set=subset(digits()[0], 255)), 'whose images is 256 and not 255'),
         (dict(model=other_weights), 'with other weights: start'),
         (dict(model=digits_net(8)), 'another architecture: features.0.weight is'),
-        (dict(checkpoint=other), "not a checkpoint of admm .format 'lbyl_nb.finetune.1'"),
+        (dict(checkpoint=other), "not a checkpoint of admm .format 'lbyl_nb.finetune.2'"),
     ]
     for how, says in refused:
         with pytest.raises(ValueError, match=says):
             fit(**how)
-    with pytest.raises(ValueError, match="not a checkpoint of finetune .format 'lbyl_nb.admm.1'"):
+    with pytest.raises(ValueError, match="not a checkpoint of finetune .format 'lbyl_nb.admm.2'"):
         finetune(net, small_set, recipe=RECIPE, every=3, checkpoint=path)
     assert path.read_bytes() == before
     for n in (0, 7, 100, len(before) // 2, len(before) - 1):
