@@ -18,7 +18,7 @@ It needs the images where `lbyl_nb.data` finds them ($LBYL_DATA) and a folder fo
 ($LBYL_WEIGHTS, or --weights), best one in memory, as every epoch is kept there. Networks lie in
 it as NAME.safetensors, matrices in half precision, and what is reported of them is of these
 rounded weights; `train` comes first. --out ($OUT) takes what shall leave a machine: the rows, and
-weights in pieces under 16 MiB, NAME.safetensors.000 and so on. Laid into the folder of weights,
+weights in pieces under 16 MiB, NAME.safetensors.0000-of-0007 and so on. In the folder of weights,
 pieces serve as well as the whole: `network` joins and loads them. `cat` joins them, too.
 """
 

@@ -6,10 +6,13 @@
 __all__ = ['place', 'accuracy', 'environment', 'append', 'trial', 'sweep', 'results', 'mean_sd', 'shown', 'sgd', 'train']
 
 # %% ../nbs/32_bench.ipynb #96d8e053
+import copy
 import csv
+import hashlib
 import io
 import math
 import platform
+import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
@@ -17,6 +20,7 @@ from functools import partial
 from html import escape
 from numbers import Integral, Real
 from pathlib import Path
+from types import CodeType, FunctionType, MethodType
 
 # %% ../nbs/32_bench.ipynb #c9e3e100
 import joblib
@@ -38,7 +42,7 @@ from .layers import evaluating
 @contextmanager
 def _evaluating(model: nn.Module):
     "Evaluation mode and no gradients inside the block; each module's own mode again after it"
-    with torch.inference_mode(), evaluating(model):
+    with torch.no_grad(), evaluating(model):
         yield model
 
 # %% ../nbs/32_bench.ipynb #268d290e
@@ -101,16 +105,20 @@ def _to_text(value) -> str:
     return str(int(value)) if whole else repr(float(value))
 
 # %% ../nbs/32_bench.ipynb #57fd79c5
+_NUMBER = re.compile(r'[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?inf', re.ASCII)
+
+
 def _to_value(text: str):
     "What a text in a results file stands for: None, a boolean, a number or the text itself"
     if text in ('', 'True', 'False'):
         return {'': None, 'True': True, 'False': False}[text]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return text
+    if not _NUMBER.fullmatch(text):
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)
+    return number if math.isfinite(number) or text.endswith('inf') else text
 
 # %% ../nbs/32_bench.ipynb #dab5a375
 def _read_rows(
@@ -134,6 +142,13 @@ def _read_rows(
     return columns, rows
 
 # %% ../nbs/32_bench.ipynb #29529c1b
+def _line(row: list) -> str:
+    "A line of a results file; texts with commas, quotes or line ends are quoted"
+    line = io.StringIO()
+    csv.writer(line).writerow(row)  # with lines that end in \r\n, so that it quotes both
+    return line.getvalue().removesuffix('\r\n') + '\n'
+
+
 def _write_rows(
     path: Path,  # the results file
     columns: list,  # names
@@ -142,7 +157,7 @@ def _write_rows(
     "Write a results file as a whole, or leave the one that is there"
     path.parent.mkdir(parents=True, exist_ok=True)
     with writing(path) as temporary, open(temporary, 'w', newline='') as f:
-        csv.writer(f, lineterminator='\n').writerows([columns, *rows])
+        f.writelines(map(_line, [columns, *rows]))
 
 # %% ../nbs/32_bench.ipynb #24352250
 def _same_columns(
@@ -159,6 +174,13 @@ def _same_columns(
         raise ValueError(f'{path} is a results file of another schema: {"; ".join(said)}')
 
 # %% ../nbs/32_bench.ipynb #3fd61333
+def _check_setting(setting: dict):
+    "`ValueError` for a text that would be read back as another value, as '1' would be as 1"
+    for k, v in setting.items():
+        if isinstance(v, str) and v and _to_value(v) != v:
+            raise ValueError(f'setting {k}: the text {v!r} would be read back as {_to_value(v)!r}')
+
+
 def _find_all(
     path: Path,  # the results file
     settings: list,  # dicts, name -> value
@@ -169,6 +191,7 @@ def _find_all(
     found = [dict(zip(columns, row)) for row in rows]
     out = []
     for setting in settings:
+        _check_setting(setting)
         if columns:
             _same_columns(path, columns[: len(setting) + len(env)], [*setting, *env])
         wanted = {k: _to_text(v) for k, v in setting.items()}
@@ -213,7 +236,7 @@ def trial(
 ) -> dict:  # setting, environment and measurement, as they stand in the file
     """The row of `setting`, measured and added to the file only if it is not there
 
-    `ValueError` on a file of another schema."""
+    `ValueError` on a file of another schema, and for a setting such as '1', which reads as 1."""
     path, env = Path(path), environment(device)
     [row] = _find_all(path, [setting], env)
     if row is not None:
@@ -421,6 +444,56 @@ def _step(
     cycle.step()
     return loss.item(), (scores.argmax(1) == labels).sum().item()
 
+# %% ../nbs/32_bench.ipynb #5fcc4cac
+def _digest(
+    *values,  # tensors, functions, networks, numbers, texts; lists and dicts of them
+) -> str:  # 16 hexadecimal digits, the same in every process
+    "What tells values from others: bytes of tensors, code of functions, what the rest prints"
+    h = hashlib.blake2b(digest_size=8)
+    for v in values:
+        if isinstance(v, torch.Tensor):
+            h.update(f'{v.dtype} {tuple(v.shape)}'.encode())
+            h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        else:
+            h.update(_told(v).encode() + b'\n')
+    return h.hexdigest()
+
+
+def _told(v) -> str:
+    "What a value is in words that do not depend on where it lies in memory"
+    if isinstance(v, torch.Tensor):
+        return _digest(v)
+    if isinstance(v, dict):
+        v = list(v.items())
+    if isinstance(v, (set, frozenset)):
+        return f'{{{", ".join(sorted(map(_told, v)))}}}'
+    if isinstance(v, (list, tuple)):
+        return f'[{", ".join(map(_told, v))}]'
+    if isinstance(v, partial):
+        return f'partial {_told([v.func, v.args, v.keywords])}'
+    if isinstance(v, MethodType):
+        return f'method {_told([type(v.__self__).__qualname__, v.__func__])}'
+    if isinstance(v, FunctionType):
+        return f'function {_told(_code(v))}'
+    if isinstance(v, CodeType):
+        return _told([v.co_code.hex(), v.co_names, v.co_consts])
+    return re.sub(' at 0x[0-9a-fA-F]+', '', repr(v))
+
+# %% ../nbs/32_bench.ipynb #80a8649e
+def _code(f: FunctionType) -> list:
+    "What a function is: name, code, defaults, and the numbers and texts around it that it uses"
+    around = [_content(c) for c in f.__closure__ or ()]
+    plain = [v for v in around if isinstance(v, (bool, int, float, str))]
+    return [f.__qualname__, f.__code__, f.__defaults__, f.__kwdefaults__, plain]
+
+
+def _content(cell):
+    "What a variable of a closure is; None as long as it has no value"
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
+
 # %% ../nbs/32_bench.ipynb #d2ce14a4
 def _save_epoch(path: Path, parts: dict, run: dict, epoch: int):
     "Write what a run needs to go on after an epoch; `parts` have a `state_dict`"
@@ -430,13 +503,29 @@ def _save_epoch(path: Path, parts: dict, run: dict, epoch: int):
         torch.save(dict(state, random=random, run=run, epoch=epoch), temporary)
 
 
+def _read_epoch(path: Path, parts: dict) -> dict:
+    "What `_save_epoch` wrote; `ValueError` if it is cut off or something else"
+    whole = io.BytesIO(path.read_bytes())
+    try:
+        state = torch.load(whole, weights_only=True, map_location='cpu')
+        if {*parts, 'random', 'run', 'epoch'} - state.keys():
+            raise ValueError(f'it holds {", ".join(map(str, list(state)[:3]))}')
+    except Exception as e:
+        raise ValueError(f'{path}: truncated, or not a checkpoint of `train` ({e})') from e
+    return state
+
+# %% ../nbs/32_bench.ipynb #eb7b7898
 def _load_epoch(path: Path | None, parts: dict, run: dict) -> int:
     "Epochs that a run has behind it, with its state put back; `ValueError` for another run's file"
     if path is None or not path.exists():
         return 0
-    state = torch.load(path, weights_only=True, map_location='cpu')
-    if state['run'] != run:
-        raise ValueError(f'{path} is the checkpoint of another run: {state["run"]}, not {run}')
+    state = _read_epoch(path, parts)
+    there = dict(state['run'])
+    if run['start'] == _digest(state['model']):  # the model is where the file would put it
+        there['start'] = run['start']
+    differ = [f'{k} {there.get(k)}, not {v}' for k, v in run.items() if there.get(k) != v]
+    if differ:
+        raise ValueError(f'{path} is the checkpoint of another run: {"; ".join(differ)}')
     for k, p in parts.items():
         p.load_state_dict(state[k])
     torch.set_rng_state(state['random'][0])
@@ -451,6 +540,61 @@ def sgd(
 ) -> torch.optim.Optimizer:
     "Stochastic gradient descent with Nesterov momentum 0.9."
     return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=weight_decay, nesterov=True)
+
+# %% ../nbs/32_bench.ipynb #12a08fe5
+def _check_training(dataset: Dataset, epochs: int, batch: int, mean: tuple, std: tuple):
+    "`ValueError` for a batch larger than the set, `TypeError` for parts of an epoch or an image"
+    normalise(dataset.images[:1], mean, std)
+    for name, n in dict(epochs=epochs, batch=batch).items():
+        if not isinstance(n, Integral):
+            raise TypeError(f'{name}: {n!r} is no whole number')
+    if not 0 < batch <= len(dataset):
+        raise ValueError(f'batch: {batch} images a step from a set of {len(dataset)}')
+    if epochs < 0:
+        raise ValueError(f'epochs: {epochs} times through the set')
+
+# %% ../nbs/32_bench.ipynb #1832419f
+@contextmanager
+def _training(
+    model: nn.Module,
+    back: bool,  # put the weights back after an error?
+):
+    """Training mode inside the block, and each module's own mode again after it
+
+    In a network that is in training mode, parts that are not are left as they are."""
+    modes = {m: m.training for m in model.modules()}
+    start = copy.deepcopy(model.state_dict()) if back else None
+    try:
+        yield model if model.training else model.train()
+    except BaseException:
+        if back:
+            model.load_state_dict(start)
+        raise
+    finally:
+        for m, training in modes.items():
+            m.training = training
+
+# %% ../nbs/32_bench.ipynb #0a48cb84
+def _about(
+    model: nn.Module,  # before the first step, in the modes it is trained in
+    dataset: Dataset,
+    opt: torch.optim.Optimizer,  # of the model's parameters
+    augment: Callable,
+    **how,  # plain values
+) -> dict:  # name -> plain value or digest
+    "What tells a run of `train` from others"
+    modes = [m.training for m in model.modules()]
+    state = model.state_dict()
+    parts = [(k, p.shape, p.requires_grad) for k, p in model.named_parameters()]
+    options = [dict(group, params=len(group['params'])) for group in opt.param_groups]
+    return how | dict(
+        optimizer=f'{type(opt).__name__} {_digest(options)}',
+        augment=_digest(augment),
+        images=_digest(dataset.images),
+        labels=_digest(dataset.labels),
+        network=_digest(model, modes, parts),
+        start=_digest(state),
+    )
 
 # %% ../nbs/32_bench.ipynb #363ff21f
 def train(
@@ -469,33 +613,36 @@ def train(
     autocast: torch.dtype | None = None,  # as `torch.bfloat16`: half the time where it is known
     checkpoint: str | Path | None = None,  # file that is written after each epoch
     label: str = 'training',  # in front of the bar
-) -> nn.Module:  # the same model, in the mode it came in
+) -> nn.Module:  # the same model, each module in the mode it came in
     """Train under one cycle of the learning rate; a bar shows loss and accuracy
 
-    With a `checkpoint` the same call goes on after an interruption. `ValueError` for a batch larger
-    than the set, and for the checkpoint of another run."""
-    if not 0 < batch <= len(dataset):
-        raise ValueError(f'batch: {batch} images a step from a set of {len(dataset)}')
+    A model in evaluation mode is trained in all its parts. In one that comes in training mode the
+    modules in evaluation mode stay in it, such as batch norms whose statistics shall not move.
+
+    With a `checkpoint` the same call goes on after an interruption, which leaves the model as it
+    came. `ValueError` for a batch larger than the set, and for a checkpoint that is truncated or of
+    another run: of another start or network, other data, or trained in another way. An `augment`
+    is known by its code and arguments, if it is an object by what it prints."""
+    _check_training(dataset, epochs, batch, mean, std)
     device, dtype = place(model)
-    mode, steps = model.training, len(dataset) // batch
-    dataset = dataset.to(device)
+    steps, path = len(dataset) // batch, None if checkpoint is None else Path(checkpoint)
     opt = optimizer(model.parameters(), lr=lr, weight_decay=weight_decay)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=max(epochs * steps, 1))
-    model.train()
-    path = None if checkpoint is None else Path(checkpoint)
-    parts = dict(model=model, opt=opt, cycle=cycle)
-    run = dict(epochs=epochs, lr=lr, batch=batch, weight_decay=weight_decay, seed=seed)
-    run['optimizer'] = type(opt).__name__
-    with _seeded(seed, device), progress(total=epochs * steps, desc=label) as bar:
-        done = _load_epoch(path, parts, run)
-        bar.update(done * steps)
-        for epoch in range(done, epochs):
-            order = torch.randperm(len(dataset)).to(device)
-            for part in order[: steps * batch].split(batch):
-                x = augment(normalise(dataset.images[part], mean, std)).to(dtype)
-                loss, right = _step(model, x, dataset.labels[part], opt, cycle, autocast)
-                bar.set_postfix(loss=f'{loss:.3f}', accuracy=f'{right / batch:.0%}', refresh=False)
-                bar.update()
-            if path:
-                _save_epoch(path, parts, run, epoch + 1)
-    return model.train(mode)
+    how = dict(epochs=epochs, lr=lr, batch=batch, weight_decay=weight_decay, seed=seed)
+    how |= dict(mean=tuple(map(float, mean)), std=tuple(map(float, std)), autocast=str(autocast))
+    with _training(model, back=path is not None), _seeded(seed, device):
+        run = _about(model, dataset, opt, augment, **how) if path else {}
+        cycle = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=max(epochs * steps, 1))
+        parts = dict(model=model, opt=opt, cycle=cycle)
+        done, dataset = _load_epoch(path, parts, run), dataset.to(device)
+        with progress(total=epochs * steps, initial=done * steps, desc=label) as bar:
+            for epoch in range(done, epochs):
+                order = torch.randperm(len(dataset)).to(device)
+                for part in order[: steps * batch].split(batch):
+                    x = augment(normalise(dataset.images[part], mean, std)).to(dtype)
+                    loss, right = _step(model, x, dataset.labels[part], opt, cycle, autocast)
+                    shown = dict(loss=f'{loss:.3f}', accuracy=f'{right / batch:.0%}')
+                    bar.set_postfix(shown, refresh=False)
+                    bar.update()
+                if path:
+                    _save_epoch(path, parts, run, epoch + 1)
+    return model

@@ -294,6 +294,14 @@ def _bench_settings(
     return out
 
 # %% ../nbs/34_cli.ipynb #d3332044
+def _check_device(device: str):
+    "`ValueError` for a device that PyTorch does not know or cannot compute on here"
+    try:
+        torch.zeros(1, device=device).sum().item()
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f'device: {device}: {str(e).splitlines()[0]}') from e
+
+
 @cache
 def _at_hand(name: str, images: int, device: str) -> tuple[nn.Module, Dataset]:
     "A published network and its test images, loaded once in every process"
@@ -351,6 +359,7 @@ def bench(
         path = _can_write(results, '.csv', 'results')
         if jobs < -1 or jobs == 0:
             raise ValueError(f'jobs: {jobs} is neither -1 nor a number of processes')
+        _check_device(device)
         lams = dict(lam1=lam1, lam2=lam2)
         ways = (_to_ratios(ratios), names(criteria), names(restorers))
         settings = _bench_settings(network, *ways, seeds=seeds, images=images, **lams)

@@ -228,9 +228,13 @@ def normalise(
 ) -> Tensor:  # float32, same shape and device
     """`(images / 255 - mean) / std`, channel by channel
 
-    `TypeError` if the images are not bytes, `ValueError` if the numbers do not fit the channels"""
+    `TypeError` if the images are not bytes, or for a number where there must be a tuple of them,
+    `ValueError` if the numbers do not fit the channels"""
     if images.dtype != torch.uint8:
         raise TypeError(f'images: {images.dtype}, not torch.uint8 (normalised already?)')
+    for name, v in dict(mean=mean, std=std).items():
+        if not hasattr(v, '__len__'):
+            raise TypeError(f'{name}: {v!r} is no tuple; one number for all channels is (0.5,)')
     if not all(len(v) in (1, images.shape[1]) for v in (mean, std)):
         numbers = f'{len(mean)} and {len(std)} numbers for {images.shape[1]} channels'
         raise ValueError(f'mean, std: {numbers}')

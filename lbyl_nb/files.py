@@ -6,6 +6,7 @@
 __all__ = ['writing', 'locked', 'write_safetensors', 'read_safetensors', 'split_file', 'join_file']
 
 # %% ../nbs/36_files.ipynb #b9587eb1
+import glob
 import os
 import uuid
 from contextlib import contextmanager
@@ -17,14 +18,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 # %% ../nbs/36_files.ipynb #3cb95a55
+def _followed(path: str | Path) -> Path:
+    "The file that a link leads to; any other path as it is."
+    path = Path(path)
+    return path.resolve() if path.is_symlink() else path
+
+
 @contextmanager
 def writing(
     path: str | Path,  # the file that should appear, or be replaced, as a whole
 ):
     """A temporary name beside `path`, renamed to it when the block ends well and deleted when not.
 
-    FileNotFoundError without its folder."""
-    path = Path(path)
+    Of a link, what it leads to is replaced. FileNotFoundError without a folder for it."""
+    path = _followed(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f'{path}: there is no folder {path.parent}')
     temporary = path.with_name(f'.{path.stem}.{uuid.uuid4().hex}{path.suffix}')
@@ -42,7 +49,7 @@ def locked(
     path: str | Path,  # the file that is read, changed and written inside the block
 ):
     "One at a time, of all threads and processes, is inside this block for a file; others wait."
-    path = Path(path)
+    path = _followed(path)
     with FileLock(path.with_name(f'.{path.name}.lock')):
         yield
 
@@ -75,12 +82,18 @@ def read_safetensors(
 # %% ../nbs/36_files.ipynb #036db4a2
 def _pieces(folder: Path, name: str) -> list:
     "The pieces of a file in a folder, in order."
-    return sorted(folder.glob(f'{name}.[0-9][0-9][0-9]'))
+    number = '[0-9]' * 4
+    return sorted(folder.glob(f'{glob.escape(name)}.{number}-of-{number}'))
+
+
+def _piece(name: str, i: int, count: int) -> str:
+    "The name of a piece."
+    return f'{name}.{i:04}-of-{count:04}'
 
 
 def split_file(
     path: str | Path,  # the file
-    folder: str | Path,  # where its pieces are written, NAME.000, NAME.001, …
+    folder: str | Path,  # where its pieces are written, NAME.0000-of-0012, …
     most: int = 15 * 2**20,  # bytes of a piece
 ) -> list:  # paths of the pieces
     """Write a file in pieces, in place of any that are there.
@@ -94,21 +107,29 @@ def split_file(
     name = Path(path).name
     for old in _pieces(folder, name):
         old.unlink()
-    for i, start in enumerate(range(0, len(whole), most)):
-        with writing(folder / f'{name}.{i:03}') as temporary:
+    starts = range(0, max(len(whole), 1), most)
+    for i, start in enumerate(starts):
+        with writing(folder / _piece(name, i, len(starts))) as temporary:
             temporary.write_bytes(whole[start : start + most])
     return _pieces(folder, name)
 
-
+# %% ../nbs/36_files.ipynb #76154c5c
 def join_file(
     folder: str | Path,  # where the pieces are
     path: str | Path,  # the file to write, of the name that was split
 ) -> Path:  # the file
-    "Write a file from its pieces. FileNotFoundError if there are none."
+    """Write a file from its pieces.
+
+    FileNotFoundError if there are none, ValueError naming one that is missing or one too many."""
     path = Path(path)
     pieces = _pieces(Path(folder), path.name)
     if not pieces:
         raise FileNotFoundError(f'{folder} has no pieces of {path.name}')
+    count = int(pieces[0].name.rpartition('-')[2])
+    wanted, there = [_piece(path.name, i, count) for i in range(count)], [p.name for p in pieces]
+    if wrong := sorted({*wanted} ^ {*there}):
+        what = 'lacks' if wrong[0] in wanted else 'has pieces of another file, as'
+        raise ValueError(f'{folder} {what} {wrong[0]}')
     with writing(path) as temporary:
         temporary.write_bytes(b''.join(p.read_bytes() for p in pieces))
     return path

@@ -21,6 +21,9 @@ def progress(
     **how,  # as `tqdm` takes it, over what is set here
 ) -> tqdm:
     "A progress bar that comes after two seconds and goes at the end; once a minute in a log."
-    watched = 'ipykernel' in sys.modules or how.get('file', sys.stderr).isatty()
+    file = how.get('file') or sys.stderr
+    watched = 'ipykernel' in sys.modules or getattr(file, 'isatty', lambda: False)()
     pace = {} if watched else dict(mininterval=_MINUTE, maxinterval=_MINUTE)
+    if file is None:  # a program without a terminal or a log
+        how['disable'] = True
     return tqdm(given, desc, **dict(delay=2, leave=False) | pace | how)

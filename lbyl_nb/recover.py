@@ -25,6 +25,7 @@ from .cost import _count
 from .criteria import l2_norm
 from .delivery import Delivery, removed
 from .errors import bn_error, residual_squares
+from .expand import Expanded
 from .experts import pack_experts
 from .fisher import _answers, _classes, _mean_divergence
 from lbyl_nb.graph import (
@@ -143,6 +144,8 @@ def _prunable(model, groups):
         return
     reasons = [f'{g.name}: {g.reason}' for g in groups[:5]]
     why = '; '.join(reasons) or 'it calls no convolution or linear layer'
+    if any(isinstance(m, Expanded) for m in model.modules()):
+        why = 'it is expanded: contract it first'
     raise ValueError(f'{type(model).__name__} has nothing to prune ({why})')
 
 # %% ../nbs/13_recover.ipynb #62cae1a3

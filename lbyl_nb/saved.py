@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .delivery import removed
+from .expand import Expanded
 from .files import read_safetensors, write_safetensors
 from .graph import find_groups, follow_sizes, lost, remove_channels
 from .layers import LAYERS, as_args, width
@@ -32,8 +33,10 @@ def save_restored(
 ):
     """Save a restored network with its plan, for `load_restored`.
 
-    TypeError for what is no network or no plan, ValueError for another network's plan."""
+    TypeError for what is no network or no plan, ValueError for another network's plan, and for
+    a network that is expanded still."""
     _check_module(model)
+    _check_compact(model)
     _check_saved(model, plan)
     plan = {k: [int(i) for i in v] for k, v in plan.items()}
     network = type(model).__name__
@@ -45,6 +48,13 @@ def _check_module(model):
     "TypeError for what is no network."
     if not isinstance(model, nn.Module):
         raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}')
+
+
+def _check_compact(model: nn.Module):
+    "ValueError naming a layer that is expanded."
+    for name, m in model.named_modules():
+        if isinstance(m, Expanded):
+            raise ValueError(f'{name or "the model"} is expanded: contract the model first')
 
 
 def _check_saved(model: nn.Module, plan):
