@@ -483,7 +483,7 @@ def _told(v) -> str:
 def _code(f: FunctionType) -> list:
     "What a function is: name, code, defaults, and the numbers and texts around it that it uses"
     around = [_content(c) for c in f.__closure__ or ()]
-    plain = [v for v in around if isinstance(v, (bool, int, float, str))]
+    plain = [v for v in around if isinstance(v, (bool, int, float, str, tuple))]
     return [f.__qualname__, f.__code__, f.__defaults__, f.__kwdefaults__, plain]
 
 

@@ -8,16 +8,13 @@ __all__ = ['FINETUNING', 'SCRATCH', 'Recipe', 'Penalty', 'Similarity', 'unchange
 
 # %% ../nbs/22_finetune.ipynb #02593d86
 import copy
-import hashlib
 import json
-import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import inf, isclose, isfinite, nan
 from pathlib import Path
-from types import CodeType
 
 import numpy as np
 import pandas as pd
@@ -28,7 +25,7 @@ from torch import Tensor, nn
 from .progress import progress
 
 # %% ../nbs/22_finetune.ipynb #1515a3f7
-from .bench import _seeded, accuracy, place
+from .bench import _digest, _seeded, _told, accuracy, place
 from .data import Dataset, normalise
 from .expand import contract, expand
 from .files import read_safetensors, write_safetensors
@@ -376,61 +373,15 @@ def _products(net: nn.Module, of: str, trained=()) -> dict:
             facts[f'{of} {k}'] = [kind, flat.norm().item(), product.item()]
     return facts
 
-# %% ../nbs/22_finetune.ipynb #96dab6ee
-def _words(value) -> str:
-    "A value as it is printed, without its place in memory."
-    return re.sub(' at 0x[0-9a-f]+', '', repr(value))
-
-
-def _digest_of(*parts) -> str:
-    "A few digits that differ where tensors or other values do."
-    digest = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        if isinstance(part, Tensor):
-            digest.update(f'{part.dtype} {tuple(part.shape)} '.encode())
-            digest.update(part.detach().cpu().numpy().tobytes())
-        else:
-            digest.update(f'{_words(part)} '.encode())
-    return digest.hexdigest()
-
 # %% ../nbs/22_finetune.ipynb #d3298de5
 def _name(f: Callable) -> str:
     "A function or object in words."
     if isinstance(f, partial):
-        arguments = [*map(_words, f.args), *(f'{k}={_words(v)}' for k, v in f.keywords.items())]
+        arguments = [*map(_told, f.args), *(f'{k}={_told(v)}' for k, v in f.keywords.items())]
         return f'{_name(f.func)} with {", ".join(arguments)}'
     if hasattr(f, '__qualname__'):
         return f.__qualname__
-    return type(f).__qualname__ if type(f).__repr__ is object.__repr__ else _words(f)
-
-
-def _instructions(code: CodeType) -> list:
-    "What code does, the same in every process."
-    constants = []
-    for c in code.co_consts:
-        if isinstance(c, CodeType):
-            c = _instructions(c)
-        constants.append(sorted(map(repr, c)) if isinstance(c, frozenset) else c)
-    return [code.co_code.hex(), code.co_names, constants]
-
-# %% ../nbs/22_finetune.ipynb #b681c7ff
-def _enclosed(f: Callable) -> dict:
-    "The plain values that a function took from around it, {name: value}."
-    values = {}
-    for k, cell in zip(f.__code__.co_freevars, f.__closure__ or ()):
-        with suppress(ValueError):  # a variable that has none yet
-            values[k] = cell.cell_contents
-    plain = (bool, int, float, str, tuple)
-    return {k: v for k, v in values.items() if isinstance(v, plain)}
-
-
-def _code(f: Callable) -> str:
-    "A digest of a function; '' for an object."
-    if isinstance(f, partial):
-        return _code(f.func)
-    if not hasattr(f, '__code__'):
-        return ''
-    return _digest_of(_instructions(f.__code__), f.__defaults__, f.__kwdefaults__, _enclosed(f))
+    return type(f).__qualname__ if type(f).__repr__ is object.__repr__ else _told(f)
 
 # %% ../nbs/22_finetune.ipynb #a24b2d4d
 def _about(run: _Run, every: int) -> dict:
@@ -438,18 +389,18 @@ def _about(run: _Run, every: int) -> dict:
     teacher = run.penalty.teacher
     about = asdict(run.recipe) | dict(
         images=len(run.data),
-        pixels=_digest_of(run.data.images),
-        labels=_digest_of(run.data.labels),
+        pixels=_digest(run.data.images),
+        labels=_digest(run.data.labels),
         mean=run.mean,
         std=run.std,
         autocast=str(run.autocast),
         every=every,
         seed=run.seed,
-        modules=_digest_of(run.net, '' if teacher is None else teacher),
+        modules=_digest(run.net, '' if teacher is None else teacher),
     )
     for k in ('augment', 'batch_norms'):
         about[k] = _name(getattr(run, k))
-        about[f'code of {k}'] = _code(getattr(run, k))
+        about[f'code of {k}'] = _digest(getattr(run, k))
     trained = [k for k, p in run.net.named_parameters() if p.requires_grad]
     about['weights'] = _products(run.net, 'start', trained)
     if teacher is not None:
