@@ -1235,7 +1235,9 @@ def _private_copy(model: nn.Module) -> nn.Module:
     """
     kept = _without_history(model)
     try:
-        net = copy.deepcopy(model, kept).eval()
+        net = copy.deepcopy(model, kept)
+        net.train()  # tables that it computed of its parameters for evaluation are dropped
+        net.eval()
     except Exception as e:
         name = type(model).__name__
         raise ValueError(f'{name}: cannot be copied: {type(e).__name__}: {e}') from e
