@@ -483,6 +483,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'lbyl_nb.heads._of_configuration': ('heads.html#_of_configuration', 'lbyl_nb/heads.py'),
                                'lbyl_nb.heads._one_by_one': ('heads.html#_one_by_one', 'lbyl_nb/heads.py'),
                                'lbyl_nb.heads._over_heads': ('heads.html#_over_heads', 'lbyl_nb/heads.py'),
+                               'lbyl_nb.heads._positions_of': ('heads.html#_positions_of', 'lbyl_nb/heads.py'),
                                'lbyl_nb.heads._product_by_heads': ('heads.html#_product_by_heads', 'lbyl_nb/heads.py'),
                                'lbyl_nb.heads._renamed': ('heads.html#_renamed', 'lbyl_nb/heads.py'),
                                'lbyl_nb.heads._repeated': ('heads.html#_repeated', 'lbyl_nb/heads.py'),

@@ -240,11 +240,11 @@ def _as_pairs(r: _Recorder, c: _Call, marks: list):
     _finish(r, c, node, [labels[..., 0]])
 
 # %% ../nbs/09a_heads.ipynb #89decc56
-def _as_positions(r: _Recorder, table: Tensor):
-    "The rows of a table (positions, channels) stand for positions: each holds the same channels."
+def _as_positions(r: _Recorder, table: Tensor, dim: int = 0):
+    "One dimension of a table stands for positions: each holds the same channels."
     labels = _mark(r, table).labels
-    if labels is not None and labels.stride(0):
-        r.same.join(labels[:1].expand_as(labels).flatten(), labels.flatten())
+    if labels is not None and labels.stride(dim):
+        r.same.join(labels.narrow(dim, 0, 1).expand_as(labels).flatten(), labels.flatten())
 
 
 @_rule('embedding')
@@ -260,12 +260,26 @@ def _embedding(r: _Recorder, c: _Call, marks: list):
     _finish(r, c, _add_node(r, c.name, marks), [row.expand(c.out.shape)])
 
 
+def _positions_of(c: _Call) -> int:
+    "The dimension of a table that an index looks up: 1 for columns alone, and 0 for anything else."
+    if c.name == 'index_select':
+        dim, index = c['dim'] % 2, c['index']
+    else:
+        dim, index = len(c['indices']) - 1, c['indices'][-1]
+        if c['indices'][0] is not None or index.dtype == torch.bool:
+            return 0
+    again = index.ndim > 1 or len(index.unique()) < index.numel()
+    return int(dim and again)  # columns that come once at most are channels in another order
+
+
 @_rule('index', 'index_select')
 def _looked_up(r: _Recorder, c: _Call, marks: list):
-    "Rows of a table, looked up by an index; all else is a change of shape."
+    "Entries of a table, looked up by an index; all else is a change of shape."
     table = c.args[0]
-    if _mark(r, table).owner and table.ndim == 2 and table.shape[1] > 1:
-        _as_positions(r, table)
+    if _mark(r, table).owner and table.ndim == 2:
+        dim = _positions_of(c)
+        if table.shape[1 - dim] > 1:
+            _as_positions(r, table, dim)
     _shapes(r, c, marks)
 
 # %% ../nbs/09a_heads.ipynb #061f20eb

@@ -1242,7 +1242,9 @@ def _private_copy(model: nn.Module) -> nn.Module:
 
     ValueError where it cannot be made.
     """
-    net = _copied(model).eval()
+    net = _copied(model)
+    net.train()  # tables that it computed of its parameters for evaluation are dropped
+    net.eval()
     for name, m in list(net.named_modules()):
         new = _equal_layer(m)
         if new is None:

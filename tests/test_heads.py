@@ -630,6 +630,22 @@ def with_sinks(s, z):
     return side_by_side(w @ v)
 
 
+def distances(n):
+    return (torch.arange(n)[:, None] - torch.arange(n)).abs()
+
+
+def with_rows(s, z):
+    q, k, v = s.parts(z)
+    w = q @ k.mT + s.table[:, distances(z.shape[1])]
+    return side_by_side(w.softmax(-1) @ v)
+
+
+def with_rows_as_mask(s, z):
+    table = torch.index_select(s.table, -1, distances(z.shape[1]).flatten())
+    mask = table.view(-1, z.shape[1], z.shape[1])
+    return side_by_side(F.scaled_dot_product_attention(*s.parts(z), attn_mask=mask))
+
+
 def parameter(*shape):
     return nn.Parameter(torch.randn(shape))
 
@@ -643,6 +659,8 @@ WRITTEN = dict(
     cosines=(by_cosines, lambda: dict(factor=parameter(4, 1, 1))),
     gated=(gated, lambda: dict(gate=nn.Linear(16, 16))),
     sinks=(with_sinks, lambda: dict(sink=parameter(4, 1, 1))),
+    rows=(with_rows, lambda: dict(table=parameter(4, 7))),  # more than the example looks up
+    rows_as_mask=(with_rows_as_mask, lambda: dict(table=parameter(4, 7))),
 )
 
 
@@ -663,6 +681,100 @@ def test_ways_to_write_attention(kind):
     sizes = {k: getattr(r.model, k).out_features for k in 'qkv'}
     assert sizes == dict(q=8, k=8, v=8) and r.model.o.in_features == 8
     assert 'bmm' not in kind or r.model.all_head_size == 8
+
+
+@pytest.mark.parametrize('f', [with_rows, with_rows_as_mask])
+def test_tables_with_a_row_for_each_head(f):
+    "Twins go without loss, and take their rows of the table with them."
+    torch.manual_seed(0)
+    net, x = Written(f, table=parameter(4, 7)).double().eval(), torch.randn(16, 5, 6).double()
+    with torch.no_grad():
+        for p in (net.q.weight, net.q.bias, net.k.weight, net.k.bias, net.v.weight, net.v.bias):
+            p[8:] = p[:8]
+        net.table[2:] = net.table[:2]
+    keep = dict(v=[*range(4), *range(12, 16)])
+    for made in EXACT.values():
+        small = restore(net, x, keep=keep, restorer=made(x)).model
+        assert torch.equal(small.table, net.table[[0, 3]]) and small.q.out_features == 8
+        with torch.no_grad():
+            assert gap(small(x), net(x)) < 1e-5
+    small = restore(net, x, ratio={'v': 0.75}, restorer=prune_only()).model
+    assert small.table.shape == (1, 7) and small(x).isfinite().all()
+
+
+def test_columns_in_another_order_are_channels():
+    "An index that takes every column once looks up nothing."
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.i, self.o = nn.Linear(6, 8), nn.Linear(8, 3)
+            self.places = parameter(5, 8)
+
+        def forward(self, x):
+            return self.o((self.i(x) + self.places[:, [1, 0, 3, 2, 5, 4, 7, 6]]).relu())
+
+    torch.manual_seed(0)
+    net, x = Net().double().eval(), torch.randn(16, 5, 6).double()
+    assert {g.name: (g.units, g.reason) for g in find_groups(trace(net, x))}['i'] == (8, '')
+
+
+def levit():
+    sizes = dict(embed_dim=(16, 24), key_dim=4, depth=(1, 1), num_heads=(2, 4), attn_ratio=2)
+    return dict(model_name='levit_128s', img_size=32, **sizes)
+
+
+def tiny_vit():
+    sizes = dict(embed_dims=(8, 16, 32, 32), depths=(1,) * 4, num_heads=(1, 2, 4, 4))
+    return dict(model_name='tiny_vit_5m_224', window_sizes=(2,) * 4, **sizes)
+
+
+def randomised(net):
+    "In double precision, with weights that matter."
+    for p in net.parameters():
+        nn.init.normal_(p, std=2 / p[0].numel() ** 0.5 if p.ndim > 1 else 1.0)
+    return net.double().eval()
+
+
+@pytest.mark.parametrize('made', [levit, tiny_vit])
+def test_networks_of_timm_lose_heads_with_their_rows(made):
+    "What nobody reads goes, before the network ran and after it."
+    timm = pytest.importorskip('timm')
+    torch.manual_seed(0)
+    net = randomised(timm.create_model(**made(), num_classes=5))
+    x = dict(x=pictures(2, side=32))
+    attentions = {k: m for k, m in net.named_modules() if hasattr(m, 'attention_biases')}
+    for m in attentions.values():
+        last = next(f for f in m.proj.modules() if isinstance(f, nn.Linear))
+        last.weight.data[:, last.in_features // 2 :] = 0
+    keep = first_half(net, x)
+    dense = run(net, x)
+    assert first_half(net, x) == keep
+    small = restore(net, x, keep=keep, restorer=prune_only()).model
+    for k, m in attentions.items():
+        left = small.get_submodule(k)
+        assert torch.equal(left.attention_biases, m.attention_biases.chunk(2)[0])
+        assert left.num_heads == m.num_heads // 2
+    assert gap(run(small, x), dense) < 1e-12
+
+
+def test_tables_that_a_network_keeps_are_no_obstacle():
+    "The same plans, and the same networks, before and after a run in evaluation mode."
+    sizes = dict(hidden_sizes=[16, 24, 32], num_attention_heads=[2, 4, 4], key_dim=[4] * 3)
+    sizes |= dict(depths=[1] * 3, attention_ratio=[2] * 3, mlp_ratio=[2] * 3, drop_path_rate=0)
+    torch.manual_seed(0)
+    net = randomised(own(('Levit', 'ForImageClassification'), 'eager', image_size=64, **sizes))
+    x = dict(pixel_values=pictures(2, side=64))
+    keep = first_half(net, x)
+    small = restore(net, x, keep=keep, restorer=prune_only()).model
+    before = find_groups(trace(net, x))
+    net(**x)
+    after = find_groups(trace(net, x))
+    assert [(g.name, g.reason) for g in after] == [(g.name, g.reason) for g in before]
+    again = restore(net, x, keep=keep, restorer=prune_only()).model
+    assert gap(run(again, x), run(small, x)) == 0
+    tables = [(p, again.get_parameter(k)) for k, p in net.named_parameters() if 'attention_b' in k]
+    assert tables and all(len(q) == len(p) // 2 for p, q in tables)
 
 
 def test_slopes_that_the_number_of_heads_makes_are_not_those_of_other_heads():
