@@ -477,6 +477,8 @@ def _told(v) -> str:
         return f'function {_told(_code(v))}'
     if isinstance(v, CodeType):
         return _told([v.co_code.hex(), v.co_names, v.co_consts])
+    if type(v).__repr__ is object.__repr__:
+        return type(v).__qualname__  # a script that is run calls its own classes __main__
     return re.sub(' at 0x[0-9a-fA-F]+', '', repr(v))
 
 # %% ../nbs/32_bench.ipynb #80a8649e

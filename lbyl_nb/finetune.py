@@ -381,7 +381,7 @@ def _name(f: Callable) -> str:
         return f'{_name(f.func)} with {", ".join(arguments)}'
     if hasattr(f, '__qualname__'):
         return f.__qualname__
-    return type(f).__qualname__ if type(f).__repr__ is object.__repr__ else _told(f)
+    return _told(f)
 
 # %% ../nbs/22_finetune.ipynb #a24b2d4d
 def _about(run: _Run, every: int) -> dict:
