@@ -82,14 +82,16 @@ class _Reached(Exception):
 @torch.no_grad()
 def _at_first_norm(model, args) -> tuple:  # the batch norm and its input; (None, None) without one
     "What the batch norm that is called first reads."
-    seen = []
+    norms, seen = statistics_of(model), []
+    if not norms:
+        return None, None
 
     def stop(norm, inputs, named):
         seen.append((norm, tensors((inputs, named))[0]))
         raise _Reached
 
     with ExitStack() as hooks, suppress(_Reached):
-        for m in statistics_of(model):
+        for m in norms:
             hooks.enter_context(m.register_forward_pre_hook(stop, with_kwargs=True))
         call(model, args)
     return seen[0] if seen else (None, None)
