@@ -36,7 +36,7 @@ import lbyl_nb
 from .data import Dataset, normalise
 from .expand import Expanded
 from .files import locked, writing
-from .layers import evaluating
+from .layers import evaluating, keeping_modes
 
 # %% ../nbs/32_bench.ipynb #a76a5395
 @contextmanager
@@ -564,17 +564,14 @@ def _training(
     """Training mode inside the block, and each module's own mode again after it
 
     In a network that is in training mode, parts that are not are left as they are."""
-    modes = {m: m.training for m in model.modules()}
     start = copy.deepcopy(model.state_dict()) if back else None
-    try:
-        yield model if model.training else model.train()
-    except BaseException:
-        if back:
-            model.load_state_dict(start)
-        raise
-    finally:
-        for m, training in modes.items():
-            m.training = training
+    with keeping_modes(model):
+        try:
+            yield model if model.training else model.train()
+        except BaseException:
+            if back:
+                model.load_state_dict(start)
+            raise
 
 # %% ../nbs/32_bench.ipynb #0a48cb84
 def _about(

@@ -28,7 +28,7 @@ from .progress import progress
 from .bench import _digest, _seeded, _told, accuracy, place
 from .data import Dataset, normalise
 from .expand import contract, expand
-from .files import read_safetensors, write_safetensors
+from .files import check_folder, read_safetensors, write_safetensors
 from .layers import BATCH_NORM
 from .models import _differences
 from .recover import check_model, restore
@@ -554,12 +554,6 @@ def _go_on(run: _Run, eval_set, checkpoint, every: int, label: str) -> list:  # 
     return rows
 
 # %% ../nbs/22_finetune.ipynb #b3f1f7da
-def _check_folder(path: str | Path):
-    "FileNotFoundError if there is no folder for a file."
-    if not Path(path).parent.is_dir():
-        raise FileNotFoundError(f'{path}: there is no folder {Path(path).parent}')
-
-
 def _check_tensors(net: nn.Module, path: str | Path):
     "ValueError naming what a checkpoint can't hold."
     for k, v in net.state_dict().items():
@@ -572,7 +566,7 @@ def _complete(
 ) -> Finetuned:
     "Train a run of a model to its end; arguments and errors as in `finetune`."
     if checkpoint is not None:
-        _check_folder(checkpoint)
+        check_folder(checkpoint)
         _check_tensors(run.net, checkpoint)
     if every is not None and every < 1:
         raise ValueError(f'every: {every} steps')
@@ -688,7 +682,7 @@ def restore_and_boost(
 
     Errors as in `restore` and `boost`."""
     if path is not None:
-        _check_folder(path)
+        check_folder(path)
     small = restore(model, example_inputs, **restoring)
     done = boost(small.model, train_set, teacher=model, **training)
     done = replace(done, plan=small.plan)

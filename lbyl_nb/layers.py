@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BATCH_NORM', 'LAYERS', 'tensors', 'map_tensors', 'batch_size', 'samples', 'map_samples', 'as_args', 'in_single',
-           'call', 'with_tensors', 'evaluating', 'keeping_state', 'own_copy', 'shared_copy', 'statistics_of',
-           'norm_scale', 'is_depthwise', 'width', 'by_output', 'channel_dim', 'selected', 'batched', 'padded',
-           'conv_groups', 'in_weight', 'as_called', 'is_plain']
+           'call', 'with_tensors', 'keeping_modes', 'evaluating', 'keeping_state', 'own_copy', 'shared_copy',
+           'statistics_of', 'norm_scale', 'is_depthwise', 'width', 'by_output', 'channel_dim', 'selected', 'batched',
+           'padded', 'conv_groups', 'in_weight', 'as_called', 'is_plain']
 
 # %% ../nbs/05_layers.ipynb #94d400c1
 import copy
@@ -178,18 +178,27 @@ def with_tensors(
 
 # %% ../nbs/05_layers.ipynb #7c255e15
 @contextmanager
-def evaluating(
+def keeping_modes(
     *models: nn.Module,  # whose modules may be in different modes
 ):
-    "Evaluation mode inside the block; each module's own mode again after it."
+    "Each module's own mode again after the block, training or evaluation."
     modes = {m: m.training for model in models for m in model.modules()}
     try:
-        for model in models:
-            model.eval()
         yield
     finally:
         for m, training in modes.items():
             m.training = training
+
+
+@contextmanager
+def evaluating(
+    *models: nn.Module,  # whose modules may be in different modes
+):
+    "Evaluation mode inside the block; each module's own mode again after it."
+    with keeping_modes(*models):
+        for model in models:
+            model.eval()
+        yield
 
 # %% ../nbs/05_layers.ipynb #dca9fe1e
 def _copied(own: list, memo: dict) -> list:

@@ -1228,7 +1228,7 @@ def of_one_class(
     return type(a) is type(b) or (isinstance(a, graph) and isinstance(b, graph))
 
 
-def _copied(model: nn.Module) -> nn.Module:
+def _copy_of(model: nn.Module) -> nn.Module:
     "A copy with parameters of its own. ValueError where it cannot be made."
     try:
         return copy.deepcopy(model, _without_history(model))
@@ -1242,7 +1242,7 @@ def _private_copy(model: nn.Module) -> nn.Module:
 
     ValueError where it cannot be made.
     """
-    net = _copied(model)
+    net = _copy_of(model)
     net.train()  # tables that it computed of its parameters for evaluation are dropped
     net.eval()
     for name, m in list(net.named_modules()):
