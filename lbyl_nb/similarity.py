@@ -122,6 +122,19 @@ def _check_images(teacher: dict, student: dict, images: int) -> list:
     return list({**teacher, **student})
 
 
+def _check_gradients(student: nn.Module, seen: dict):
+    "ValueError naming a layer in training whose similarities would teach it nothing."
+    if not (student.training and torch.is_grad_enabled()):
+        return
+    for k, found in seen.items():
+        trained = any(v.requires_grad for v in student.get_submodule(k).parameters())
+        if trained and not all(G.requires_grad for G in found):
+            raise ValueError(
+                f'{k}: the student ran it without gradients; a loss on it would not train it. '
+                'Checkpoint with use_reentrant=False'
+            )
+
+
 def _in_precision_of(teacher: nn.Module, student: nn.Module, inputs: tuple) -> tuple:
     "The student's inputs as the teacher takes them, where it computes in another precision."
     dtype = place(teacher)[1]
@@ -144,7 +157,8 @@ def similarity(
     and those whose outputs don't have images as their first dimension.
 
     ValueError for a layer that one of them lacks, a named one that can't be compared, if none is
-    left, for another batch than the student's, or a student that hasn't run."""
+    left, for another batch than the student's, for a student that hasn't run, or one in training
+    that ran a layer without gradients."""
     names = _paired(teacher, student, layers)
     with _watched_layers(teacher, names) as t, _watched_layers(student, names) as s:
 
@@ -155,6 +169,7 @@ def similarity(
                 teacher(*_in_precision_of(teacher, student, inputs))
             choose = _comparable if layers is None else _check_images
             chosen = choose(t, s, batch_size(inputs))
+            _check_gradients(student, {k: s[k] for k in chosen if k in s})
             value = similarity_loss(*({k: v[k] for k in chosen if k in v} for v in (t, s)))
             t.clear()
             s.clear()

@@ -241,3 +241,53 @@ def test_teacher_can_be_trained_afterwards():
         similar(x)
     teacher(x).sum().backward()
     assert teacher.linear.weight.grad is not None
+
+
+class Checkpointed(nn.Module):
+    "Two layers behind each other, the second of them checkpointed or not."
+
+    def __init__(self, reentrant=None):
+        super().__init__()
+        self.first, self.second, self.reentrant = nn.Linear(4, 5), nn.Linear(5, 3), reentrant
+
+    def forward(self, x):
+        h = self.first(x).relu()
+        if self.reentrant is None:
+            return self.second(h)
+        return torch.utils.checkpoint.checkpoint(self.second, h, use_reentrant=self.reentrant)
+
+
+def gradients(reentrant):
+    "What the loss tells the student's layers, in a step with a loss on the output as well."
+    torch.manual_seed(0)
+    student, x = Checkpointed(reentrant), torch.randn(6, 4)
+    teacher = copy.deepcopy(student)
+    with torch.no_grad():
+        teacher.second.weight.normal_()
+    with similarity(teacher, student) as loss:
+        out = student.train()(x)
+        (out.square().mean() + loss(x)).backward()
+    return [v.grad for v in student.parameters()]
+
+
+def test_checkpointed_layers_are_trained_or_refused():
+    for got, expected in zip(gradients(False), gradients(None), strict=True):
+        torch.testing.assert_close(got, expected)
+    with pytest.raises(ValueError, match='second: the student ran it without gradients.*reentrant'):
+        gradients(True)
+
+
+def test_frozen_layers_and_measurements_need_no_gradients():
+    student, x = Checkpointed(), torch.randn(6, 4)
+    teacher = copy.deepcopy(student)
+    with similarity(teacher, student) as loss:
+        student.train().first.requires_grad_(False)
+        student(x)
+        assert loss(x) == 0
+        with torch.no_grad():
+            student(x)
+            assert loss(x) == 0
+        student.eval()
+        with torch.no_grad():
+            student(x)
+        assert loss(x) == 0
