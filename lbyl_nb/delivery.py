@@ -114,12 +114,15 @@ class Delivery:
         self,
         V: Tensor,  # weight of the consumer, (o, m, ...)
         keep: Sequence[int] | Tensor,  # indices of the t kept channels
+        reached: Tensor | float = 1.0,  # share of the output's positions that each tap reaches
     ) -> tuple[Tensor, Tensor]:  # weight (o, t, ...), and for the bias (o,), in the dtype of `V`
         """The consumer's weight by `deliver`, and what to add to its bias.
 
         These are the constants times the weights that read them, summed over removed channels and
-        taps. Raises as `deliver` does."""
+        taps: the mean over positions. Raises as `deliver` does."""
         weight = deliver(V, self.S, keep)
         dtype = torch.promote_types(V.dtype, self.shift.dtype)
-        taps = V[:, removed(keep, V.shape[1]), ..., None].to(dtype).flatten(2).sum(2)  # (o, m - t)
-        return weight, (taps @ self.shift.to(dtype)).to(V.dtype)
+        reached = torch.as_tensor(reached, dtype=dtype, device=V.device)
+        taps = V[:, removed(keep, V.shape[1])].to(dtype) * reached
+        sums = taps[..., None].flatten(2).sum(2)  # (o, m - t)
+        return weight, (sums @ self.shift.to(dtype)).to(V.dtype)

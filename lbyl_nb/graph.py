@@ -58,6 +58,7 @@ class Consumer:
     norm: str | None = None  # batch norm directly behind the layer, and behind no other, if any
     known: bool = True  # does it read the group's activation, times `scale`, and nothing else?
     scale: Tensor | None = None  # (m,) what channels are multiplied by on the way; None: by one
+    reached: Tensor | float = 1.0  # share of its output's positions that each tap reaches
 
 # %% ../nbs/10_graph.ipynb #a25b6622
 @dataclass(frozen=True)
@@ -433,7 +434,8 @@ def _comparable(scale):
 def _consumer(net, name, columns, branches, f, sums, roots):
     "One reader of a group."
     norm = _own_norm(net, name)
-    found = Consumer(name, columns, norm and norm.layer)
+    reached = net.seen.reached.get(name, 1.0)
+    found = Consumer(name, columns, norm and norm.layer, reached=reached)
     kinds = ('layer', 'depthwise', 'batch_norm')
     ends = {norm or layer for layer, norm in (b[-1] for b in branches)}
     starts = [n for n in net.seen.nodes if n.layer in ends and n.kind in kinds]

@@ -86,6 +86,7 @@ class _Site:
     columns: Tensor  # (m, span): its input columns, for each channel
     keep: list  # channels it will read, of m
     free: bool = True  # is every tap free, or shall one delivery matrix serve all?
+    reached: Tensor | float = 1.0  # share of the output's positions that each tap reaches
 
     @property
     def read(self) -> Tensor:
@@ -116,7 +117,7 @@ def _site(
     columns = torch.cat(parts) if len(spans) == 1 else every[:, None]
     keep = (~torch.isin(columns[:, 0], lost)).nonzero().flatten().tolist()
     free = taps and taps_fit(layer, columns[keep])
-    return _Site(reader, columns, keep, free)
+    return _Site(reader, columns, keep, free, tied[0][0].reached if tied else 1.0)
 
 # %% ../nbs/14_layerwise.ipynb #94f9b6b9
 def _channel_rows(
@@ -192,7 +193,7 @@ def _channel_fit(s: _Site, layer: nn.Module, halves: list, ridge: float | None) 
         # some outputs at a time: a large layer is not copied in double precision
         for part in of_group.split(512):
             read = part[:, at].double().unflatten(1, (m, -1))  # (outputs, m, span, taps)
-            V, c = delivery.absorb(read, keep)
+            V, c = delivery.absorb(read, keep, s.reached)
             taps.append(stored(V.flatten(1), layer.weight, f'{s.reader.name}.weight'))
             constants.append(c)
     own = 0 if layer.bias is None else layer.bias.detach().double()

@@ -161,7 +161,8 @@ def _absorb(model, consumer, delivery, keep):
     offsets = []
     for W, S, shift in blocks:
         for part in W.split(512):  # of the outputs: a large layer is not copied in double precision
-            V, offset = Delivery(S, shift).absorb(part[:, cols].to(S.dtype), keep)
+            read = part[:, cols].to(S.dtype)
+            V, offset = Delivery(S, shift).absorb(read, keep, consumer.reached)
             part[:, cols[keep]] = stored(V, part, f'{consumer.name}.weight')
             offsets.append(offset)
     add_constant(model, consumer.name, consumer.norm, torch.cat(offsets))

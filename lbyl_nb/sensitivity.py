@@ -22,7 +22,7 @@ from .delivery import Delivery, removed
 from .fisher import _answers, _classes, _mean_divergence, fisher, softening
 from .graph import add_constant, find_groups
 from .layers import batch_size, by_output, conv_groups, in_weight, map_samples
-from .layerwise import _put_back, _running_means, look_at_consumers
+from .layerwise import _put_back, _running_means, look_at_consumers, taps_fit
 from .least_lost import _Columns, _elimination, _read_by, _read_of, _scores
 from .moments import total
 from .photographs import stand_ins
@@ -135,8 +135,11 @@ def _leave_out(model: nn.Module, consumer, M, gone: Tensor, ridge: float):
     for W, G, p, out in zip(by_output(layer).chunk(n), covariances, means, gone.chunk(n)):
         # a row of G is a tap of a channel, or stands for all of its taps
         keep = (~out.repeat_interleave(len(G) // len(out))).nonzero().flatten().to(G.device)
-        V = W[:, at].double().view(len(W), len(G), -1)
-        carried, c = _carried(G, p, keep, ridge).absorb(V, keep)
+        V = W[:, at].double()
+        of_taps = taps_fit(layer, consumer.columns) and len(G) == V[0].numel()
+        V = V.view(len(W), len(G), -1, *(() if of_taps else W.shape[2:]))
+        reached = 1.0 if of_taps else consumer.reached
+        carried, c = _carried(G, p, keep, ridge).absorb(V, keep, reached)
         new = torch.zeros_like(V)
         new[:, keep] = carried
         W[:, at] = new.view_as(W[:, at]).to(W)

@@ -270,6 +270,7 @@ class _Recorder(TorchDispatchMode):
         self.heads = []  # (module, labels of heads of queries, of keys, width) of attentions
         self.out, self.read = {}, {}  # {layer: labels of its outputs, of what it reads}
         self.calls = {}  # {layer: number of calls}
+        self.reached = {}  # {convolution: share of its output's positions that each tap reaches}
         self.of = {}  # {layer: node}
         self.param = {}  # {(module, attribute): labels}
         self.nodes = []
@@ -612,6 +613,22 @@ def _used(r: _Recorder, c: _Call, marks: list, name: str, x: Tensor, dim: int, g
     r.of.setdefault(name, node)
     _spread(r, c, node, labels, dim % c.out.ndim)
 
+# %% ../nbs/09_trace.ipynb #36cf787e
+def _reached(c: _Call) -> Tensor:  # of the kernel's shape
+    "Share of the positions of a convolution's output that each tap reaches from its input."
+    kernel, share = c['weight'].shape[2:], torch.ones((), dtype=torch.float64)
+    n = len(kernel)
+    read, written = c['input'].shape[-n:], c.out.shape[-n:]
+    several = lambda k: (list(c[k]) * n)[:n]  # one number may stand for all dimensions
+    how = zip(several('stride'), several('padding'), several('dilation'))
+    for d, (stride, padding, dilation) in enumerate(how):
+        few, many = (read, written) if c['transposed'] else (written, read)
+        at = torch.arange(few[d]) * stride - padding
+        at = at + dilation * torch.arange(kernel[d])[:, None]
+        inside = ((at >= 0) & (at < many[d])).double().sum(1) / max(written[d], 1)
+        share = share[..., None] * inside
+    return share
+
 # %% ../nbs/09_trace.ipynb #84fe5b73
 _OPERANDS = dict(
     addmm=('mat1', 'mat2'),
@@ -628,6 +645,7 @@ def _layer_called(r: _Recorder, c: _Call, marks: list) -> bool:
         if weight is None:
             return _computed(r, c, marks)
         _used(r, c, marks, weight[0], x, x.ndim - c['weight'].ndim + 1, c['groups'] or 1)
+        r.reached.setdefault(weight[0], _reached(c))
         return True
     x, w = (c[k] for k in _OPERANDS[c.name])
     weight = _mark(r, w).weight

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from lbyl_nb.graph import find_groups
-from lbyl_nb.layerwise import layerwise
+from lbyl_nb.layerwise import layerwise, probe
 from lbyl_nb.probes import calibration
 from lbyl_nb.recover import restore
 from lbyl_nb.restorers import gaussian, lbyl, prune_only, with_mean
+from lbyl_nb.strategies import adaptive_bn
 from lbyl_nb.trace import trace
 
 CONSTANTS = lbyl(0, 1e6)  # delivers next to nothing but constants
@@ -204,3 +205,71 @@ def test_what_is_made_of_a_sum_decides_whether_its_constant_is_delivered(name):
     assert gap(net, without_it, x) > 1e-2
     small = restore(net, x, keep=dict(a=range(1, 6)), restorer=with_mean(prune_only())).model
     assert gap(net if delivered else without_it, small, x) < 1e-5
+
+
+# Taps that do not reach every position
+
+GONE = [2, 3, 6, 7]
+
+
+class OneReader(nn.Module):
+    "Half of the channels are constants where the last layer reads them."
+
+    def __init__(self, dims, reader):
+        super().__init__()
+        norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+        self.a, self.n = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](3, 8, 1), norms[dims - 1](8)
+        self.o = reader
+        with torch.no_grad():
+            self.n.weight[GONE] = 0
+            self.n.bias[GONE] = torch.tensor([1.0, 2, 0.5, 3])
+
+    def forward(self, x):
+        return self.o(F.relu(self.n(self.a(x))))
+
+
+READERS = dict(
+    transposed=(lambda: nn.ConvTranspose2d(8, 2, 4, stride=2, padding=1), (6, 6)),
+    uneven=(lambda: nn.ConvTranspose1d(8, 2, 5, 3, 1, 1, dilation=2), (9,)),
+    transposed_3d=(lambda: nn.ConvTranspose3d(8, 2, (2, 3, 1), stride=(2, 1, 2)), (2, 3, 2)),
+    padded_1d=(lambda: nn.Conv1d(8, 2, 9, padding=4), (6,)),
+    padded_2d=(lambda: nn.Conv2d(8, 2, (3, 5), padding=(1, 2), stride=2), (4, 4)),
+    padded_3d=(lambda: nn.Conv3d(8, 2, 3, padding=1), (2, 4, 4)),
+    grouped=(lambda: nn.Conv1d(8, 4, 5, padding=3, groups=2), (4,)),
+    same=(lambda: nn.Conv1d(8, 2, 3, padding='same', dilation=2), (7,)),
+    reflect=(lambda: nn.Conv1d(8, 2, 5, padding=2, padding_mode='reflect'), (6,)),
+)
+RESTORERS = dict(lbyl=CONSTANTS, gaussian=gaussian(), channels=probe(taps=False))
+
+
+@pytest.mark.parametrize('how', RESTORERS)
+@pytest.mark.parametrize('kind', READERS)
+def test_a_bias_grows_by_what_constants_give_on_the_mean_over_positions(kind, how):
+    torch.manual_seed(0)
+    make, size = READERS[kind]
+    net, x = OneReader(len(size), make()).eval(), draw(64, 3, *size)
+    keep = [k for k in range(8) if k not in GONE]
+    small = restore(net, x, keep=dict(a=keep), restorer=RESTORERS[how]).model
+    pruned = copy.deepcopy(net)
+    pruned.n.bias.data[GONE] = 0
+    with torch.no_grad():
+        want = (net(x) - pruned(x)).transpose(0, 1).flatten(1).mean(1)
+    torch.testing.assert_close(small.o.bias - net.o.bias, want, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_a_generator_is_nearer_with_constants_than_without(seed):
+    torch.manual_seed(seed)
+    up = lambda i, o: nn.ConvTranspose2d(i, o, 4, 2, 1)
+    first = [nn.Linear(5, 8 * 16), nn.Unflatten(1, (8, 4, 4)), nn.BatchNorm2d(8), nn.ReLU()]
+    net = nn.Sequential(*first, up(8, 6), nn.BatchNorm2d(6), nn.ReLU(), up(6, 3), nn.Tanh())
+    nn.init.normal_(net[7].weight, 0, 0.3)
+    net, z = adaptive_bn(net, torch.randn(256, 5)), torch.randn(256, 5)
+
+    def far(restorer):
+        small = restore(net, z[:4], ratio=0.3, restorer=restorer).model
+        with torch.no_grad():
+            return (net(z) - small(z)).norm()
+
+    assert far(None) < far(prune_only())
+    assert far(gaussian()) < far(prune_only())
