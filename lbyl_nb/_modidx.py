@@ -1102,6 +1102,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'lbyl_nb.trace._layer_called': ('trace.html#_layer_called', 'lbyl_nb/trace.py'),
                                'lbyl_nb.trace._mark': ('trace.html#_mark', 'lbyl_nb/trace.py'),
                                'lbyl_nb.trace._met': ('trace.html#_met', 'lbyl_nb/trace.py'),
+                               'lbyl_nb.trace._mixes': ('trace.html#_mixes', 'lbyl_nb/trace.py'),
                                'lbyl_nb.trace._new_labels': ('trace.html#_new_labels', 'lbyl_nb/trace.py'),
                                'lbyl_nb.trace._not_followed': ('trace.html#_not_followed', 'lbyl_nb/trace.py'),
                                'lbyl_nb.trace._note_division': ('trace.html#_note_division', 'lbyl_nb/trace.py'),

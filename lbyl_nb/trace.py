@@ -8,6 +8,7 @@ __all__ = ['Traced', 'gathered', 'of_one_class', 'trace', 'dense_copy']
 # %% ../nbs/09_trace.ipynb #9fe31d8a
 import copy
 import math
+import re
 import sys
 import warnings
 from collections import deque
@@ -836,6 +837,9 @@ def _spatial(r: _Recorder, c: _Call, marks: list):
     vary = _varying(labels)
     if any(t.ndim != x.ndim or t.shape[d] != x.shape[d] for t in c.outs for d in vary):
         return _unknown(r, c, marks)
+    if _mixes(c, vary):
+        why = f'its channels go through {c.name.strip("_")}, which is taken along them'
+        return _unknown(r, c, marks, why)
     node = _add_node(r, c.name, marks[:1], same=_keeps_constants(c))
     _finish(r, c, node, [_compact(labels).expand(t.shape) for t in c.outs])
 
@@ -848,6 +852,21 @@ def _keeps_constants(c: _Call) -> bool:
         return True
     padded = any(c['padding'] or [0]) and c['count_include_pad'] is not False
     return not padded and c['divisor_override'] is None
+
+# %% ../nbs/09_trace.ipynb #2152ce11
+def _mixes(c: _Call, dims: list) -> bool:
+    "Does an operation on the last dimensions mix what lies along some, which keep their size?"
+    x = c.tensors[0]
+    found = re.search(r'(\d)d', c.name)
+    n = int(found[1]) if found else 2
+    if max(dims, default=0) < x.ndim - n:
+        return False
+    shape = [size if d in dims else 1 for d, size in enumerate(x.shape)]
+    gen = torch.Generator().manual_seed(0)
+    places = 1 + torch.randperm(math.prod(shape), generator=gen).view(shape).to(x)
+    of = lambda v: _tensors_in(c.func(v.contiguous(), *c.args[1:], **c.kwargs))[0]
+    alone = places * of(torch.ones_like(x))
+    return not torch.allclose(of(places.expand(x.shape)), alone, rtol=1e-3)
 
 # %% ../nbs/09_trace.ipynb #276d779d
 _OVER = set(

@@ -819,3 +819,58 @@ def test_pieces_that_must_stay_equal(choice):
     written.d = cut_layer(net.d, d, [i - 6 for i in b if i >= 6])
     written.c = cut_layer(net.c, range(4), [*b, *(12 + i for i in d)])
     torch.testing.assert_close(out(small, image), out(written, image))
+
+
+# Operations on positions, with channels along them
+
+
+def sampled(h):
+    "Half of each number and half of the next."
+    at = (torch.arange(8) + 0.5).to(h) * 2 / 8 - 7 / 8
+    grid = torch.stack([torch.zeros_like(at), at], 1)
+    grid = grid[None, :, None].expand(len(h), 8, 1, 2)
+    return F.grid_sample(h[:, None, :, None], grid, align_corners=False)[:, 0, :, 0]
+
+
+ALONG = dict(
+    max_pool=lambda h: F.max_pool1d(h[:, None], 3, 1, 1)[:, 0],
+    mean=lambda h: F.avg_pool1d(h[:, None], 3, 1, 1, count_include_pad=False)[:, 0],
+    max_pool_2d=lambda h: F.max_pool2d(h[:, None, :, None], (3, 1), 1, (1, 0))[:, 0, :, 0],
+    max_pool_3d=lambda h: F.max_pool3d(h.view(-1, 1, 2, 4, 1), (1, 3, 1), 1, (0, 1, 0)).flatten(1),
+    resized=lambda h: F.interpolate(h[:, None], scale_factor=1.1)[:, 0],
+    sampled=sampled,
+)
+ACROSS = dict(
+    max_pool=lambda y: F.max_pool2d(y[:, None], (1, 3), 1, (0, 1))[:, 0],
+    mean=lambda y: F.avg_pool2d(y[:, None], (1, 3), 1, (0, 1))[:, 0],
+    adaptive=lambda y: F.adaptive_avg_pool2d(y[:, None], (None, 5))[:, 0],
+    resized=lambda y: F.interpolate(y[:, None], scale_factor=(1, 1.1), mode='bilinear')[:, 0],
+)
+
+
+@pytest.mark.parametrize('kind', ALONG)
+def test_positions_that_are_channels_stay(kind):
+    "On noise the last channel is silent, so that no comparison of outputs shows what reads it."
+
+    def f(net, x):
+        return net.o(F.relu(net.b(ALONG[kind](F.relu(net.a(x))))))
+
+    net = Net(f, a=nn.Linear(5, 8), b=nn.Linear(8, 6), o=nn.Linear(6, 3)).double().eval()
+    net.a.bias.data[7], net.a.weight.data[7] = -20, 0.5
+    r = restore(net, torch.randn(6, 5).double(), ratio=0.3, restorer=prune_only())
+    report = r.report.set_index('layer')
+    assert report.kept.to_dict() == dict(a=8, b=4, o=3)
+    assert 'go through' in report.left_alone['a']
+
+
+@pytest.mark.parametrize('kind', ACROSS)
+def test_positions_beside_channels_do_not_keep_them(kind):
+    def f(net, x):
+        return net.o(ACROSS[kind](F.relu(net.a(x))).flatten(1))
+
+    net = Net(f, a=nn.Conv1d(3, 8, 1), o=nn.Linear(8 * 5, 3)).double().eval()
+    x = torch.randn(6, 3, 5).double()
+    repeat(net.a)
+    small = restore(net, x, keep=dict(a=range(4)), restorer=merging()).model
+    assert small.a.out_channels == 4
+    assert gap(out(small, x), out(net, x)) < 1e-6
