@@ -8,7 +8,10 @@ import copy
 from collections import deque
 from collections.abc import ValuesView
 from dataclasses import dataclass, fields
+from functools import partial
+from types import MethodType
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -874,3 +877,82 @@ def test_positions_beside_channels_do_not_keep_them(kind):
     small = restore(net, x, keep=dict(a=range(4)), restorer=merging()).model
     assert small.a.out_channels == 4
     assert gap(out(small, x), out(net, x)) < 1e-6
+
+
+# Outputs that hold channels in other things than tensors
+
+
+def one_by_one(h):
+    yield from h
+
+
+HIDDEN = dict(
+    array=lambda h: h.detach().numpy(),
+    asarray=lambda h: np.asarray(h.detach()),
+    worked_on=lambda h: Thing(np.maximum(h.detach().numpy()[:, ::2], 0)),
+    numbers=lambda h: h.tolist(),
+    floats=lambda h: Data(1, [float(v) for v in h[0]]),
+    expression=lambda h: (t for t in (h, None)),
+    generator=one_by_one,
+    iterator=lambda h: map(abs, [h]),
+    function=lambda h: lambda: h,
+    default=lambda h: lambda h=h: h,
+    partial=lambda h: partial(torch.add, h),
+    method=lambda h: MethodType(abs, h),
+    own_method=lambda h: h.mean,
+)
+HARMLESS = dict(
+    nothing=None,
+    whole=3,
+    name='a',
+    number=0.5,
+    numbers=[0.1, [0.2]],
+    data=Data(0.5, 2),
+    array=np.arange(8.0),
+    scalar=np.float32(1),
+    thing=Thing(object()),
+    function=lambda: 1,
+    generator=(i for i in range(3)),
+    partial=partial(max, 0.5),
+)
+
+
+def with_an_output(of):
+    "A network that puts something out beside its result, made of a hidden tensor."
+
+    def f(net, x):
+        h = F.relu(net.a(x))
+        return net.o(F.relu(net.b(h))), of(h)
+
+    torch.manual_seed(0)
+    net = Net(f, a=nn.Linear(5, 8), b=nn.Linear(8, 6), o=nn.Linear(6, 3)).eval()
+    return restore(net, torch.randn(4, 5), ratio=0.3).report.set_index('layer')
+
+
+@pytest.mark.parametrize('kind', HIDDEN)
+def test_channels_in_an_output_that_is_no_tensor_stay(kind):
+    report = with_an_output(HIDDEN[kind])
+    assert report.kept.to_dict() == dict(a=8, b=4, o=3)
+    assert report.left_alone['a'].startswith('its channels')
+
+
+@pytest.mark.parametrize('kind', HARMLESS)
+def test_other_things_in_an_output_keep_no_channels(kind):
+    assert with_an_output(lambda h: HARMLESS[kind]).kept.to_dict() == dict(a=6, b=4, o=3)
+
+
+def test_numbers_that_are_not_put_out_keep_no_channels():
+    seen = []
+    report = with_an_output(lambda h: seen.append(h.tolist()) or 'name')
+    assert report.kept.to_dict() == dict(a=6, b=4, o=3) and seen
+
+
+def test_an_output_of_arrays_alone():
+    def f(net, x):
+        return net.o(F.relu(net.a(x))).detach().numpy()
+
+    net, x = Net(f, a=nn.Linear(5, 8), o=nn.Linear(8, 3)).eval(), torch.randn(4, 5)
+    repeat(net.a)
+    small = restore(net, x, keep=dict(a=range(4)), restorer=merging()).model
+    assert small.a.out_features == 4 and small.o.out_features == 3
+    assert np.allclose(small(x), net(x), atol=1e-5)
