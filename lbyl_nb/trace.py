@@ -7,14 +7,26 @@ __all__ = ['Traced', 'gathered', 'of_one_class', 'trace', 'dense_copy']
 
 # %% ../nbs/09_trace.ipynb #9fe31d8a
 import copy
+import gc
 import math
+import re
 import sys
 import warnings
 from collections import deque
-from collections.abc import Mapping, MappingView
+from collections.abc import Iterator, Mapping, MappingView
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, is_dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import (
+    BuiltinMethodType,
+    CellType,
+    CodeType,
+    FunctionType,
+    GeneratorType,
+    MethodType,
+    ModuleType,
+)
 
 import torch
 import torch.nn.functional as F
@@ -179,8 +191,9 @@ def _tensors_in(v) -> list:
         return [v]
     return [t for x in v for t in _tensors_in(x)] if isinstance(v, (tuple, list)) else []
 
-
+# %% ../nbs/09_trace.ipynb #ab1ef2c7
 _NOTHING = (str, bytes, int, float, bool, type(None), torch.dtype, torch.device, nn.Module)
+_NOTHING += (type, ModuleType, CodeType)
 _SEVERAL = (list, tuple, set, frozenset, deque, MappingView)
 
 
@@ -192,28 +205,46 @@ def _attributes(value) -> list:
     return [*getattr(value, '__dict__', {}).values(), *held]
 
 
-def _tensors_within(value, seen=None, depth: int = 8) -> list:
-    """Tensors in what a network puts out.
+def _parts(value) -> list:
+    "What an output, or a part of it, consists of; of a function or a generator, what it refers to."
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, _SEVERAL):
+        return list(value)
+    if isinstance(value, FunctionType):
+        return [value.__closure__, value.__defaults__, value.__kwdefaults__]
+    if isinstance(value, GeneratorType):
+        return list(value.gi_frame.f_locals.values()) if value.gi_frame else []
+    if isinstance(value, (Iterator, partial, CellType, MethodType, BuiltinMethodType)):
+        return gc.get_referents(value)
+    return _attributes(value)
+
+# %% ../nbs/09_trace.ipynb #8b429003
+def _leaves(value, seen=None, depth: int = 8) -> list:
+    """Tensors in what a network puts out, and other things without parts.
 
     They are found in collections, mappings and data classes at any depth, in attributes of other
     objects down to a depth. A cache of keys and values is the network's own.
     """
     seen = set() if seen is None else seen
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) or isinstance(value, _NOTHING):
         return [value]
     is_cache = hasattr(type(value), 'get_seq_length')
-    if isinstance(value, _NOTHING) or is_cache or id(value) in seen or not depth:
+    if is_cache or id(value) in seen or not depth:
         return []
     seen.add(id(value))
-    if isinstance(value, Mapping):
-        parts = value.values()
-    elif isinstance(value, _SEVERAL):
-        parts = value
-    else:
-        parts = _attributes(value)
-        if not is_dataclass(value):
-            depth -= 1
-    return [t for v in list(parts) for t in _tensors_within(v, seen, depth)]
+    parts = _parts(value)
+    collection = isinstance(value, (Mapping, *_SEVERAL))
+    if not collection and not parts:
+        return [value]
+    if not collection and not is_dataclass(value):
+        depth -= 1
+    return [leaf for v in parts for leaf in _leaves(v, seen, depth)]
+
+
+def _tensors_within(value, depth: int = 8) -> list:
+    "The tensors among `_leaves`."
+    return [v for v in _leaves(value, depth=depth) if isinstance(v, Tensor)]
 
 # %% ../nbs/09_trace.ipynb #db278363
 _TORCH = str(Path(torch.__file__).parent)
@@ -265,6 +296,7 @@ class _Recorder(TorchDispatchMode):
         self.divisions = []  # matrices of labels, of dimensions that were divided into two
         self.bound = []  # labels of channels that stay or go as whole heads
         self.unless_read = []  # (node, labels, reason): held if anything reads what it puts out
+        self.as_numbers = []  # labels of what was read out as plain numbers, or as an array
         self.unless_heads = []  # (labels, dimensions) where they meet a tensor of a fixed size
         self.heads_before = None  # labels of heads, of a network that was recorded before
         self.heads = []  # (module, labels of heads of queries, of keys, width) of attentions
@@ -523,6 +555,7 @@ def _watched(r: _Recorder):
 
 # %% ../nbs/09_trace.ipynb #6432d5fb
 _WHOLE = {'instance_norm', 'scaled_dot_product_attention', 'multi_head_attention_forward'}
+_READ_OUT = {'numpy', '__array__', '__dlpack__', 'tolist'}
 
 
 class _Whole(TorchFunctionMode):
@@ -534,6 +567,9 @@ class _Whole(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         r, kwargs, name = self.recorder, kwargs or {}, getattr(func, '__name__', '')
+        mark = getattr(args[0], '_mark', None) if args and name in _READ_OUT else None
+        if mark is not None and mark.labels is not None and not mark.const:
+            r.as_numbers.append(mark.labels)
         if name not in _WHOLE or r.paused:
             return func(*args, **kwargs)
         r.paused = True
@@ -545,11 +581,15 @@ class _Whole(TorchFunctionMode):
         return out
 
 # %% ../nbs/09_trace.ipynb #045eca51
+_WITHOUT_NUMBERS = (Tensor, str, type(None), torch.dtype, torch.device, nn.Module)
+
+
 def _record(r: _Recorder, args):
     "Run the network once and write everything down."
     with torch.no_grad(), _watched(r), _Whole(r), r:
         out = call(r.model, args)
-    given = [_mark(r, t) for t in _tensors_within(out)]
+    leaves = _leaves(out)
+    given = [_mark(r, v) for v in leaves if isinstance(v, Tensor)]
     ends = {id(m.node) for m in given}
     for node, labels, reason in r.unless_read:
         if node.outputs or id(node) in ends:
@@ -557,6 +597,9 @@ def _record(r: _Recorder, args):
     for m in given:
         if m.labels is not None and not m.const:
             _hold(r, m.labels, "its channels are the network's output")
+    if not all(isinstance(v, _WITHOUT_NUMBERS) for v in leaves):
+        for labels in r.as_numbers:
+            _hold(r, labels, "its channels become numbers, which the network's output may hold")
     for k in r.elsewhere:
         r.trouble.setdefault(k, f'{k} has a weight or bias that is read outside of its call, too')
     _settle_divisions(r)
@@ -836,6 +879,9 @@ def _spatial(r: _Recorder, c: _Call, marks: list):
     vary = _varying(labels)
     if any(t.ndim != x.ndim or t.shape[d] != x.shape[d] for t in c.outs for d in vary):
         return _unknown(r, c, marks)
+    if _mixes(c, vary):
+        why = f'its channels go through {c.name.strip("_")}, which is taken along them'
+        return _unknown(r, c, marks, why)
     node = _add_node(r, c.name, marks[:1], same=_keeps_constants(c))
     _finish(r, c, node, [_compact(labels).expand(t.shape) for t in c.outs])
 
@@ -848,6 +894,21 @@ def _keeps_constants(c: _Call) -> bool:
         return True
     padded = any(c['padding'] or [0]) and c['count_include_pad'] is not False
     return not padded and c['divisor_override'] is None
+
+# %% ../nbs/09_trace.ipynb #2152ce11
+def _mixes(c: _Call, dims: list) -> bool:
+    "Does an operation on the last dimensions mix what lies along some, which keep their size?"
+    x = c.tensors[0]
+    found = re.search(r'(\d)d', c.name)
+    n = int(found[1]) if found else 2
+    if max(dims, default=0) < x.ndim - n:
+        return False
+    shape = [size if d in dims else 1 for d, size in enumerate(x.shape)]
+    gen = torch.Generator().manual_seed(0)
+    places = 1 + torch.randperm(math.prod(shape), generator=gen).view(shape).to(x)
+    of = lambda v: _tensors_in(c.func(v.contiguous(), *c.args[1:], **c.kwargs))[0]
+    alone = places * of(torch.ones_like(x))
+    return not torch.allclose(of(places.expand(x.shape)), alone, rtol=1e-3)
 
 # %% ../nbs/09_trace.ipynb #276d779d
 _OVER = set(

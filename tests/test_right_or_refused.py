@@ -8,7 +8,10 @@ import copy
 from collections import deque
 from collections.abc import ValuesView
 from dataclasses import dataclass, fields
+from functools import partial
+from types import MethodType
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -819,3 +822,137 @@ def test_pieces_that_must_stay_equal(choice):
     written.d = cut_layer(net.d, d, [i - 6 for i in b if i >= 6])
     written.c = cut_layer(net.c, range(4), [*b, *(12 + i for i in d)])
     torch.testing.assert_close(out(small, image), out(written, image))
+
+
+# Operations on positions, with channels along them
+
+
+def sampled(h):
+    "Half of each number and half of the next."
+    at = (torch.arange(8) + 0.5).to(h) * 2 / 8 - 7 / 8
+    grid = torch.stack([torch.zeros_like(at), at], 1)
+    grid = grid[None, :, None].expand(len(h), 8, 1, 2)
+    return F.grid_sample(h[:, None, :, None], grid, align_corners=False)[:, 0, :, 0]
+
+
+ALONG = dict(
+    max_pool=lambda h: F.max_pool1d(h[:, None], 3, 1, 1)[:, 0],
+    mean=lambda h: F.avg_pool1d(h[:, None], 3, 1, 1, count_include_pad=False)[:, 0],
+    max_pool_2d=lambda h: F.max_pool2d(h[:, None, :, None], (3, 1), 1, (1, 0))[:, 0, :, 0],
+    max_pool_3d=lambda h: F.max_pool3d(h.view(-1, 1, 2, 4, 1), (1, 3, 1), 1, (0, 1, 0)).flatten(1),
+    resized=lambda h: F.interpolate(h[:, None], scale_factor=1.1)[:, 0],
+    sampled=sampled,
+)
+ACROSS = dict(
+    max_pool=lambda y: F.max_pool2d(y[:, None], (1, 3), 1, (0, 1))[:, 0],
+    mean=lambda y: F.avg_pool2d(y[:, None], (1, 3), 1, (0, 1))[:, 0],
+    adaptive=lambda y: F.adaptive_avg_pool2d(y[:, None], (None, 5))[:, 0],
+    resized=lambda y: F.interpolate(y[:, None], scale_factor=(1, 1.1), mode='bilinear')[:, 0],
+)
+
+
+@pytest.mark.parametrize('kind', ALONG)
+def test_positions_that_are_channels_stay(kind):
+    "On noise the last channel is silent, so that no comparison of outputs shows what reads it."
+
+    def f(net, x):
+        return net.o(F.relu(net.b(ALONG[kind](F.relu(net.a(x))))))
+
+    net = Net(f, a=nn.Linear(5, 8), b=nn.Linear(8, 6), o=nn.Linear(6, 3)).double().eval()
+    net.a.bias.data[7], net.a.weight.data[7] = -20, 0.5
+    r = restore(net, torch.randn(6, 5).double(), ratio=0.3, restorer=prune_only())
+    report = r.report.set_index('layer')
+    assert report.kept.to_dict() == dict(a=8, b=4, o=3)
+    assert 'go through' in report.left_alone['a']
+
+
+@pytest.mark.parametrize('kind', ACROSS)
+def test_positions_beside_channels_do_not_keep_them(kind):
+    def f(net, x):
+        return net.o(ACROSS[kind](F.relu(net.a(x))).flatten(1))
+
+    net = Net(f, a=nn.Conv1d(3, 8, 1), o=nn.Linear(8 * 5, 3)).double().eval()
+    x = torch.randn(6, 3, 5).double()
+    repeat(net.a)
+    small = restore(net, x, keep=dict(a=range(4)), restorer=merging()).model
+    assert small.a.out_channels == 4
+    assert gap(out(small, x), out(net, x)) < 1e-6
+
+
+# Outputs that hold channels in other things than tensors
+
+
+def one_by_one(h):
+    yield from h
+
+
+HIDDEN = dict(
+    array=lambda h: h.detach().numpy(),
+    asarray=lambda h: np.asarray(h.detach()),
+    worked_on=lambda h: Thing(np.maximum(h.detach().numpy()[:, ::2], 0)),
+    numbers=lambda h: h.tolist(),
+    floats=lambda h: Data(1, [float(v) for v in h[0]]),
+    expression=lambda h: (t for t in (h, None)),
+    generator=one_by_one,
+    iterator=lambda h: map(abs, [h]),
+    function=lambda h: lambda: h,
+    default=lambda h: lambda h=h: h,
+    partial=lambda h: partial(torch.add, h),
+    method=lambda h: MethodType(abs, h),
+    own_method=lambda h: h.mean,
+)
+HARMLESS = dict(
+    nothing=None,
+    whole=3,
+    name='a',
+    number=0.5,
+    numbers=[0.1, [0.2]],
+    data=Data(0.5, 2),
+    array=np.arange(8.0),
+    scalar=np.float32(1),
+    thing=Thing(object()),
+    function=lambda: 1,
+    generator=(i for i in range(3)),
+    partial=partial(max, 0.5),
+)
+
+
+def with_an_output(of):
+    "A network that puts something out beside its result, made of a hidden tensor."
+
+    def f(net, x):
+        h = F.relu(net.a(x))
+        return net.o(F.relu(net.b(h))), of(h)
+
+    torch.manual_seed(0)
+    net = Net(f, a=nn.Linear(5, 8), b=nn.Linear(8, 6), o=nn.Linear(6, 3)).eval()
+    return restore(net, torch.randn(4, 5), ratio=0.3).report.set_index('layer')
+
+
+@pytest.mark.parametrize('kind', HIDDEN)
+def test_channels_in_an_output_that_is_no_tensor_stay(kind):
+    report = with_an_output(HIDDEN[kind])
+    assert report.kept.to_dict() == dict(a=8, b=4, o=3)
+    assert report.left_alone['a'].startswith('its channels')
+
+
+@pytest.mark.parametrize('kind', HARMLESS)
+def test_other_things_in_an_output_keep_no_channels(kind):
+    assert with_an_output(lambda h: HARMLESS[kind]).kept.to_dict() == dict(a=6, b=4, o=3)
+
+
+def test_numbers_that_are_not_put_out_keep_no_channels():
+    seen = []
+    report = with_an_output(lambda h: seen.append(h.tolist()) or 'name')
+    assert report.kept.to_dict() == dict(a=6, b=4, o=3) and seen
+
+
+def test_an_output_of_arrays_alone():
+    def f(net, x):
+        return net.o(F.relu(net.a(x))).detach().numpy()
+
+    net, x = Net(f, a=nn.Linear(5, 8), o=nn.Linear(8, 3)).eval(), torch.randn(4, 5)
+    repeat(net.a)
+    small = restore(net, x, keep=dict(a=range(4)), restorer=merging()).model
+    assert small.a.out_features == 4 and small.o.out_features == 3
+    assert np.allclose(small(x), net(x), atol=1e-5)
