@@ -1353,3 +1353,14 @@ def add_constant(
         mean.copy_(stored(mean - constant, mean, f'{norm}.running_mean'))
     else:
         layer.bias = nn.Parameter(stored(constant, layer.weight, f'{name}.bias'))
+
+
+def _without_bias(net: Traced) -> list:
+    "Names of layers to which `add_constant` would give a bias, as they and their norms have none."
+    found = []
+    for r in find_readers(net):
+        layer, bn = net.model.get_submodule(r.name), r.norm and net.model.get_submodule(r.norm)
+        absorbed = bn is not None and bn.running_mean is not None
+        if layer.bias is None and takes_constants(layer) and not absorbed:
+            found.append(r.name)
+    return found

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Mapping, MappingView
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -268,6 +269,7 @@ class _Recorder(TorchDispatchMode):
         self.unless_heads = []  # (labels, dimensions) where they meet a tensor of a fixed size
         self.heads_before = None  # labels of heads, of a network that was recorded before
         self.heads = []  # (module, labels of heads of queries, of keys, width) of attentions
+        self.products = []  # (multiply-accumulates, labels) of products of channels, no layers'
         self.out, self.read = {}, {}  # {layer: labels of its outputs, of what it reads}
         self.calls = {}  # {layer: number of calls}
         self.of = {}  # {layer: node}
@@ -467,6 +469,13 @@ _REFILL = set('fill zero normal uniform bernoulli random exponential'.split())
 _LAYER_CALLS = set('convolution _convolution addmm mm linear matmul'.split())
 
 
+def _note_product(r: _Recorder, macs: int, *read: Tensor):
+    "Write down what a product costs, and the labels of what it reads that has most of them."
+    labels = [_compact(m.labels) for m in map(partial(_mark, r), read) if m.labels is not None]
+    if labels:
+        r.products.append((macs, max(labels, key=Tensor.numel)))
+
+
 def _see(r: _Recorder, c: _Call):
     "Write down one call."
     marks = [_mark(r, t) for t in c.tensors]
@@ -485,6 +494,9 @@ def _see(r: _Recorder, c: _Call):
         for t in c.outs:
             _put(r, t, _Mark())
     else:
+        if c.name in _PRODUCTS:
+            a, b = (c[k] for k in _PRODUCTS[c.name])
+            _note_product(r, c.out.numel() * a.shape[-1], a, b)
         pointwise = torch.Tag.pointwise in getattr(c.func, 'tags', ())
         usual = _RULES.get('pointwise') if pointwise else _unknown
         _RULES.get(c.name, usual)(r, c, marks)
