@@ -1240,8 +1240,6 @@ def _stage(model, name, norm, dtype):
     if norm is None:
         return W, torch.ones_like(bias), bias, None, None
     bn = model.get_submodule(norm)
-    if bn.running_var is None:
-        raise ValueError(f'{norm}: this batch norm keeps no running statistics')
     mean, var = bn.running_mean.to(dtype), bn.running_var.to(dtype)
     if bn.weight is None:
         gamma, beta = torch.ones_like(mean), torch.zeros_like(mean)
@@ -1287,7 +1285,7 @@ def channels(
     group: Group,  # one of its groups
     dtype=torch.float64,  # precision of all that follows
 ) -> Channels:  # on the model's device, its weights not copied
-    "Filters and batch norm of a group. ValueError where the batch norm keeps no statistics."
+    "Filters and batch norm of a group."
     branches = group.branches or (((group.name, group.norm),),)
     scales = group.scales or [None] * len(branches)
     count, folded = defaultdict(int), []

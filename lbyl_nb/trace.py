@@ -454,6 +454,23 @@ def _note_elsewhere(r: _Recorder, c: _Call, marks: list):
             r.elsewhere.add(name)
 
 # %% ../nbs/09_trace.ipynb #2fd0a2a2
+# which arguments a product of matrices multiplies
+_OPERANDS = dict(
+    addmm=('mat1', 'mat2'),
+    mm=('self', 'mat2'),
+    linear=('input', 'weight'),
+    matmul=('self', 'other'),
+)
+_PRODUCTS = dict(_OPERANDS, bmm=('self', 'mat2'), baddbmm=('batch1', 'batch2'))
+
+
+def _note_product(r: _Recorder, macs: int, *read: Tensor):
+    "Write down what a product costs, and the labels of what it reads that has most of them."
+    labels = [_compact(m.labels) for m in map(partial(_mark, r), read) if m.labels is not None]
+    if labels:
+        r.products.append((macs, max(labels, key=Tensor.numel)))
+
+# %% ../nbs/09_trace.ipynb #adb7d7d5
 _COPIES = set('clone detach alias _to_copy contiguous lift_fresh lift resolve_conj'.split())
 
 # new tensors as large as another
@@ -467,13 +484,6 @@ _REFILL = set('fill zero normal uniform bernoulli random exponential'.split())
 
 # what a layer may do
 _LAYER_CALLS = set('convolution _convolution addmm mm linear matmul'.split())
-
-
-def _note_product(r: _Recorder, macs: int, *read: Tensor):
-    "Write down what a product costs, and the labels of what it reads that has most of them."
-    labels = [_compact(m.labels) for m in map(partial(_mark, r), read) if m.labels is not None]
-    if labels:
-        r.products.append((macs, max(labels, key=Tensor.numel)))
 
 
 def _see(r: _Recorder, c: _Call):
@@ -625,14 +635,6 @@ def _used(r: _Recorder, c: _Call, marks: list, name: str, x: Tensor, dim: int, g
     _spread(r, c, node, labels, dim % c.out.ndim)
 
 # %% ../nbs/09_trace.ipynb #84fe5b73
-_OPERANDS = dict(
-    addmm=('mat1', 'mat2'),
-    mm=('self', 'mat2'),
-    linear=('input', 'weight'),
-    matmul=('self', 'other'),
-)
-
-
 def _layer_called(r: _Recorder, c: _Call, marks: list) -> bool:
     "Write down the call of a layer; False if it is none."
     if c.name.endswith('convolution'):
@@ -1062,7 +1064,7 @@ _BATCH_NORMS = set(
 
 @_rule(*_BATCH_NORMS)
 def _batch_norm(r: _Recorder, c: _Call, marks: list):
-    "A batch norm; its node has the name of its module."
+    "A batch norm; its node has the name of its module, if that keeps running statistics."
     labels = _columns(r, c.tensors[0], 1)
     _join_parameters(r, c, ('weight', 'bias', 'running_mean', 'running_var'), labels)
     own = [t for t in (c['running_mean'], c['weight']) if isinstance(t, Tensor)]
@@ -1070,7 +1072,8 @@ def _batch_norm(r: _Recorder, c: _Call, marks: list):
     running = r.stack[-1] if r.stack else ''
     if owners and isinstance(r.model.get_submodule(running), BATCH_NORM):
         owners = [running]  # the first to hold a tensor may be another norm that shares it
-    node = _add_node(r, 'batch_norm', marks[:1], layer=owners[0] if owners else None)
+    keeps = owners and isinstance(c['running_mean'], Tensor)
+    node = _add_node(r, 'batch_norm', marks[:1], layer=owners[0] if keeps else None)
     _spread(r, c, node, labels, 1)
 
 
@@ -1091,9 +1094,6 @@ def _glu(r: _Recorder, c: _Call, marks: list):
     node = _add_node(r, c.name, marks)
     joined = _join(r, _compact(a), _compact(b), 'mul')
     _finish(r, c, node, [joined.expand(c.out.shape)])
-
-
-_PRODUCTS = dict(_OPERANDS, bmm=('self', 'mat2'), baddbmm=('batch1', 'batch2'))
 
 
 @_rule('bmm', 'mm', 'matmul', 'baddbmm', 'addmm')
