@@ -365,6 +365,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'lbyl_nb.graph.Family.balanced': ('graph.html#family.balanced', 'lbyl_nb/graph.py'),
                                'lbyl_nb.graph.Family.cells': ('graph.html#family.cells', 'lbyl_nb/graph.py'),
                                'lbyl_nb.graph.Family.rows': ('graph.html#family.rows', 'lbyl_nb/graph.py'),
+                               'lbyl_nb.graph.Family.whole': ('graph.html#family.whole', 'lbyl_nb/graph.py'),
                                'lbyl_nb.graph.Filters': ('graph.html#filters', 'lbyl_nb/graph.py'),
                                'lbyl_nb.graph.Filters.gram': ('graph.html#filters.gram', 'lbyl_nb/graph.py'),
                                'lbyl_nb.graph.Filters.of': ('graph.html#filters.of', 'lbyl_nb/graph.py'),

@@ -87,6 +87,12 @@ class Family:
         kept = torch.as_tensor(sorted(kept), dtype=torch.long)
         return {name: torch.isin(u, kept).nonzero().flatten().tolist() for name, u in self.members}
 
+    @property
+    def whole(self) -> bool:
+        "Are its units such that all must stay, as each is a piece of a split?"
+        one_each = lambda pieces: all((w > 0).sum() == 1 for w in pieces)
+        return any(one_each(p) and bool(sum(p).all()) for p in self.balances)
+
     def balanced(self, gone: Tensor) -> bool:
         "Do all pieces lose equally many channels if these units (a mask) go?"
         return all(len({int(w[gone].sum()) for w in pieces}) == 1 for pieces in self.balances)

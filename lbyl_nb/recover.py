@@ -29,6 +29,7 @@ from .expand import Expanded
 from .experts import pack_experts
 from .fisher import _answers, _classes, _mean_divergence
 from lbyl_nb.graph import (
+    _NO_CHOICE,
     _agree,
     _culprits,
     _differing,
@@ -259,7 +260,7 @@ def _row(g, keep=None, missed=math.nan, **errors):
         be_before=math.nan,
         be_after=math.nan,
         output_error=missed,
-        left_alone=g.reason,
+        left_alone=_NO_CHOICE if g.family and g.family.whole else g.reason,
     )
     row.update(errors)
     return row

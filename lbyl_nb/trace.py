@@ -1106,10 +1106,14 @@ def _product(r: _Recorder, c: _Call, marks: list):
     vb = set() if lb is None else set(_varying(lb))
     one_has_channels = bool(va) != bool(vb)
     summed_over = a.ndim - 1 in va or b.ndim - 2 in vb
+    why = f'its channels go through a product of matrices{_inside(r)}'
     if others or a.ndim != b.ndim or not one_has_channels or summed_over:
-        return _unknown(r, c, marks, f'its channels go through a product of matrices{_inside(r)}')
+        return _unknown(r, c, marks, why)
+    given, single = (la, lb) if va else (lb, la)
+    if single is not None:  # one channel, as an attention may have for its weights
+        _hold(r, single, why)
     node = _add_node(r, c.name, marks)
-    _finish(r, c, node, [_compact(la if va else lb).expand(c.out.shape)])
+    _finish(r, c, node, [_compact(given).expand(c.out.shape)])
 
 # %% ../nbs/09_trace.ipynb #72a61a13
 def _not_followed(r: _Recorder, c: _Call, marks: list):
