@@ -19,8 +19,11 @@ from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from .closed_form import all_finite, check_number
-from .cost import _dry_run, _sample_count
+from .cost import _count, _dry_run, _sample_count
 from .criteria import check_criterion, l2_norm
+from .delivery import removed
+from .graph import _stays, _without_bias
+from .graph import lost as classes_of
 from .layers import LAYERS, by_output, conv_groups, width, with_tensors
 from lbyl_nb.plans import (
     Limits,
@@ -44,6 +47,8 @@ class _Bill:
     rows: list  # of dicts, one a module, as `_row` makes them
     tied: dict  # {group: (span of each cut module, span of each consumer)}
     rest: int  # parameters of everything else
+    others: float = 0  # multiply-accumulates of everything else
+    bare: dict = field(default_factory=dict)  # {layer that may get a bias: its outputs}
     _near: dict = field(default_factory=dict, repr=False)  # as `_around` found them
 
     def total(self, lost: dict) -> dict:
@@ -51,7 +56,14 @@ class _Bill:
 
         Numbers, or tensors of numbers for many cases at once."""
         params, macs = self._sums(self.rows, lost)
-        return dict(params=self.rest + params, macs=macs)
+        return dict(params=self.rest + params, macs=self.others + macs)
+
+    def biases(self, lost: dict) -> int:
+        "Parameters of the biases that restoring may add, if any channel is lost."
+        if not any(lost.values()):
+            return 0
+        out, _ = self._gone(lost)
+        return sum(n - out.get(name, 0) for name, n in self.bare.items())
 
     def saved(self, lost: dict, more: dict) -> dict:
         "What it saves on top if groups lose more, {group: channels}, than they have lost already."
@@ -174,11 +186,22 @@ def bill(
     net: Traced,  # from `trace`
     groups: list,  # of it, from `find_groups`: those that may lose channels
 ) -> _Bill:  # parameters and multiply-accumulates for each number of channels
-    "What a traced network costs: its convolutions and linear layers, for one sample."
+    "What a traced network costs, for one sample; of that, what its layers cost can be saved."
     made = _Bill(_rows(net, groups), {g.name: _spans(g) for g in groups}, rest=0)
-    every = sum(p.numel() for p in net.model.parameters())
-    made.rest = every - made.total({})['params']
+    every, found = _count(net.model, net.args), made.total({})
+    made.rest = every['params'] - found['params']
+    made.others = max(every['macs'] - found['macs'], 0)
+    made.bare = {k: width(net.model.get_submodule(k)) for k in _without_bias(net)}
     return made
+
+# %% ../nbs/17_budget.ipynb #331532ed
+def _products_saved(net: Traced, groups: list, kept: dict) -> float:
+    "Multiply-accumulates for one sample of products of matrices that go with channels of groups."
+    gone = {g.name: removed(kept[g.name], g.channels).tolist() for g in groups}
+    classes = classes_of(groups, gone)
+    part = lambda labels: 1 - _stays(net, labels, classes).double().mean().item()
+    saved = sum(macs * part(labels) for macs, labels in net.seen.products)
+    return saved / _sample_count(net.args)
 
 # %% ../nbs/17_budget.ipynb #3332d438
 def _check_scores(name, scores):
@@ -281,6 +304,7 @@ def within(
     what: str,  # 'params' or 'macs': of parameters, or of multiply-accumulates
     criterion,  # as in `budget`
     limits: Limits = Limits(at_least=0.1),  # what must be respected
+    new_biases: bool = False,  # may restoring give layers biases?
 ) -> Callable:  # (model, its traced copy, groups) -> plan
     """The choice of channels that leaves a share of the network.
 
@@ -307,21 +331,30 @@ def within(
         least = {c.name: limits.units(c, 0) for c in cells}
         order = ordered(own, least)
 
+        def plan_after(n):
+            "What is kept after the first n removals, and how many channels each group loses."
+            kept, plan = _kept_after(n, order, families, limits, sets), {}
+            for f in families:
+                plan.update(_choose_units(scores[f.name], f, kept[f.name], limits))
+            return {g.name: plan[g.name] for g in groups}, _lost(kept, families)
+
         def left(n):
             "Share that is left after the first n removals."
-            lost = _lost(_kept_after(n, order, families, limits, sets), families)
-            return costs.total(lost)[what] / costs.total({})[what]
+            plan, fewer = plan_after(n)
+            after = costs.total(fewer)[what]
+            if what == 'macs':
+                after -= _products_saved(net, groups, plan)
+            elif new_biases:
+                after += costs.biases(fewer)
+            return after / costs.total({})[what]
 
+        if left(0) <= share:
+            return plan_after(0)[0]
         smallest = left(len(order))
         if smallest > share:
             why = f'{smallest:.3f} are left when everything is removed that may be'
             raise ValueError(f'{what}: {share} of them cannot be reached, {why}')
-        n = _first(lambda n: left(n) <= share, len(order))
-        kept = _kept_after(n, order, families, limits, sets)
-        plan = {}
-        for f in families:
-            plan.update(_choose_units(scores[f.name], f, kept[f.name], limits))
-        return {g.name: plan[g.name] for g in groups}
+        return plan_after(_first(lambda n: left(n) <= share, len(order)))[0]
 
     return choose
 
@@ -331,7 +364,7 @@ def budget(
     example_inputs,  # a tensor, tuple or dict that its forward accepts
     *,
     params: float | None = None,  # share of the parameters that shall be left, in (0, 1]; or
-    macs: float | None = None,  # of the multiply-accumulates of convolutions and linear layers
+    macs: float | None = None,  # of the multiply-accumulates, as `cost` counts them
     criterion=l2_norm,  # scores the channels of a group, not negative; better is `output_loss()`
     streams: bool = False,  # residual streams too
     at_least: int | float = 0.1,  # channels that stay in every group; below 1, a fraction of them

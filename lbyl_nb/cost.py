@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from .layers import as_args, call, keeping_state, tensors
+from .trace import _without_history
 
 # %% ../nbs/35_cost.ipynb #22867441
 def _convolution_macs(y, x, weight, bias, stride, padding, dilation, transposed, *_) -> int:
@@ -105,8 +106,9 @@ def _dry_run(
 # %% ../nbs/35_cost.ipynb #43fdeab8
 def _private(model):
     "A copy of a model in evaluation mode that shares its parameters."
+    shared = _without_history(model) | {id(p): p for p in model.parameters()}
     try:
-        return copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
+        return copy.deepcopy(model, shared).eval()
     except Exception as e:
         name, why = type(model).__name__, f'{type(e).__name__}: {e}'
         raise ValueError(f'{name}: cannot be copied: {why}') from e

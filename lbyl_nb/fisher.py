@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .closed_form import all_finite
-from .layers import batch_size, batched, call, channel_dim, keeping_state, map_samples
+from .layers import batch_size, batched, call, channel_dim, keeping_state, map_samples, width
 from .moments import no_padding
 from .probes import Probes
 from .progress import progress
@@ -108,7 +108,9 @@ def _drawn_likelihood(out, generator: torch.Generator, n: int, temperature: floa
     for v in _numbers(out):
         draw = torch.randn(v.shape, generator=generator).to(v)
         parts.append((v * draw).sum() / (_variance(v.detach()) * v[0].numel()).sqrt())
-    return sum(parts) / math.sqrt(max(len(parts), 1))
+    if not parts:
+        raise ValueError('the network puts out no floating-point numbers, whose losses could count')
+    return sum(parts) / math.sqrt(len(parts))
 
 # %% ../nbs/08a_fisher.ipynb #7b754107
 def fisher(
@@ -121,7 +123,8 @@ def fisher(
 ) -> dict:  # {name: (o, o)} Fisher information of what each gives, summed over positions, float64
     """By which matrix errors of a layer's output count: E[sum of g g^T over positions].
 
-    ValueError naming the layer where NaN or infinity is met, or that the output does not depend on.
+    Zero for a layer that the output does not depend on. ValueError naming the layer where NaN or
+    infinity is met, or where a gradient cannot pass, and for an output without numbers.
     """
     gen, names = torch.Generator().manual_seed(seed), list(dict.fromkeys(names))
     given, sums = {}, {}
@@ -145,7 +148,7 @@ def fisher(
                 for draw in range(draws):
                     s = _drawn_likelihood(out, gen, batch_size(args), temperature)
                     _add_products(sums, probes.model, given, s, again=draw < draws - 1)
-    _check_seen(names, sums)
+    _check_seen(probes, names, sums)
     return {k: v / (len(probes) * draws) for k, v in sums.items()}
 
 # %% ../nbs/08a_fisher.ipynb #bfa6ad6e
@@ -167,11 +170,24 @@ def _add_products(sums: dict, model: nn.Module, given: dict, s: Tensor, again: b
         sums[name] = sums.get(name, 0) + rows.T @ rows
 
 
-def _check_seen(names: list, sums: dict):
-    "ValueError naming a layer without a finite matrix."
+@torch.no_grad()
+def _matters(probes: Probes, name: str) -> bool:
+    "Does the network put out something else when a layer does?"
+    before = _tensors_within(_answers(probes.model, probes))
+    layer = probes.model.get_submodule(name)
+    with layer.register_forward_hook(lambda m, inputs, y: -1 - 2 * y):
+        after = _tensors_within(_answers(probes.model, probes))
+    return not all(map(torch.equal, before, after))
+
+
+def _check_seen(probes: Probes, names: list, sums: dict):
+    "Zeros for layers that do not matter, in place; ValueError naming one without a finite matrix."
     for name in names:
+        if name not in sums and _matters(probes, name):
+            raise ValueError(f'{name}: no gradient of the output reaches it when the probes pass')
         if name not in sums:
-            raise ValueError(f'{name}: the output does not depend on it when the probes pass')
+            layer = probes.model.get_submodule(name)
+            sums[name] = layer.weight.new_zeros(width(layer), width(layer), dtype=torch.float64)
         if not all_finite(sums[name]):
             raise ValueError(f'{name}: NaN or infinity met in a backward pass')
 

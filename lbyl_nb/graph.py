@@ -88,6 +88,12 @@ class Family:
         kept = torch.as_tensor(sorted(kept), dtype=torch.long)
         return {name: torch.isin(u, kept).nonzero().flatten().tolist() for name, u in self.members}
 
+    @property
+    def whole(self) -> bool:
+        "Are its units such that all must stay, as each is a piece of a split?"
+        one_each = lambda pieces: all((w > 0).sum() == 1 for w in pieces)
+        return any(one_each(p) and bool(sum(p).all()) for p in self.balances)
+
     def balanced(self, gone: Tensor) -> bool:
         "Do all pieces lose equally many channels if these units (a mask) go?"
         return all(len({int(w[gone].sum()) for w in pieces}) == 1 for pieces in self.balances)
@@ -1242,8 +1248,6 @@ def _stage(model, name, norm, dtype):
     if norm is None:
         return W, torch.ones_like(bias), bias, None, None
     bn = model.get_submodule(norm)
-    if bn.running_var is None:
-        raise ValueError(f'{norm}: this batch norm keeps no running statistics')
     mean, var = bn.running_mean.to(dtype), bn.running_var.to(dtype)
     if bn.weight is None:
         gamma, beta = torch.ones_like(mean), torch.zeros_like(mean)
@@ -1289,7 +1293,7 @@ def channels(
     group: Group,  # one of its groups
     dtype=torch.float64,  # precision of all that follows
 ) -> Channels:  # on the model's device, its weights not copied
-    "Filters and batch norm of a group. ValueError where the batch norm keeps no statistics."
+    "Filters and batch norm of a group."
     branches = group.branches or (((group.name, group.norm),),)
     scales = group.scales or [None] * len(branches)
     count, folded = defaultdict(int), []
@@ -1355,3 +1359,14 @@ def add_constant(
         mean.copy_(stored(mean - constant, mean, f'{norm}.running_mean'))
     else:
         layer.bias = nn.Parameter(stored(constant, layer.weight, f'{name}.bias'))
+
+
+def _without_bias(net: Traced) -> list:
+    "Names of layers to which `add_constant` would give a bias, as they and their norms have none."
+    found = []
+    for r in find_readers(net):
+        layer, bn = net.model.get_submodule(r.name), r.norm and net.model.get_submodule(r.norm)
+        absorbed = bn is not None and bn.running_mean is not None
+        if layer.bias is None and takes_constants(layer) and not absorbed:
+            found.append(r.name)
+    return found

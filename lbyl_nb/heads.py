@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .cost import _attention_macs
 from .layers import own_copy
 from lbyl_nb.trace import (
     _ALONG,
@@ -31,6 +32,7 @@ from lbyl_nb.trace import (
     _inside,
     _join,
     _mark,
+    _note_product,
     _over,
     _product,
     _Recorder,
@@ -117,6 +119,7 @@ def _attention(r: _Recorder, c: _Call, marks: list):
     c.named |= dict(zip(('query', 'key', 'value', 'attn_mask', 'dropout_p', 'is_causal'), c.args))
     q, k, v, mask = (c[n] for n in ('query', 'key', 'value', 'attn_mask'))
     lq, lk, lv = (_mark(r, t).labels for t in (q, k, v))
+    _note_product(r, _attention_macs(c.out, q, k, v), q, v)
     if c['enable_gqa'] and q.ndim > 2:
         lk, lv = (_repeated(t, q.shape[-3]) for t in (lk, lv))
     rows = None

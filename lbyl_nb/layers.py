@@ -11,9 +11,11 @@ __all__ = ['BATCH_NORM', 'LAYERS', 'tensors', 'map_tensors', 'batch_size', 'samp
 # %% ../nbs/05_layers.ipynb #94d400c1
 import copy
 import math
+import random
 from collections.abc import Mapping, MutableMapping
 from contextlib import contextmanager, nullcontext
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -114,10 +116,14 @@ def as_args(
     return args
 
 # %% ../nbs/05_layers.ipynb #4b0c1d01
+def _trainable(v: Tensor) -> Tensor:
+    "A tensor; of one that was made in inference mode, a copy that may be trained."
+    return v.clone() if v.is_inference() else v
+
+
 def _plain(v: Tensor) -> Tensor:
     "A tensor as one of PyTorch's own class, outside of inference mode; a copy only if need be."
-    if v.is_inference():
-        v = v.clone()
+    v = _trainable(v)
     return v if type(v) is Tensor else v.detach().as_subclass(Tensor)
 
 # %% ../nbs/05_layers.ipynb #20a03e48
@@ -160,13 +166,26 @@ def in_single(
     return _InSingle() if any(p.dtype in _HALF for p in of) else nullcontext()
 
 # %% ../nbs/05_layers.ipynb #440e1c1c
+@contextmanager
+def _keeping_random(gpus):
+    "The states of all global generators again after the block: PyTorch's, NumPy's and Python's."
+    numpy, python = np.random.get_state(), random.getstate()
+    try:
+        with torch.random.fork_rng(gpus):
+            yield
+    finally:
+        np.random.set_state(numpy)
+        random.setstate(python)
+
+
 def call(
     model: nn.Module,  # or any function
     args: tuple | dict,  # as `as_args` gives them
 ):  # whatever the model gives; in single precision where it has half
     "The model's output for its arguments, which it cannot change."
     args = map_tensors(args, Tensor.clone)
-    with torch.random.fork_rng({v.device for v in tensors(args) if v.is_cuda}), in_single(model):
+    gpus = {v.device for v in tensors(args) if v.is_cuda}
+    with _keeping_random(gpus), in_single(model):
         return model(**args) if isinstance(args, Mapping) else model(*args)
 
 # %% ../nbs/05_layers.ipynb #bd8ae884
@@ -252,7 +271,7 @@ def shared_copy(
     "A copy in evaluation mode over the same memory of parameters; its buffers are its own."
     of = model if weights is None else weights
     pairs = zip(model.parameters(), of.parameters(), strict=True)
-    memo = {id(p): nn.Parameter(q.detach(), q.requires_grad) for p, q in pairs}
+    memo = {id(p): nn.Parameter(_trainable(q.detach()), q.requires_grad) for p, q in pairs}
     kept = [t for m in model.modules() for t in tensors(vars(m)) if t.grad_fn is not None]
     memo |= {id(t): t.detach().clone() for t in kept}
     net = copy.deepcopy(model, memo).eval()

@@ -29,14 +29,15 @@ from .expand import Expanded
 from .experts import pack_experts
 from .fisher import _answers, _classes, _mean_divergence
 from lbyl_nb.graph import (
+    _NO_CHOICE,
     _agree,
     _culprits,
     _differing,
     _layer_outputs,
+    _without_bias,
     add_constant,
     channels,
     find_groups,
-    find_readers,
     follow_sizes,
     lost,
     own_consumers,
@@ -260,7 +261,7 @@ def _row(g, keep=None, missed=math.nan, **errors):
         be_before=math.nan,
         be_after=math.nan,
         output_error=missed,
-        left_alone=g.reason,
+        left_alone=_NO_CHOICE if g.family and g.family.whole else g.reason,
     )
     row.update(errors)
     return row
@@ -569,10 +570,8 @@ def _attempt(
 # %% ../nbs/13_recover.ipynb #07c63639
 def _without_new_biases(net: Traced):
     "Let layers without bias, and without a batch norm behind them, take no constants; in place."
-    for r in find_readers(net):
-        layer = net.model.get_submodule(r.name)
-        if layer.bias is None and r.norm is None:
-            layer.takes_no_constant = True
+    for name in _without_bias(net):
+        net.model.get_submodule(name).takes_no_constant = True
 
 # %% ../nbs/13_recover.ipynb #a93be410
 def _left_alone(groups, reasons):
@@ -828,7 +827,7 @@ def restore(
     elif how == 'ratio':
         choose = by_ratio(ratio, criterion or l2_norm, dtype)
     else:
-        choose = _by_budget(how, wanted[how], criterion)
+        choose = _by_budget(how, wanted[how], criterion, new_biases)
     if restorer is None:
         restorer = _default()
     check_restorer(restorer)
@@ -838,12 +837,13 @@ def restore(
     return compared(model, example_inputs, done)
 
 # %% ../nbs/13_recover.ipynb #88b22b13
-def _by_budget(what, share, criterion):
+def _by_budget(what, share, criterion, new_biases):
     "The choice within a budget of operations or parameters."
     from lbyl_nb.budget import within  # both need this module
     from lbyl_nb.sensitivity import output_loss
 
-    return within(share, what, output_loss() if criterion is None else criterion)
+    criterion = output_loss() if criterion is None else criterion
+    return within(share, what, criterion, new_biases=new_biases)
 
 
 def _default():

@@ -6,11 +6,11 @@
 __all__ = ['output_loss', 'sensitivity', 'plot_sensitivity']
 
 # %% ../nbs/15a_sensitivity.ipynb #fdfd691c
-import copy
 import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from operator import itemgetter
 
 import pandas as pd
@@ -30,7 +30,7 @@ from .plans import check_ratio, families_of
 from .probes import Probes
 from .progress import progress
 from .recover import _prunable, check_model
-from .trace import gathered, trace
+from .trace import _copy_of, gathered, trace
 
 # %% ../nbs/15a_sensitivity.ipynb #dc1dbf4f
 def _root(F: Tensor, n: int) -> list:  # of (r, o)
@@ -167,7 +167,7 @@ class _Trial:
     temperature: float  # of the answers
 
     def __post_init__(self):
-        self.copy = copy.deepcopy(self.probes.model)
+        self.copy = _copy_of(self.probes.model)
         self.means = _running_means(self.copy)
         self.dense = _answers(self.probes.model, self.probes, self.batch)
 
@@ -209,8 +209,8 @@ def output_loss(
     """A criterion: keep channels without which the network's output would move most.
 
     The others take over as far as they can. ValueError for a ridge or a temperature <= 0 and, when
-    it is used, for layers that the output does not depend on; a warning where all probes get the
-    same class."""
+    it is used, for layers that no gradient of the output reaches; a warning where all probes get
+    the same class."""
     check_ridge(ridge)
     if temperature is not None and not temperature > 0:
         raise ValueError(f'temperature must be positive, got {temperature!r}')
@@ -344,6 +344,8 @@ def sensitivity(
     that shares its channels. ValueError or TypeError for bad input, naming layer or argument."""
     model = gathered(model)
     check_model(model)
+    if isinstance(ratios, (str, Real)):
+        raise TypeError(f'ratios must be several, as in (0.3, 0.5), got {ratios!r}')
     for r in ratios:
         check_ratio(r)
     net = trace(model, example_inputs)
@@ -356,7 +358,7 @@ def sensitivity(
         rows[name] = {r: total[round(r * len(loss))].item() for r in ratios}
     return pd.DataFrame(rows).T.rename_axis('layer').rename_axis('ratio', axis=1)
 
-
+# %% ../nbs/15a_sensitivity.ipynb #604fa64a
 def plot_sensitivity(
     table: pd.DataFrame,  # from `sensitivity`
     ax=None,  # axes of Matplotlib; None: new ones

@@ -300,6 +300,7 @@ class _Recorder(TorchDispatchMode):
         self.unless_heads = []  # (labels, dimensions) where they meet a tensor of a fixed size
         self.heads_before = None  # labels of heads, of a network that was recorded before
         self.heads = []  # (module, labels of heads of queries, of keys, width) of attentions
+        self.products = []  # (multiply-accumulates, labels) of products of channels, no layers'
         self.out, self.read = {}, {}  # {layer: labels of its outputs, of what it reads}
         self.calls = {}  # {layer: number of calls}
         self.reached = {}  # {convolution: share of its output's positions that each tap reaches}
@@ -485,6 +486,23 @@ def _note_elsewhere(r: _Recorder, c: _Call, marks: list):
             r.elsewhere.add(name)
 
 # %% ../nbs/09_trace.ipynb #2fd0a2a2
+# which arguments a product of matrices multiplies
+_OPERANDS = dict(
+    addmm=('mat1', 'mat2'),
+    mm=('self', 'mat2'),
+    linear=('input', 'weight'),
+    matmul=('self', 'other'),
+)
+_PRODUCTS = dict(_OPERANDS, bmm=('self', 'mat2'), baddbmm=('batch1', 'batch2'))
+
+
+def _note_product(r: _Recorder, macs: int, *read: Tensor):
+    "Write down what a product costs, and the labels of what it reads that has most of them."
+    labels = [_compact(m.labels) for m in map(partial(_mark, r), read) if m.labels is not None]
+    if labels:
+        r.products.append((macs, max(labels, key=Tensor.numel)))
+
+# %% ../nbs/09_trace.ipynb #adb7d7d5
 _COPIES = set('clone detach alias _to_copy contiguous lift_fresh lift resolve_conj'.split())
 
 # new tensors as large as another
@@ -518,6 +536,9 @@ def _see(r: _Recorder, c: _Call):
         for t in c.outs:
             _put(r, t, _Mark())
     else:
+        if c.name in _PRODUCTS:
+            a, b = (c[k] for k in _PRODUCTS[c.name])
+            _note_product(r, c.out.numel() * a.shape[-1], a, b)
         pointwise = torch.Tag.pointwise in getattr(c.func, 'tags', ())
         usual = _RULES.get('pointwise') if pointwise else _unknown
         _RULES.get(c.name, usual)(r, c, marks)
@@ -673,14 +694,6 @@ def _reached(c: _Call) -> Tensor:  # of the kernel's shape
     return share
 
 # %% ../nbs/09_trace.ipynb #84fe5b73
-_OPERANDS = dict(
-    addmm=('mat1', 'mat2'),
-    mm=('self', 'mat2'),
-    linear=('input', 'weight'),
-    matmul=('self', 'other'),
-)
-
-
 def _layer_called(r: _Recorder, c: _Call, marks: list) -> bool:
     "Write down the call of a layer; False if it is none."
     if c.name.endswith('convolution'):
@@ -1129,7 +1142,7 @@ _BATCH_NORMS = set(
 
 @_rule(*_BATCH_NORMS)
 def _batch_norm(r: _Recorder, c: _Call, marks: list):
-    "A batch norm; its node has the name of its module."
+    "A batch norm; its node has the name of its module, if that keeps running statistics."
     labels = _columns(r, c.tensors[0], 1)
     _join_parameters(r, c, ('weight', 'bias', 'running_mean', 'running_var'), labels)
     own = [t for t in (c['running_mean'], c['weight']) if isinstance(t, Tensor)]
@@ -1137,7 +1150,8 @@ def _batch_norm(r: _Recorder, c: _Call, marks: list):
     running = r.stack[-1] if r.stack else ''
     if owners and isinstance(r.model.get_submodule(running), BATCH_NORM):
         owners = [running]  # the first to hold a tensor may be another norm that shares it
-    node = _add_node(r, 'batch_norm', marks[:1], layer=owners[0] if owners else None)
+    keeps = owners and isinstance(c['running_mean'], Tensor)
+    node = _add_node(r, 'batch_norm', marks[:1], layer=owners[0] if keeps else None)
     _spread(r, c, node, labels, 1)
 
 
@@ -1160,9 +1174,6 @@ def _glu(r: _Recorder, c: _Call, marks: list):
     _finish(r, c, node, [joined.expand(c.out.shape)])
 
 
-_PRODUCTS = dict(_OPERANDS, bmm=('self', 'mat2'), baddbmm=('batch1', 'batch2'))
-
-
 @_rule('bmm', 'mm', 'matmul', 'baddbmm', 'addmm')
 def _product(r: _Recorder, c: _Call, marks: list):
     "A product of matrices."
@@ -1173,10 +1184,14 @@ def _product(r: _Recorder, c: _Call, marks: list):
     vb = set() if lb is None else set(_varying(lb))
     one_has_channels = bool(va) != bool(vb)
     summed_over = a.ndim - 1 in va or b.ndim - 2 in vb
+    why = f'its channels go through a product of matrices{_inside(r)}'
     if others or a.ndim != b.ndim or not one_has_channels or summed_over:
-        return _unknown(r, c, marks, f'its channels go through a product of matrices{_inside(r)}')
+        return _unknown(r, c, marks, why)
+    given, single = (la, lb) if va else (lb, la)
+    if single is not None:  # one channel, as an attention may have for its weights
+        _hold(r, single, why)
     node = _add_node(r, c.name, marks)
-    _finish(r, c, node, [_compact(la if va else lb).expand(c.out.shape)])
+    _finish(r, c, node, [_compact(given).expand(c.out.shape)])
 
 # %% ../nbs/09_trace.ipynb #72a61a13
 def _not_followed(r: _Recorder, c: _Call, marks: list):

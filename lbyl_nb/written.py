@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from .layers import in_single, samples, shared_copy
+from .layers import _keeping_random, in_single, samples, shared_copy
 from .probes import Probes, _is_mask, _spans, noise
 
 # %% ../nbs/06b_written.ipynb #1834e185
@@ -88,7 +88,7 @@ def written(
         _, tokens = _tokens_of(args)
         first = _beginnings(net, n, torch.Generator().manual_seed(seed)).to(tokens)
         gpus = {v.device for v in [tokens] if v.is_cuda}
-        with torch.random.fork_rng(gpus), in_single(net):
+        with _keeping_random(gpus), in_single(net):
             torch.manual_seed(seed)
             for i, j in _spans(n, batch):
                 parts.append(_write(net, first[i:j], length or tokens.shape[1]))

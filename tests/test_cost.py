@@ -276,6 +276,91 @@ def test_budgets_of_decoders_are_met_by_hand(share):
     assert share - 0.1 < left <= share
 
 
+@pytest.mark.parametrize('share', [0.5, 0.7, 0.9])
+def test_a_budget_of_parameters_holds_with_the_biases_that_are_added(share):
+    torch.manual_seed(0)
+    layers = [L(a, b, bias=False) for a, b in zip([6, 10, 10, 10], [10, 10, 10, 4])]
+    net = S(*(m for layer in layers for m in (layer, R())))
+    whole = sum(p.numel() for p in net.parameters())
+    for new in (True, False):
+        r = restore(net.eval(), torch.randn(8, 6), params=share, new_biases=new)
+        assert any(m.bias is not None for m in r.model if isinstance(m, L)) == new
+        assert sum(p.numel() for p in r.model.parameters()) <= share * whole
+        assert restore(net, rows, params=1.0, new_biases=new).plan['0'] == list(range(10))
+
+
+class Alike(nn.Module):
+    "Each of 40 tokens becomes a mean of all, by how alike they are."
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.o = L(6, 32), L(32, 6), L(6, 3)
+
+    def forward(self, x):
+        h = self.b(self.a(x).relu())
+        return self.o(((h @ h.mT).softmax(-1) @ h).mean(1))
+
+    def by_hand(self):
+        return 40 * 6 * 2 * self.a.out_features + 2 * 40 * 40 * 6 + 18
+
+
+class Steps(nn.Module):
+    "A recurrent layer behind two convolutions."
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv1d(3, 32, 3, padding=1), nn.Conv1d(32, 6, 3, padding=1)
+        self.r, self.o = nn.LSTM(6, 16, batch_first=True), L(16, 3)
+
+    def forward(self, x):
+        return self.o(self.r(self.b(self.a(x).relu()).relu().mT)[0][:, -1])
+
+    def by_hand(self):
+        return 40 * (27 * self.a.out_channels + 4 * 16 * (6 + 16)) + 16 * 3
+
+
+class Heads(nn.Module):
+    "Attention with 4 heads of width 4, whose products cost more than its layers."
+
+    def __init__(self, fused):
+        super().__init__()
+        self.fused, self.q, self.k, self.v, self.o = fused, L(6, 16), L(6, 16), L(6, 16), L(16, 3)
+
+    def forward(self, x):
+        q, k, v = (f(x).unflatten(-1, (-1, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        if self.fused:
+            y = F.scaled_dot_product_attention(q, k, v)
+        else:
+            y = (q @ k.mT / 2).softmax(-1) @ v
+        return self.o(y.transpose(1, 2).flatten(2))
+
+    def by_hand(self):
+        return 40 * self.q.out_features * (3 * 6 + 2 * 40 + 3)
+
+
+@pytest.mark.parametrize(
+    'build, x, share, least',
+    [
+        (Alike, torch.randn(2, 40, 6), 0.8, 0.75),
+        (Steps, torch.randn(2, 3, 40), 0.8, 0.75),
+        (lambda: Heads(True), torch.randn(2, 40, 6), 0.5, 0.5),
+        (lambda: Heads(False), torch.randn(2, 40, 6), 0.5, 0.5),
+    ],
+)
+def test_a_budget_of_operations_holds_with_those_of_no_layer(build, x, share, least):
+    "Recurrent layers stay, products of matrices stay or go with their heads."
+    torch.manual_seed(0)
+    net = build().eval()
+    r = restore(net, x, macs=share)
+    assert least <= r.model.by_hand() / net.by_hand() <= share
+    plan = budget(net, x, macs=share)
+    small = restore(net, x, keep=plan, restorer=prune_only()).model
+    assert least <= small.by_hand() / net.by_hand() <= share
+    if not isinstance(net, Heads):
+        with pytest.raises(ValueError, match='macs: 0.2 of them cannot be reached'):
+            restore(net, x, macs=0.2)
+
+
 class InPlace(nn.Module):
     "Works in place on its input, draws, writes into a buffer, and counts its calls."
 

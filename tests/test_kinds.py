@@ -177,6 +177,18 @@ KINDS = dict(
         ),
         (3, 8, 8),
     ),
+    norm_without_statistics=(
+        lambda: nn.Sequential(
+            C(3, 8, 3, padding=1),
+            B(8, track_running_stats=False),
+            nn.ReLU(),
+            C(8, 6, 3),
+            B(6, track_running_stats=False),
+            nn.ReLU(),
+            C(6, 4, 1),
+        ),
+        (3, 8, 8),
+    ),
     instance_norm=(
         lambda: nn.Sequential(
             C(3, 8, 3, padding=1),
@@ -265,8 +277,9 @@ def made(kind, double=True):
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             m.weight.data.uniform_(0.5, 1.5)
             m.bias.data.normal_()
-            m.running_mean.normal_()
-            m.running_var.uniform_(0.5, 2)
+            if m.track_running_stats:
+                m.running_mean.normal_()
+                m.running_var.uniform_(0.5, 2)
     return (net.double(), x.double()) if double else (net, x)
 
 

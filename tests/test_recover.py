@@ -372,3 +372,40 @@ def test_a_half_that_can_lose_nothing_says_so():
     t = restore(Gated().eval(), torch.randn(2, 3, 4, 4), ratio=0.5).report.set_index('layer')
     assert dict(t.kept[t.left_alone == '']) == dict(b=3)
     assert 'another piece of the same split, which can lose none' in t.left_alone['a[4:8]']
+
+
+class Pooled(nn.Module):
+    "The mean of all steps, by weights from a layer of one channel."
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.w, self.o = nn.Linear(5, 8), nn.Linear(8, 1), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.a(x).relu()
+        return self.o((self.w(h).softmax(1).mT @ h)[:, 0])
+
+
+def test_reasons_are_true_where_no_channel_can_go():
+    "A score that is multiplied by reaches the output; norms of single channels leave no choice."
+    torch.manual_seed(0)
+    net, x = Pooled().eval(), torch.randn(2, 6, 5)
+    moved = copy.deepcopy(net)
+    moved.w.weight.data.mul_(-1)
+    assert (moved(x) - net(x)).abs().max() > 1e-3
+    rows = restore(net, x, ratio=0.5).report.set_index('layer')
+    assert rows.kept['a'] == 4 and 'product of matrices' in rows.left_alone['w']
+    layers = (
+        nn.Conv2d(3, 6, 3),
+        nn.GroupNorm(6, 6),
+        nn.ReLU(),
+        nn.Conv2d(6, 8, 3),
+        nn.Conv2d(8, 2, 1),
+    )
+    net, x = nn.Sequential(*layers).eval(), torch.randn(2, 3, 9, 9)
+    rows = restore(net, x, ratio=0.5).report.set_index('layer')
+    assert rows.kept['0'] == 6 and 'leaves no choice' in rows.left_alone['0']
+    assert rows.kept['3'] == 4 and rows.left_alone['3'] == ''
+    layers[1].num_groups = 3
+    rows = restore(net, x, ratio=0.5).report.set_index('layer')
+    assert rows.kept['0'] == 3 and rows.left_alone['0'] == ''

@@ -2,15 +2,18 @@
 
 import copy
 import math
+import random
 import threading
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import cpu_offload
 from torch import nn
 
+from lbyl_nb.cost import cost
 from lbyl_nb.distilled import distilled
 from lbyl_nb.files import write_safetensors
 from lbyl_nb.fisher import _answers
@@ -21,6 +24,7 @@ from lbyl_nb.pruned_elsewhere import restore_inside
 from lbyl_nb.recover import plan, restore
 from lbyl_nb.restorers import lbyl, merging, prune_only
 from lbyl_nb.saved import load_restored, save_restored
+from lbyl_nb.sensitivity import sensitivity
 
 X = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(0))
 WAYS = dict(prune_only=prune_only(), probe=probe(), layerwise=layerwise(), default=None)
@@ -48,6 +52,15 @@ class Remembers(nn.Module):
         h = F.relu(self.b(h + self.table)).mean((2, 3))
         self.made = 0.9 * self.made + 0.1 * h.detach().mean(0)
         return self.o(h - self.made)
+
+
+class Draws(nn.Sequential):
+    "Uses the global generators of NumPy, Python and PyTorch, and keeps what it computed last."
+
+    def forward(self, x):
+        drawn = np.random.rand() + random.random() + torch.rand(())
+        self.last = self[1](self[0](x)) + 1e-3 * drawn
+        return self[4](self[3](self[2](self.last)))
 
 
 def with_copies(net):
@@ -96,6 +109,27 @@ def test_no_other_entry_moves_it():
     whole = nn.Sequential(nn.Identity(), net)
     r = restore_inside(whole, '1', X, ratio=0.5, restorer=prune_only())
     assert same(state_of(net), before) and state_of(r.model[1])[0] == before[0]
+
+
+OF_NUMBERS = dict(
+    restore=lambda net, x: restore(net, x, ratio=0.5),
+    budget=lambda net, x: restore(net, x, macs=0.5),
+    sensitivity=sensitivity,
+    cost=cost,
+)
+
+
+@pytest.mark.parametrize('way', OF_NUMBERS)
+def test_no_global_generator_moves_and_activations_may_be_kept(way):
+    "Those that a network keeps have a history, and cannot be copied as they are."
+    layers = nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)
+    net, x = Draws(*layers).eval(), torch.randn(4, 5)
+    net(x)
+    kept, state = net.last, (random.getstate(), torch.get_rng_state(), np.random.get_state()[1:])
+    OF_NUMBERS[way](net, x)
+    assert net.last is kept and kept.grad_fn is not None
+    assert random.getstate() == state[0] and torch.equal(torch.get_rng_state(), state[1])
+    assert all(map(np.array_equal, np.random.get_state()[1:], state[2]))
 
 
 def test_copies_of_channels_are_exact_also_for_what_is_kept(tmp_path):
@@ -318,3 +352,77 @@ def test_hooks_that_a_network_installs_are_not_installed_twice():
             assert torch.equal(net(x), want) and torch.equal(net(x), want)
         assert not net.installed and not net.layer._forward_hooks
     assert torch.equal(net(x), want)
+
+
+class Labels(nn.Sequential):
+    "Puts out the class alone."
+
+    def forward(self, x):
+        return super().forward(x).argmax(1)
+
+
+class Versioned(nn.Linear):
+    "Keeps more in its state than tensors."
+
+    def get_extra_state(self):
+        return dict(version=1)
+
+    def set_extra_state(self, state):
+        pass
+
+
+def chain(first=nn.Linear):
+    return first(5, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)
+
+
+def test_what_gives_no_numbers_or_has_another_state_is_refused(tmp_path):
+    x = torch.randn(4, 5)
+    labels = Labels(*chain()).eval()
+    for f in (sensitivity, lambda net, x: restore(net, x, macs=0.5)):
+        with pytest.raises(ValueError, match='puts out no floating-point numbers'):
+            f(labels, x)
+    with pytest.raises(TypeError, match='ratios must be several, .* got 0.3'):
+        sensitivity(nn.Sequential(*chain()), x, ratios=0.3)
+    r = restore(nn.Sequential(*chain(Versioned)).eval(), x, ratio=0.5)
+    with pytest.raises(ValueError, match='0: its extra state is no tensor .dict.'):
+        save_restored(r.model, r.plan, tmp_path / 'net')
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('way', [dict(ratio=0.5), dict(macs=0.5)])
+def test_a_network_made_in_inference_mode_can_be_trained_afterwards(way):
+    x = torch.randn(4, 5)
+    with torch.inference_mode():
+        net = nn.Sequential(*chain()).eval()
+        net[2].weight[:, 4:] = 0
+    r = restore(net, x, **way)
+    r.model(x).sum().backward()
+    assert all(p.grad is not None for p in r.model.parameters())
+    same = restore(net, x, keep={'0': [0, 1, 2, 3]}, restorer=prune_only()).model
+    with torch.inference_mode():
+        torch.testing.assert_close(same(x), net(x))
+
+
+class Deaf(nn.Module):
+    "A stream whose last layer nothing reads, with it or without it, as WaveNet has it."
+
+    def __init__(self, last):
+        super().__init__()
+        self.a, self.c = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.last = nn.Linear(8, 5) if last else None
+
+    def forward(self, x):
+        y = self.a(x).relu()
+        if self.last is not None:
+            x = x + self.last(y)
+        return self.c(y)
+
+
+def test_a_layer_that_is_read_by_nobody_loses_nothing():
+    "The losses are those of the network without it."
+    torch.manual_seed(0)
+    deaf, plain, x = Deaf(True).eval(), Deaf(False).eval(), torch.randn(4, 5)
+    deaf.load_state_dict(plain.state_dict(), strict=False)
+    have, want = sensitivity(deaf, x), sensitivity(plain, x)
+    pd.testing.assert_frame_equal(have.loc[['a']], want.loc[['a']], rtol=1e-3)
+    assert len(restore(deaf, x, macs=0.5).plan['a']) < 8
