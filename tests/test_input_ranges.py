@@ -143,3 +143,52 @@ def test_what_is_loaded_is_what_was_saved(tmp_path):
         loaded = load_restored(net_of(halves), example, tmp_path / 'saved')
         torch.testing.assert_close(out(loaded, x), out(done.model, x))
         torch.testing.assert_close(out(loaded, x), out(silent(net_of(halves), keep), x))
+
+
+def test_outputs_in_units_of_their_own():
+    "A hard-coded half is found out beside an output of a thousand, for every way to lay it out."
+
+    def f(net, x):
+        y = net.a(x)
+        y = net.b(torch.cat([F.relu(y[..., :4]), torch.tanh(y[..., 4:])], -1))
+        return y if x.ndim < 3 else y.movedim(-1, 1)
+
+    net = net_of(f).float()
+    net.a, net.b, net.c = nn.Linear(6, 8), nn.Linear(8, 2), nn.Identity()
+    nn.init.constant_(net.b.bias[:1].data, 1013)
+    for shape in ((2, 6), (8, 6), (2, 20, 6)):
+        torch.manual_seed(1)
+        assert same_or_refused(net, torch.randn(shape), [2, 3, 4, 5]) is None
+
+
+def two_widths(net, x):
+    "Two widths, and a longest sequence that happens to be as long as they are wide."
+    x = x[:, : net.longest]
+    y = torch.cat([net.a(x), net.b(x)], -1).view(*x.shape[:2], net.left + net.right)
+    return net.c(F.relu(y))
+
+
+def width_of_two(net, x):
+    "A width and a longest sequence side by side."
+    width, longest = net.shape
+    x = x[:, :longest]
+    return net.c(F.relu(net.a(x).view(*x.shape[:2], width)))
+
+
+@pytest.mark.parametrize('f', [two_widths, width_of_two])
+def test_attributes_that_only_look_like_a_width(f):
+    "They stay; the examples are too short to show it."
+    net = net_of(f)
+    net.left = net.right = net.longest = 8
+    net.shape = 8, 8
+    both = f is two_widths
+    net.a, net.b = nn.Linear(5, 8).double(), nn.Linear(5, 8).double() if both else nn.Identity()
+    net.c = nn.Linear(16 if both else 8, 3).double()
+    kept = dict(a=[0, 1, 2, 5, 7]) | (dict(b=[1, 2, 3, 4, 6]) if both else {})
+    small = restore(net, torch.randn(2, 4, 5).double(), keep=kept, restorer=prune_only()).model
+    deaf = copy.deepcopy(net)
+    for i, k in enumerate(kept):
+        deaf.c.weight.data[:, [8 * i + j for j in range(8) if j not in kept[k]]] = 0
+    for length in (4, 7, 8, 12):
+        x = torch.randn(3, length, 5).double()
+        torch.testing.assert_close(out(small, x), out(deaf, x))
