@@ -857,6 +857,9 @@ def _layer_outputs(
     return out | {'': _tensors_within(y)}
 
 # %% ../nbs/10_graph.ipynb #3bd96a08
+_ENOUGH = 8  # numbers of a channel, to tell how much it varies
+
+
 def _agree(a: Tensor, b: Tensor) -> bool:
     "Are two tensors the same up to rounding?"
     if a.shape != b.shape:
@@ -865,15 +868,27 @@ def _agree(a: Tensor, b: Tensor) -> bool:
         return True
     if not a.is_floating_point():
         return False
-    moved = _largest(a - b)
-    if math.isfinite(moved):
-        return moved <= 1e-3 * _largest(a) + 1e-6
-    # noise may be too much for a network, with or without a cut
-    finite = a.isfinite()
-    if not finite.any() or not torch.equal(finite, b.isfinite()):
-        return False
-    a = a[finite]
-    return _largest(a - b[finite]) <= 1e-3 * _largest(a) + 1e-6
+    moved = a - b
+    if not moved.isfinite().all():  # noise may be too much for a network, with or without a cut
+        finite = a.isfinite()
+        if not finite.any() or not torch.equal(finite, b.isfinite()):
+            return False
+        a, moved = a.where(finite, 0), moved.where(finite, 0)
+    return bool((moved.abs() <= _tolerance(a)).all())
+
+
+def _tolerance(y: Tensor) -> Tensor:
+    "What rounding may change: little of what each channel varies by, or of the largest number."
+    largest = _largest(y)
+    if y.is_cuda:  # where convolutions may round to ten bits
+        return y.new_tensor(1e-3 * largest + 1e-6)
+    varies = y.new_tensor(0.1 * largest)
+    for d in {1, y.ndim - 1} if y.ndim > 1 else ():  # where an output may have its channels
+        others = [k for k in range(y.ndim) if k != d]
+        if y.numel() >= _ENOUGH * y.shape[d]:
+            span = y.amax(others, keepdim=True) - y.amin(others, keepdim=True)
+            varies = torch.minimum(varies, span)
+    return 1e-3 * varies + 1e-5 * largest + 1e-6
 
 
 def _largest(v: Tensor) -> float:
@@ -1038,7 +1053,7 @@ def _changes(left, name):
     for new in [*single, together]:
         others = {k: _put(v, new) for k, v in vars(module).items()}
         others = {k: v for k, v in others.items() if v is not vars(module)[k]}
-        changes += [{k: v} for k, v in others.items()]
+        changes += [{k: v} for k in others for v in _in_part(vars(module)[k], others[k])]
         if len(others) > 1:
             changes.append(others)
         changes += [{k: v} for k, c in settings_of(module) for v in _other_settings(c, new)]
@@ -1051,6 +1066,15 @@ def _put(value, new: dict):
         other = type(value)(_put(v, new) for v in value)
         return other if any(a is not b for a, b in zip(other, value)) else value
     return new.get(value, value) if type(value) is int else value
+
+
+def _in_part(old, new):
+    "A new value; before it tuples with one of its new numbers each, if it has several."
+    if type(new) in (tuple, list):
+        places = [i for i, (a, b) in enumerate(zip(old, new)) if a is not b]
+        for i in places if len(places) > 1 else ():
+            yield type(new)((*old[:i], new[i], *old[i + 1 :]))
+    yield new
 
 # %% ../nbs/10_graph.ipynb #a2aeef10
 def _reached(left, args):
@@ -1067,7 +1091,8 @@ def _everywhere(left, args, name, change, far, settled):
     for k, m in model.named_modules():
         if type(m) is not kind or (k, *change) in settled:
             continue
-        found = [new for new in _changes(left, k) if new.keys() == change.keys()]
+        found = [new for new in _changes(left, k) if new.keys() >= change.keys()]
+        found = [{a: new[a] for a in change} for new in found]
         if found and all(new == found[0] for new in found):
             before[k] = {a: vars(m)[a] for a in change}
             vars(m).update(found[0])
@@ -1092,10 +1117,23 @@ def _one_further(left, args, far, settled):
         held.update(change)
         new = _reached(left, args)
         if new > far:
+            change = _needed(left, args, held, before, new)
             settled.add((module, *change))
             return _everywhere(left, args, module, change, new, settled)
         held.update(before)
     return None
+
+
+def _needed(left, args, held, before, far):
+    "Put back what a module held, if it comes as far without the new value: what it needs."
+    needed = {k: held[k] for k in before}
+    for k in before if len(before) > 1 else ():
+        held[k] = before[k]
+        if _reached(left, args) < far:
+            held[k] = needed[k]
+        else:
+            del needed[k]
+    return needed
 
 # %% ../nbs/10_graph.ipynb #5cb3e5c2
 def follow_sizes(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lbyl_nb.layers import (
+    LAYERS,
     _batch_of,
     as_args,
     batch_size,
@@ -273,6 +274,41 @@ def _random_integers(v, shape, generator, tables):
         return v[torch.arange(shape[0], device=v.device) % len(v)]
     return torch.randint(int(v.min()), int(v.max()) + 1, shape, generator=generator)
 
+# %% ../nbs/06_probes.ipynb #afba340e
+_ENOUGH = 4096  # numbers of noise, to see whether a network can take it
+
+
+@torch.no_grad()
+def _finite_share(model, args) -> float:
+    "Which share of what layers and the network put out is finite; 0 where it does not run."
+    net, seen = shared_copy(model), []
+    few = max(_ENOUGH // max(v[0].numel() for v in samples(args)), 1) if samples(args) else 0
+
+    def count(m, inputs, out):
+        seen.extend((v.numel(), int(v.isfinite().sum())) for v in tensors(out))
+
+    with ExitStack() as hooks:
+        for m in net.modules():
+            if isinstance(m, LAYERS) or m is net:
+                hooks.enter_context(m.register_forward_hook(count))
+        try:
+            call(net, map_samples(args, lambda v: v[:few]))
+        except Exception:
+            return 0.0
+    numbers, finite = (sum(v) for v in zip(*seen)) if seen else (0, 0)
+    return finite / numbers if numbers else 1.0
+
+
+def _positive(x: Tensor, example: Tensor) -> Tensor:
+    "Noise as numbers between the least and the greatest of an example that has no negative ones."
+    if not x.is_floating_point():
+        return x
+    low, high = example.aminmax()
+    if not (0 <= low < high < math.inf):
+        low, high = 0, 1
+    z = (x.float() - x.float().mean()) / x.float().std().clamp(min=1e-6)
+    return (low + (high - low) * torch.special.ndtr(z).clamp(0.01, 0.99)).to(x)
+
 # %% ../nbs/06_probes.ipynb #3e60d1c4
 def random_args(
     model: nn.Module,  # the network, which says where integers are looked up
@@ -281,15 +317,21 @@ def random_args(
 ) -> tuple | dict:  # like `args`
     """Arguments with other samples in place of the example's.
 
-    Where the network does not run on them, what is looked up is the example's, sample by sample.
-    """
+    Where the network does not run on them, what is looked up is the example's, sample by sample;
+    where it puts out NaN or infinity, they are positive if that helps."""
     tables = _lookups(model, args)
-    made = map_samples(args, lambda v: draw(v, tables.get(id(v), ())))
-    if not tables or _runs(model, made):
+    drawn = lambda v: draw(v, tables.get(id(v), ()))
+    made = map_samples(args, drawn)
+    if tables and not _runs(model, made):
+        turns = torch.arange(len(samples(made)[0]))
+        repeated = lambda v: v[turns.to(v.device) % len(v)]
+        drawn = lambda v: repeated(v) if id(v) in tables else draw(v, ())
+        made = map_samples(args, drawn)
+    share = _finite_share(model, made)
+    if share == 1:
         return made
-    turns = torch.arange(len(samples(made)[0]))
-    repeated = lambda v: v[turns.to(v.device) % len(v)]
-    return map_samples(args, lambda v: repeated(v) if id(v) in tables else draw(v, ()))
+    positive = map_samples(args, lambda v: _positive(drawn(v), v))
+    return positive if _finite_share(model, positive) > share else made
 
 
 @torch.no_grad()

@@ -55,6 +55,7 @@ from lbyl_nb.layers import (
     evaluating,
     own_copy,
     shared_copy,
+    tensors,
 )
 from .norms import deaf_norms
 from .photographs import _drawn_photographs, _takes_images
@@ -376,26 +377,50 @@ def _dressed(net: Traced, small: nn.Module, model: nn.Module) -> nn.Module:
         raise ValueError(f'{name}: computes something else with its own classes of layers')
     return small
 
+# %% ../nbs/13_recover.ipynb #e67efa00
+def _looks(
+    net: Traced,  # whose model is silent already
+    classes: Tensor,  # of the channels that will be removed
+) -> list:  # of (arguments, what the silent network puts out), as `_layer_outputs` gives it
+    "Noise, and the example inputs unless they are constant. ValueError where all is NaN on both."
+    gen = torch.Generator().manual_seed(0)
+    draw = lambda v, tables: random_like(v, len(v), 1.5, gen, tables)
+    given, looks = [random_args(net.model, net.args, draw)], []
+    if any((v != v.flatten()[:1]).any() for v in tensors(net.args) if v.ndim):
+        given.append(net.args)
+    with deaf_norms(net.model, net, classes):
+        for args in given:
+            silent = _layer_outputs(net.model, args)
+            outputs = [*silent[''], *(v for k, v in silent.items() if k)]
+            if not any(map(_all_unknown, outputs)):
+                looks.append((args, silent))
+    if not looks:
+        name = type(net.original).__name__
+        what = f'a part of {name} puts out nothing but NaN on them, and on noise too'
+        raise ValueError(f'example_inputs: {what}; give inputs as the network takes them')
+    return looks
+
+
+def _all_unknown(v: Tensor) -> bool:
+    "Is no number of a tensor finite, and are some NaN?"
+    return bool(v.isnan().any()) and not v.isfinite().any()
+
 # %% ../nbs/13_recover.ipynb #8bd40d5b
 def _cut(net, groups, gone):
     """Cut channels whose consumers are silent already.
 
     Returns the smaller model, and groups, with a reason, that should not have been cut.
     """
-    gen = torch.Generator().manual_seed(0)
-    draw = lambda v, tables: random_like(v, len(v), 1.5, gen, tables)
-    noise = random_args(net.model, net.args, draw)
     classes = lost(groups, gone)
-    with deaf_norms(net.model, net, classes):
-        silent = _layer_outputs(net.model, noise)
+    looks = _looks(net, classes)
+    args = looks[0][0]
     small = remove_channels(net, groups, gone)
-    name, error = _difference(net, silent, noise, classes)
-    if (name is not None or error) and follow_sizes(net, noise, classes):
-        name, error = _difference(net, silent, noise, classes)
+    follow_sizes(net, args, classes)  # also where nothing shows, as `load_restored` does
+    name, error = _difference(net, looks, classes)
     if name is None and not error:
-        number_heads(net, noise, classes)
+        number_heads(net, args, classes)
         return small, {}
-    wrong = _culprits(net, noise, groups, classes)
+    wrong = _culprits(net, args, groups, classes)
     if wrong:
         return small, wrong
     if error:
@@ -453,12 +478,16 @@ def described(
                 now.update(then)
 
 # %% ../nbs/13_recover.ipynb #1f86b2c9
-def _difference(net, silent, noise, classes):
-    "What `_differing` finds in the cut network, and why it does not run, if so."
-    try:
-        return _differing(net, silent, _layer_outputs(net.model, noise), classes), ''
-    except Exception as e:
-        return '', f'the network does not run without its channels ({type(e).__name__}: {e})'
+def _difference(net, looks, classes):
+    "What `_differing` finds first in the cut network, and why it does not run, if so."
+    for args, silent in looks:
+        try:
+            name = _differing(net, silent, _layer_outputs(net.model, args), classes)
+        except Exception as e:
+            return '', f'the network does not run without its channels ({type(e).__name__}: {e})'
+        if name is not None:
+            return name, ''
+    return None, ''
 
 
 def _suspects(groups, name, gone):

@@ -1,0 +1,194 @@
+"""Inputs that are not like noise: positive ones, bytes, samples of 16 bits, several units.
+
+The oracle is the dense network with the removed columns of the next layer set to zero by hand.
+"""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lbyl_nb.recover import restore
+from lbyl_nb.restorers import prune_only
+from lbyl_nb.saved import load_restored, save_restored
+
+
+class Net(nn.Module):
+    "A function of three layers, a first one that is cut, and of the input."
+
+    def __init__(self, f, a, b, c):
+        super().__init__()
+        self.f, self.a, self.b, self.c = f, a, b, c
+        self.half = 4
+
+    def forward(self, *x):
+        return self.f(self, *x)
+
+
+def net_of(f, kind=nn.Conv2d, read=3, size=3):
+    "A network in double precision, always the same."
+    torch.manual_seed(0)
+    layers = kind(read, 8, size), kind(8, 6, size), nn.Linear(6, 3)
+    return Net(f, *layers).double().eval()
+
+
+def rest(net, y):
+    "What follows the first layer."
+    y = F.relu(net.b(F.relu(y)))
+    return net.c(y.flatten(2).mean(2))
+
+
+def out(net, *x):
+    with torch.no_grad():
+        return net(*x)
+
+
+def silent(net, keep):
+    "The dense network, deaf to the removed channels of its first layer."
+    deaf = copy.deepcopy(net)
+    with torch.no_grad():
+        deaf.b.weight[:, [i for i in range(8) if i not in keep]] = 0
+    return deaf
+
+
+def same_or_refused(net, x, keep, *others):
+    "Is a network without channels of its first layer, if there is one, the silent one?"
+    try:
+        small = restore(net, x, keep={'a': keep}, restorer=prune_only()).model
+    except ValueError as e:
+        assert 'a' in str(e)
+        return None
+    for v in (x, *others):
+        torch.testing.assert_close(out(small, v), out(silent(net, keep), v))
+    return small
+
+
+POSITIVE = dict(
+    log=torch.log,
+    log1p=torch.log1p,
+    sqrt=torch.sqrt,
+    power=lambda x: x**0.3,
+    logit=lambda x: torch.logit(x / 6),
+)
+
+
+@pytest.mark.parametrize('name', POSITIVE)
+def test_inputs_that_must_be_positive(name):
+    "They are cut, whatever the example inputs hold, and their output can be compared."
+    net = net_of(lambda net, x: rest(net, net.a(POSITIVE[name](x))), read=1)
+    x = torch.rand(4, 1, 12, 12).double() * 5 + 0.1
+    assert same_or_refused(net, x, [1, 2, 5]) is not None
+    for example in (torch.zeros_like(x), torch.randn_like(x)):
+        done = restore(net, example, keep={'a': [1, 2, 5]}, restorer=prune_only())
+        torch.testing.assert_close(out(done.model, x), out(silent(net, [1, 2, 5]), x))
+        assert 0 <= done.divergence < 10
+    assert restore(net, x, ratio=0.5).divergence < 0.1
+
+
+def test_a_graph_whose_nodes_have_degrees():
+    "The adjacency is what must be positive."
+
+    def f(net, x, adjacency):
+        d = adjacency.sum(1).rsqrt()
+        a = d[:, None] * adjacency * d
+        return net.c(F.relu(a @ net.b(F.relu(a @ net.a(x)))))
+
+    net = net_of(f)
+    net.a, net.b = nn.Linear(5, 8).double(), nn.Linear(8, 6).double()
+    x = torch.randn(7, 5).double(), (torch.rand(7, 7) > 0.5).double() + torch.eye(7).double()
+    keep = [0, 3, 4]
+    small = restore(net, x, keep={'a': keep}, restorer=prune_only()).model
+    torch.testing.assert_close(out(small, *x), out(silent(net, keep), *x))
+
+
+def test_what_is_finite_on_nothing_is_refused():
+    net = net_of(lambda net, x: rest(net, net.a((-1 - x.abs()).log())))
+    with pytest.raises(ValueError, match='example_inputs: .*nothing but NaN'):
+        restore(net, torch.randn(2, 3, 12, 12).double(), ratio=0.5, restorer=prune_only())
+
+
+def halves(net, x):
+    "Each half has a threshold of its own, which noise does not reach."
+    y = net.a(x / 255)
+    return rest(net, torch.cat([F.relu(y[:, : net.half] - 0.1), F.relu(y[:, net.half :] - 0.3)], 1))
+
+
+def shifted(net, x):
+    "A quarter of the channels is late; noise is too faint to show it."
+    y = net.a(x / 32768)
+    n = y.shape[1] // 4
+    return rest(net, torch.cat([y[:, :n].roll(3, 2), y[:, n:]], 1))
+
+
+KEPT = [0, 2, 3, 4, 6, 7], [2, 3, 4, 5], [1, 2, 3, 4, 6, 7], [3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize('keep', KEPT)
+def test_noise_shows_nothing_and_the_example_does(keep):
+    pixels, bytes = net_of(halves), torch.rand(4, 3, 12, 12).double() * 255
+    same_or_refused(pixels, bytes, keep)
+    audio = net_of(shifted, nn.Conv1d, 1, 9)
+    audio.a.bias.data.zero_()
+    same_or_refused(audio, torch.randn(4, 1, 200).double() * 8000, keep)
+
+
+def test_what_is_loaded_is_what_was_saved(tmp_path):
+    "A half that follows the cut, where noise, or zeros, show nothing."
+    keep, x = [1, 2, 3, 4, 6, 7], torch.rand(4, 3, 12, 12).double() * 255
+    for example in (x, torch.zeros_like(x)):
+        done = restore(net_of(halves), example, keep={'a': keep}, restorer=prune_only())
+        save_restored(done.model, done.plan, tmp_path / 'saved')
+        loaded = load_restored(net_of(halves), example, tmp_path / 'saved')
+        torch.testing.assert_close(out(loaded, x), out(done.model, x))
+        torch.testing.assert_close(out(loaded, x), out(silent(net_of(halves), keep), x))
+
+
+def test_outputs_in_units_of_their_own():
+    "A hard-coded half is found out beside an output of a thousand, for every way to lay it out."
+
+    def f(net, x):
+        y = net.a(x)
+        y = net.b(torch.cat([F.relu(y[..., :4]), torch.tanh(y[..., 4:])], -1))
+        return y if x.ndim < 3 else y.movedim(-1, 1)
+
+    net = net_of(f).float()
+    net.a, net.b, net.c = nn.Linear(6, 8), nn.Linear(8, 2), nn.Identity()
+    nn.init.constant_(net.b.bias[:1].data, 1013)
+    for shape in ((2, 6), (8, 6), (2, 20, 6)):
+        torch.manual_seed(1)
+        assert same_or_refused(net, torch.randn(shape), [2, 3, 4, 5]) is None
+
+
+def two_widths(net, x):
+    "Two widths, and a longest sequence that happens to be as long as they are wide."
+    x = x[:, : net.longest]
+    y = torch.cat([net.a(x), net.b(x)], -1).view(*x.shape[:2], net.left + net.right)
+    return net.c(F.relu(y))
+
+
+def width_of_two(net, x):
+    "A width and a longest sequence side by side."
+    width, longest = net.shape
+    x = x[:, :longest]
+    return net.c(F.relu(net.a(x).view(*x.shape[:2], width)))
+
+
+@pytest.mark.parametrize('f', [two_widths, width_of_two])
+def test_attributes_that_only_look_like_a_width(f):
+    "They stay; the examples are too short to show it."
+    net = net_of(f)
+    net.left = net.right = net.longest = 8
+    net.shape = 8, 8
+    both = f is two_widths
+    net.a, net.b = nn.Linear(5, 8).double(), nn.Linear(5, 8).double() if both else nn.Identity()
+    net.c = nn.Linear(16 if both else 8, 3).double()
+    kept = dict(a=[0, 1, 2, 5, 7]) | (dict(b=[1, 2, 3, 4, 6]) if both else {})
+    small = restore(net, torch.randn(2, 4, 5).double(), keep=kept, restorer=prune_only()).model
+    deaf = copy.deepcopy(net)
+    for i, k in enumerate(kept):
+        deaf.c.weight.data[:, [8 * i + j for j in range(8) if j not in kept[k]]] = 0
+    for length in (4, 7, 8, 12):
+        x = torch.randn(3, length, 5).double()
+        torch.testing.assert_close(out(small, x), out(deaf, x))
