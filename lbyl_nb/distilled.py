@@ -100,6 +100,8 @@ def start_like(
     image = v.ndim == 4 and v.is_floating_point() and min(v.shape[-2:]) > 1
     if image:
         return dead_leaves((n, *v.shape[1:]), generator).to(v)
+    if v.is_floating_point():
+        v = torch.zeros_like(v)  # what range it has is asked of the batch norms
     return random_like(v, n, 0.0, generator, tables)
 
 # %% ../nbs/08_distilled.ipynb #c82e2eea

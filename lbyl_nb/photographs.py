@@ -23,7 +23,7 @@ from lbyl_nb.layers import (
     statistics_of,
     tensors,
 )
-from .probes import Probes, _drawn_noise, noise, pinned, random_args, random_like
+from .probes import Probes, _drawn_noise, _in_range, noise, pinned, random_args, random_like
 
 # %% ../nbs/06a_photographs.ipynb #fec9703c
 @cache
@@ -158,6 +158,8 @@ def _drawn_photographs(model, args, n: int, seed: int, mean=None, std=None) -> P
         if not _is_image(v):
             return random_like(v, n, 0.0, gen, tables)
         made = _normalised(crops(n, v.shape[2:], gen, v.shape[1]), mean, std)
+        if mean is None:
+            made = _in_range(made, v)
         found.append(made)
         return made.to(v)
 

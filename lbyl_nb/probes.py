@@ -260,10 +260,22 @@ def random_like(
     elif not v.is_floating_point():
         x = _random_integers(v, shape, generator, tables)
     elif v.ndim == 4 and min(shape[-2:]) > 1:
-        x = _coloured(shape, power, generator)
+        x = _in_range(_coloured(shape, power, generator), v)
     else:
-        x = torch.randn(shape, generator=generator)
+        x = _in_range(torch.randn(shape, generator=generator), v)
     return x.to(v)
+
+
+def _in_range(x: Tensor, example: Tensor) -> Tensor:
+    "Standardised noise in the range of an example, if that is another one and no mask."
+    v = example.detach().float()
+    if v.numel() < 8 or ((v == v.min()) | (v == v.max())).all():
+        return x
+    mean, deviation = v.mean().item(), v.std().item()
+    standard = 1 / 32 < deviation < 8 and abs(mean) < 8
+    if standard or not 1e-4 < deviation < 1e6:  # or what memory happened to hold
+        return x
+    return deviation * x + mean
 
 # %% ../nbs/06_probes.ipynb #4b0c1d07
 def _random_integers(v, shape, generator, tables):

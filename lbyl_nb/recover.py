@@ -27,7 +27,7 @@ from .delivery import Delivery, removed
 from .errors import bn_error, residual_squares
 from .expand import Expanded
 from .experts import pack_experts
-from .fisher import _answers, _classes, _mean_divergence
+from .fisher import _answers, _classes, _mean_divergence, class_logits
 from lbyl_nb.graph import (
     _NO_CHOICE,
     _agree,
@@ -780,6 +780,7 @@ def compared(
         moved = _mean_divergence(dense, small)
     except Exception:  # a network that cannot be run on other inputs, or gives no numbers
         return done
+    _warn_of_deaf(type(model).__name__, dense)
     same = agreement(dense, small)
     if _ruined(same, moved):
         how = 'layerwise(distilled(photographs=True)) or layerwise(calibration(images))'
@@ -789,6 +790,20 @@ def compared(
     report = done.report.copy()
     report.attrs.update(agreement=same, divergence=moved)
     return replace(done, report=report, agreement=same, divergence=moved)
+
+# %% ../nbs/13_recover.ipynb #5eee5bbe
+_DEAF = 0.01  # outputs that vary by less, as a part of what one of them varies by, show nothing
+
+
+def _warn_of_deaf(name: str, dense: list):
+    "A warning where all held-out probes get nearly the same logits."
+    if class_logits(dense[0]) is None:
+        return
+    y = torch.cat([class_logits(v).flatten(0, -2) for v in dense]).double()
+    if y.std(0).max() < _DEAF * y.mean(0).std():
+        what = 'what it puts out hardly depends on the held-out probes, so they say little of it'
+        how = 'give example_inputs with the numbers that it takes, or calibration(images)'
+        warnings.warn(f'{name}: {what}; {how}', stacklevel=4)
 
 # %% ../nbs/13_recover.ipynb #ed0e0db9
 def check_restorer(

@@ -192,3 +192,32 @@ def test_attributes_that_only_look_like_a_width(f):
     for length in (4, 7, 8, 12):
         x = torch.randn(3, length, 5).double()
         torch.testing.assert_close(out(small, x), out(deaf, x))
+
+
+def of_bytes(net, x):
+    return rest(net, net.a((x - 128) / 64))
+
+
+@pytest.mark.parametrize('read', [1, 5])
+def test_bytes_are_restored_and_judged_as_bytes(read):
+    "What the example shows of the range counts: all is as for the network that takes noise."
+    torch.manual_seed(2)
+    plain, scaled = (
+        net_of(lambda net, x: rest(net, net.a(x)), read=read),
+        net_of(of_bytes, read=read),
+    )
+    x = torch.randn(64, read, 12, 12).double()
+    b = x * 64 + 128
+    kept = dict(a=[1, 2, 5, 6])
+    a = restore(plain, torch.zeros_like(x[:8]), keep=kept)
+    s = restore(scaled, b[:8], keep=kept)
+    far = [(out(m.model, v) - out(n, v)).norm() for m, n, v in ((a, plain, x), (s, scaled, b))]
+    assert 0.8 < far[1] / far[0] < 1.25
+    assert 0.5 < s.divergence / a.divergence < 2
+
+
+def test_a_network_that_does_not_react_to_probes_is_warned_of():
+    net = net_of(lambda net, x: rest(net, net.a(x / 32768)))
+    net.b.bias.data.normal_()
+    with pytest.warns(UserWarning, match='hardly depends on the held-out probes'):
+        restore(net, torch.zeros(1, 3, 12, 12).double(), ratio=0.5, restorer=prune_only())
