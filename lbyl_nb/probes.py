@@ -339,7 +339,9 @@ def random_args(
         repeated = lambda v: v[turns.to(v.device) % len(v)]
         drawn = lambda v: repeated(v) if id(v) in tables else draw(v, ())
         made = map_samples(args, drawn)
-    share = _finite_share(model, made)
+    share = 1.0
+    if any(v.is_floating_point() for v in samples(made)):
+        share = _finite_share(model, made)
     if share == 1:
         return made
     positive = map_samples(args, lambda v: _positive(drawn(v), v))
