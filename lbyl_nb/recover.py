@@ -393,7 +393,8 @@ def _looks(
             silent = _layer_outputs(net.model, args)
             outputs = [*silent[''], *(v for k, v in silent.items() if k)]
             if not any(map(_all_unknown, outputs)):
-                looks.append((args, silent))
+                # of the example the network's outputs alone: there may be many samples
+                looks.append((args, {'': silent['']} if args is net.args else silent))
     if not looks:
         name = type(net.original).__name__
         what = f'a part of {name} puts out nothing but NaN on them, and on noise too'
@@ -482,7 +483,9 @@ def _difference(net, looks, classes):
     "What `_differing` finds first in the cut network, and why it does not run, if so."
     for args, silent in looks:
         try:
-            name = _differing(net, silent, _layer_outputs(net.model, args), classes)
+            cut = _layer_outputs(net.model, args)
+            cut = cut if len(silent) > 1 else {'': cut['']}
+            name = _differing(net, silent, cut, classes)
         except Exception as e:
             return '', f'the network does not run without its channels ({type(e).__name__}: {e})'
         if name is not None:
