@@ -76,7 +76,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'lbyl_nb.budget.bill': ('budget.html#bill', 'lbyl_nb/budget.py'),
                                 'lbyl_nb.budget.budget': ('budget.html#budget', 'lbyl_nb/budget.py'),
                                 'lbyl_nb.budget.within': ('budget.html#within', 'lbyl_nb/budget.py')},
-            'lbyl_nb.cli': { 'lbyl_nb.cli._Published': ('cli.html#_published', 'lbyl_nb/cli.py'),
+            'lbyl_nb.cli': { 'lbyl_nb.cli._Task': ('cli.html#_task', 'lbyl_nb/cli.py'),
                              'lbyl_nb.cli._at_hand': ('cli.html#_at_hand', 'lbyl_nb/cli.py'),
                              'lbyl_nb.cli._bench_rows': ('cli.html#_bench_rows', 'lbyl_nb/cli.py'),
                              'lbyl_nb.cli._bench_settings': ('cli.html#_bench_settings', 'lbyl_nb/cli.py'),

@@ -234,8 +234,8 @@ def _demo_shares(seeds, epochs, width, ratios) -> list[float]:
     return shares
 
 # %% ../nbs/34_cli.ipynb #2f51cc83
-class _Published(NamedTuple):
-    "What a published network is measured on"
+class _Task(NamedTuple):
+    "What a network is measured on"
 
     images: str  # image set
     stats: Stats  # normalisation it was trained with
@@ -244,9 +244,10 @@ class _Published(NamedTuple):
 
 # %% ../nbs/34_cli.ipynb #848192d7
 _NETWORKS = dict(
-    resnet20_cifar10=_Published('cifar10', STATS['imagenet']),
-    resnet56_cifar10=_Published('cifar10', STATS['imagenet']),
-    lenet_300_100_fashion_mnist=_Published(
+    resnet20_cifar10=_Task('cifar10', STATS['imagenet']),
+    resnet56_cifar10=_Task('cifar10', STATS['imagenet']),
+    vgg16_bn_cifar10=_Task('cifar10', STATS['cifar10']),
+    lenet_300_100_fashion_mnist=_Task(
         'fashion_mnist', STATS['half'], merging(cos_weight=1.0, threshold=0.45), reflect=False
     ),
 )
@@ -304,24 +305,24 @@ def _check_device(device: str):
 
 @cache
 def _at_hand(name: str, images: int, device: str) -> tuple[nn.Module, Dataset]:
-    "A published network and its test images, loaded once in every process"
+    "A trained network and its test images, loaded once in every process"
     net = pretrained(name).to(device)
     test = load(_NETWORKS[name].images, 'test')
     return net, subset(test, images) if images else test
 
 
 def _bench_trial(device: str, s: dict) -> dict:
-    "Restore a published network as a setting says, and count what it gets right"
-    published = _NETWORKS[s['network']]
+    "Restore a trained network as a setting says, and count what it gets right"
+    task = _NETWORKS[s['network']]
     net, test = _at_hand(s['network'], s['images'], device)
     example = torch.zeros(1, *test.images.shape[1:], device=device)
     small = net
     if s['ratio']:
         criterion = _CRITERIA[s['criterion']](s['seed'])
-        restorer = _RESTORERS[s['restorer']](published, s['lam1'], s['lam2'])
+        restorer = _RESTORERS[s['restorer']](task, s['lam1'], s['lam2'])
         how = dict(ratio=s['ratio'], criterion=criterion, restorer=restorer)
         small = lbyl_restore(net, example, **how)
-    right, n = accuracy(small, test, *published.stats)
+    right, n = accuracy(small, test, *task.stats)
     return dict(right=right, n=n, accuracy=100 * right / n) | cost(small, example)
 
 
@@ -331,7 +332,7 @@ def _bench_rows(
     device: str = 'cpu',  # where to compute
     jobs: int = 1,  # trials at a time
 ) -> pd.DataFrame:  # one row a setting
-    "Run trials of a published network"
+    "Run trials of a trained network"
     measure = partial(_bench_trial, device)
     parallel = None if jobs == 1 else jobs
     return sweep(path, settings, measure, device=device, parallel=parallel)
@@ -339,7 +340,7 @@ def _bench_rows(
 # %% ../nbs/34_cli.ipynb #1d98a2bd
 @call_parse
 def bench(
-    network: str,  # published network, a file NAME.safetensors in $LBYL_WEIGHTS
+    network: str,  # trained network, a file NAME.safetensors in $LBYL_WEIGHTS
     results: str = 'results.csv',  # results file: trials that it has are not measured again
     ratios: str = '0.1,0.2,0.3,0.4,0.5,0.6,0.7',  # shares of the channels to remove
     criteria: str = 'l2',  # among l1, l2, l2_gm, bn, random
@@ -351,7 +352,7 @@ def bench(
     device: str = 'cpu',  # where to compute
     jobs: int = 1,  # trials at a time, each in a process of its own; -1: as many as there are cores
 ):
-    """Prune and restore a published network in many ways, count what it gets right, a row a trial
+    """Prune and restore a trained network in many ways, count what it gets right, a row a trial
 
     A `ValueError` ends the program with one line."""
     names = lambda text: [n.strip() for n in text.split(',')]

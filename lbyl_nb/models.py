@@ -270,6 +270,7 @@ def save_weights(
 _PRETRAINED = dict(
     resnet20_cifar10=resnet20,
     resnet56_cifar10=resnet56,
+    vgg16_bn_cifar10=vgg16_bn,
     lenet_300_100_fashion_mnist=LeNet300100,
 )
 _RESNETS = 'akamaster/pytorch_resnet_cifar10 (BSD-2-Clause)'
@@ -277,12 +278,13 @@ _LENET = 'the checkpoint published beside the neuron-merging and LBYL papers'
 _ORIGIN = dict(
     resnet20_cifar10=_RESNETS,
     resnet56_cifar10=_RESNETS,
+    vgg16_bn_cifar10='the training in the notebook 41a_vgg16',
     lenet_300_100_fashion_mnist=_LENET,
 )
 
 # %% ../nbs/31_models.ipynb #bde99413
 def weights_dir() -> Path | None:  # `$LBYL_WEIGHTS`, or None where it is not set
-    "The folder of published checkpoints"
+    "The folder of checkpoints"
     folder = os.environ.get('LBYL_WEIGHTS')
     return Path(folder).expanduser() if folder else None
 
@@ -290,7 +292,7 @@ def weights_dir() -> Path | None:  # `$LBYL_WEIGHTS`, or None where it is not se
 def pretrained(
     name: str,  # a key of `_PRETRAINED`
 ) -> nn.Module:  # the trained network, in evaluation mode
-    """A network with its published weights from `weights_dir()`
+    """A network with its trained weights from `weights_dir()`
 
     `FileNotFoundError` says which file is missing"""
     build = _PRETRAINED[known(name, _PRETRAINED, 'network')]

@@ -41,10 +41,12 @@ RESULTS = Path(__file__).resolve().parents[2] / 'nbs' / 'results'
 RATIOS = 0.5, 0.3, 0.7, 0.1  # the most telling first
 RATES = 0.01, 0.03, 0.1  # highest learning rates that are tried
 X = torch.zeros(1, 3, 32, 32)
-# name of the weights: statistics of the images; merging and LBYL as chosen in 41_cifar_resnets
+# name of the weights: statistics of the images; merging and LBYL as chosen on training images, in
+# 41_cifar_resnets and 41a_vgg16
 NETWORKS = dict(
     resnet20_cifar10=('imagenet', merging(1.0), lbyl(0.0, 3.0)),
     resnet56_cifar10=('imagenet', merging(), lbyl(1.0, 0.3)),
+    vgg16_bn_cifar10=('cifar10', merging(), lbyl(1.0, 0.01)),
 )
 
 
