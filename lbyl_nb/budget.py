@@ -298,6 +298,23 @@ def _first(holds, n):
             low = middle + 1
     return low
 
+
+def _removals(left, share, what, n) -> int:
+    "How few of n removals leave no more than a share; ValueError if none do."
+    if left(0) <= share:  # the first removal may bring biases, and so add to what is left
+        return 0
+    smallest = left(n)
+    if smallest > share:
+        why = f'{smallest:.3f} are left when everything is removed that may be'
+        raise ValueError(f'{what}: {share} of them cannot be reached, {why}')
+    return _first(lambda k: left(k) <= share, n)
+
+
+def _left(costs, what, lost, new_biases):
+    "Parameters or multiply-accumulates after groups have lost channels, new biases among them."
+    added = costs.biases(lost) if what == 'params' and new_biases else 0
+    return costs.total(lost)[what] + added
+
 # %% ../nbs/17_budget.ipynb #18f6a249
 def within(
     share: float,  # that shall be left, in (0, 1]
@@ -331,30 +348,22 @@ def within(
         least = {c.name: limits.units(c, 0) for c in cells}
         order = ordered(own, least)
 
-        def plan_after(n):
-            "What is kept after the first n removals, and how many channels each group loses."
-            kept, plan = _kept_after(n, order, families, limits, sets), {}
-            for f in families:
-                plan.update(_choose_units(scores[f.name], f, kept[f.name], limits))
-            return {g.name: plan[g.name] for g in groups}, _lost(kept, families)
+        def plan(kept):
+            "The channels that are kept, if families keep so many units."
+            own = (_choose_units(scores[f.name], f, kept[f.name], limits) for f in families)
+            named = {name: channels for part in own for name, channels in part.items()}
+            return {g.name: named[g.name] for g in groups}
 
         def left(n):
             "Share that is left after the first n removals."
-            plan, fewer = plan_after(n)
-            after = costs.total(fewer)[what]
-            if what == 'macs':
-                after -= _products_saved(net, groups, plan)
-            elif new_biases:
-                after += costs.biases(fewer)
+            kept = _kept_after(n, order, families, limits, sets)
+            after = _left(costs, what, _lost(kept, families), new_biases)
+            if what == 'macs' and net.seen.products:
+                after -= _products_saved(net, groups, plan(kept))
             return after / costs.total({})[what]
 
-        if left(0) <= share:
-            return plan_after(0)[0]
-        smallest = left(len(order))
-        if smallest > share:
-            why = f'{smallest:.3f} are left when everything is removed that may be'
-            raise ValueError(f'{what}: {share} of them cannot be reached, {why}')
-        return plan_after(_first(lambda n: left(n) <= share, len(order)))[0]
+        n = _removals(left, share, what, len(order))
+        return plan(_kept_after(n, order, families, limits, sets))
 
     return choose
 

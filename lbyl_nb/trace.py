@@ -678,7 +678,7 @@ def _used(r: _Recorder, c: _Call, marks: list, name: str, x: Tensor, dim: int, g
     _spread(r, c, node, labels, dim % c.out.ndim)
 
 # %% ../nbs/09_trace.ipynb #36cf787e
-def _reached(c: _Call) -> Tensor:  # of the kernel's shape
+def _shares_reached(c: _Call) -> Tensor:  # of the kernel's shape
     "Share of the positions of a convolution's output that each tap reaches from its input."
     kernel, share = c['weight'].shape[2:], torch.ones((), dtype=torch.float64)
     n = len(kernel)
@@ -701,7 +701,7 @@ def _layer_called(r: _Recorder, c: _Call, marks: list) -> bool:
         if weight is None:
             return _computed(r, c, marks)
         _used(r, c, marks, weight[0], x, x.ndim - c['weight'].ndim + 1, c['groups'] or 1)
-        r.reached.setdefault(weight[0], _reached(c))
+        r.reached.setdefault(weight[0], _shares_reached(c))
         return True
     x, w = (c[k] for k in _OPERANDS[c.name])
     weight = _mark(r, w).weight
