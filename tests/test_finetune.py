@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, call
+from conftest import ROOT, MoreState, call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -387,14 +387,8 @@ def test_buffers_that_are_not_saved(tmp_path, data):
     assert torch.equal(rest.model.mean, whole.model.mean) and rest.model.steps == 12
 
 
-class Extra(nn.Conv2d):
-    "A convolution with state that is no tensor."
-
-    def get_extra_state(self):
-        return dict(a=1)
-
-    def set_extra_state(self, state):
-        pass
+class Extra(MoreState, nn.Conv2d):
+    pass
 
 
 def test_state_that_is_no_tensor(tmp_path, data, dense):

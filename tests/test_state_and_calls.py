@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import cpu_offload
+from conftest import MoreState
 from torch import nn
 
 from lbyl_nb.cost import cost
@@ -361,14 +362,8 @@ class Labels(nn.Sequential):
         return super().forward(x).argmax(1)
 
 
-class Versioned(nn.Linear):
-    "Keeps more in its state than tensors."
-
-    def get_extra_state(self):
-        return dict(version=1)
-
-    def set_extra_state(self, state):
-        pass
+class Versioned(MoreState, nn.Linear):
+    pass
 
 
 def chain(first=nn.Linear):
