@@ -382,9 +382,11 @@ def budget(
     """A plan within a budget: channels of all layers in one ranking.
 
     The ranking is by normalised scores or, with `output_loss()`, by loss for what is saved.
+    Biases that restoring may give to layers count as parameters.
     ValueError for bad input, and for budgets that cannot be met."""
     if (params is None) == (macs is None):
         raise ValueError('give exactly one of params and macs')
     what, share = ('params', params) if macs is None else ('macs', macs)
-    choose = within(share, what, criterion, Limits(at_least=at_least, **limits))
+    limits = Limits(at_least=at_least, **limits)
+    choose = within(share, what, criterion, limits, new_biases=True)
     return verified(model, example_inputs, prune_only(), choose, streams=streams).plan

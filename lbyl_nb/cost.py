@@ -6,7 +6,6 @@
 __all__ = ['cost']
 
 # %% ../nbs/35_cost.ipynb #f5caa392
-import copy
 import math
 
 import torch
@@ -15,8 +14,7 @@ from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from .layers import as_args, call, keeping_state, tensors
-from .trace import _without_history
+from .layers import as_args, call, copied, keeping_state, tensors
 
 # %% ../nbs/35_cost.ipynb #22867441
 def _convolution_macs(y, x, weight, bias, stride, padding, dilation, transposed, *_) -> int:
@@ -105,13 +103,8 @@ def _dry_run(
 
 # %% ../nbs/35_cost.ipynb #43fdeab8
 def _private(model):
-    "A copy of a model in evaluation mode that shares its parameters."
-    shared = _without_history(model) | {id(p): p for p in model.parameters()}
-    try:
-        return copy.deepcopy(model, shared).eval()
-    except Exception as e:
-        name, why = type(model).__name__, f'{type(e).__name__}: {e}'
-        raise ValueError(f'{name}: cannot be copied: {why}') from e
+    "A copy of a model in evaluation mode that shares its parameters. ValueError as from `copied`."
+    return copied(model, {id(p): p for p in model.parameters()}).eval()
 
 # %% ../nbs/35_cost.ipynb #d5b2d67b
 def cost(

@@ -6,7 +6,6 @@
 __all__ = ['dead_leaves', 'start_like', 'distil', 'distilled']
 
 # %% ../nbs/08_distilled.ipynb #0cac06cb
-import copy
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
@@ -18,6 +17,7 @@ from lbyl_nb.layers import (
     _joined_samples,
     batch_size,
     call,
+    copied,
     map_samples,
     map_tensors,
     statistics_of,
@@ -118,7 +118,7 @@ def distil(
 
     A warning where 20 steps or more leave them far from it. ValueError without batch norms, or
     without samples that are floating-point."""
-    net, free = copy.deepcopy(model).eval().requires_grad_(False), []
+    net, free = copied(model).eval().requires_grad_(False), []
 
     def leaf(v):
         if not v.is_floating_point():
@@ -202,7 +202,7 @@ def distilled(
 
     def source(model, args):
         gen, parts = torch.Generator().manual_seed(seed), []
-        net = copy.deepcopy(model).eval()
+        net = copied(model).eval()
 
         def start(k):
             draw = lambda v, tables: start_like(v, k, gen, tables, photographs)

@@ -20,8 +20,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
 from .closed_form import all_finite
+from .layers import copied, tensors_within
 from .progress import progress
-from .trace import _copy_of, _tensors_within
 
 # %% ../nbs/20_expand.ipynb #0d87b047
 def _expanded_width(
@@ -400,7 +400,7 @@ def _parameters(layer: nn.Module) -> list:
 def _attributes(layer: nn.Module) -> list:
     "Tensors that a layer itself holds and that are not its parameters."
     own = {k: v for k, v in vars(layer).items() if k not in ('_parameters', '_modules')}
-    return _tensors_within(own, depth=1)
+    return tensors_within(own, depth=1)
 
 # %% ../nbs/20_expand.ipynb #70638286
 def expandable(
@@ -476,7 +476,7 @@ def expand(
         raise ValueError(f'linear_factors must be 2 or 3, got {linear_factors}')
     if not 0 < scale < float('inf'):
         raise ValueError(f'scale must be a positive number, got {scale}')
-    net = _copy_of(model)
+    net = copied(model)
     generator = torch.Generator().manual_seed(seed)
     new = {}
     for name, m in progress(_choose(net, layers).items(), 'expanding'):
@@ -511,7 +511,7 @@ def contract(
     model: nn.Module,  # an expanded network, not changed
 ) -> nn.Module:  # a copy with compact layers
     "Back to the compact network. A model that isn't expanded is copied as it is, with a warning."
-    net = _copy_of(model)
+    net = copied(model)
     old = [m for m in net.modules() if isinstance(m, Expanded)]
     if not old:
         warnings.warn('contract: the model is not expanded, the copy is as it was', stacklevel=2)

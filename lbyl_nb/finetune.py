@@ -7,7 +7,6 @@ __all__ = ['FINETUNING', 'SCRATCH', 'Recipe', 'Penalty', 'Similarity', 'unchange
            'finetune', 'boost', 'fresh', 'restore_and_boost', 'plot_history']
 
 # %% ../nbs/22_finetune.ipynb #02593d86
-import copy
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -28,8 +27,8 @@ from .progress import progress
 from .bench import _digest, _seeded, _told, accuracy, place
 from .data import Dataset, normalise
 from .expand import contract, expand
-from .files import check_folder, read_safetensors, write_safetensors
-from .layers import BATCH_NORM
+from .files import check_folder, check_tensors, read_safetensors, write_safetensors
+from .layers import BATCH_NORM, copied
 from .models import _differences
 from .recover import check_model, restore
 from .saved import save_restored
@@ -149,7 +148,7 @@ class Similarity(Penalty):
     def __init__(self, net: nn.Module, teacher: nn.Module, weight: float):
         super().__init__(net)
         device = place(net)[0]
-        self.teacher = copy.deepcopy(teacher).to(device)
+        self.teacher = copied(teacher).to(device)
         self.weight = weight
 
     def active(self):
@@ -253,7 +252,7 @@ def _begin(
         a = Accelerator()
     _check_arguments(recipe, len(train_set), a.num_processes, autocast)
     check_model(model)
-    net = batch_norms(copy.deepcopy(model).to(a.device).train())
+    net = batch_norms(copied(model).to(a.device).train())
     parallel, opt = a.prepare(net, _sgd(net, recipe))
     return _Run(
         accelerator=a,
@@ -553,13 +552,6 @@ def _go_on(run: _Run, eval_set, checkpoint, every: int, label: str) -> list:  # 
             run.accelerator.wait_for_everyone()
     return rows
 
-# %% ../nbs/22_finetune.ipynb #b3f1f7da
-def _check_tensors(net: nn.Module, path: str | Path):
-    "ValueError naming what a checkpoint can't hold."
-    for k, v in net.state_dict().items():
-        if not isinstance(v, Tensor):
-            raise ValueError(f'{k}: {type(v).__name__}; {path} can hold nothing but tensors')
-
 # %% ../nbs/22_finetune.ipynb #1362df68
 def _complete(
     model: nn.Module, run: _Run, eval_set, checkpoint, every: int | None, label: str
@@ -567,14 +559,14 @@ def _complete(
     "Train a run of a model to its end; arguments and errors as in `finetune`."
     if checkpoint is not None:
         check_folder(checkpoint)
-        _check_tensors(run.net, checkpoint)
+        check_tensors(run.net.state_dict(), checkpoint)
     if every is not None and every < 1:
         raise ValueError(f'every: {every} steps')
     if eval_set is not None:
         _check_set(eval_set, 'eval_set')
     every = _plain(every) or len(run.data) // run.recipe.batch
     rows = _go_on(run, eval_set, checkpoint, every, label)
-    trained = copy.deepcopy(model)
+    trained = copied(model)
     trained.load_state_dict(run.net.state_dict())
     _put_buffers(trained, _unsaved(run.net))
     return Finetuned(trained, pd.DataFrame(rows))
@@ -659,7 +651,7 @@ def fresh(
     """The same architecture with new weights, as every module draws its own.
 
     ValueError naming a module with parameters that can't, or a parameter that it leaves alone."""
-    net = copy.deepcopy(model)
+    net = copied(model)
     with _seeded(seed, place(net)[0]):
         for name, m in net.named_modules():
             if hasattr(m, 'reset_parameters'):

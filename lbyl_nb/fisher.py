@@ -15,11 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from .closed_form import all_finite
-from .layers import batch_size, batched, call, channel_dim, keeping_state, map_samples, width
+from lbyl_nb.layers import (
+    batch_size,
+    batched,
+    call,
+    channel_dim,
+    keeping_state,
+    map_samples,
+    tensors_within,
+    width,
+)
 from .moments import no_padding
 from .probes import Probes
 from .progress import progress
-from .trace import _tensors_within
 
 # %% ../nbs/08a_fisher.ipynb #4dc611a7
 def class_logits(
@@ -35,7 +43,7 @@ def class_logits(
 
 def _numbers(out) -> list:
     "Floating-point tensors in an output, at any depth."
-    return [v for v in _tensors_within(out) if v.is_floating_point()]
+    return [v for v in tensors_within(out) if v.is_floating_point()]
 
 # %% ../nbs/08a_fisher.ipynb #d670e36a
 def divergence(
@@ -173,10 +181,10 @@ def _add_products(sums: dict, model: nn.Module, given: dict, s: Tensor, again: b
 @torch.no_grad()
 def _matters(probes: Probes, name: str) -> bool:
     "Does the network put out something else when a layer does?"
-    before = _tensors_within(_answers(probes.model, probes))
+    before = tensors_within(_answers(probes.model, probes))
     layer = probes.model.get_submodule(name)
     with layer.register_forward_hook(lambda m, inputs, y: -1 - 2 * y):
-        after = _tensors_within(_answers(probes.model, probes))
+        after = tensors_within(_answers(probes.model, probes))
     return not all(map(torch.equal, before, after))
 
 

@@ -35,6 +35,7 @@ from lbyl_nb.layers import (
     is_depthwise,
     is_plain,
     keeping_state,
+    tensors_within,
     width,
 )
 from lbyl_nb.trace import (
@@ -44,7 +45,6 @@ from lbyl_nb.trace import (
     _Node,
     _record,
     _Recorder,
-    _tensors_within,
     _varying,
 )
 
@@ -827,7 +827,7 @@ class _Still(TorchDispatchMode):
             return out
         if func.overloadpacket.__name__ == 'native_dropout':
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
-        for t in _tensors_within(out):
+        for t in tensors_within(out):
             t.fill_(0.5 if t.is_floating_point() else 0)
         return out
 
@@ -854,7 +854,7 @@ def _layer_outputs(
         hooks.enter_context(_Still())
         hooks.enter_context(keeping_state(model))
         y = call(model, args)
-    return out | {'': _tensors_within(y)}
+    return out | {'': tensors_within(y)}
 
 # %% ../nbs/10_graph.ipynb #3bd96a08
 _ENOUGH = 8  # numbers of a channel, to tell how much it varies

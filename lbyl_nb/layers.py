@@ -4,16 +4,29 @@
 
 # %% auto #0
 __all__ = ['BATCH_NORM', 'LAYERS', 'tensors', 'map_tensors', 'batch_size', 'samples', 'map_samples', 'as_args', 'in_single',
-           'call', 'with_tensors', 'keeping_modes', 'evaluating', 'keeping_state', 'own_copy', 'shared_copy',
-           'statistics_of', 'norm_scale', 'is_depthwise', 'width', 'by_output', 'channel_dim', 'selected', 'batched',
-           'padded', 'conv_groups', 'in_weight', 'as_called', 'is_plain']
+           'call', 'leaves', 'tensors_within', 'with_tensors', 'keeping_modes', 'evaluating', 'keeping_state', 'copied',
+           'own_copy', 'shared_copy', 'statistics_of', 'norm_scale', 'is_depthwise', 'width', 'by_output',
+           'channel_dim', 'selected', 'batched', 'padded', 'conv_groups', 'in_weight', 'as_called', 'is_plain']
 
 # %% ../nbs/05_layers.ipynb #94d400c1
 import copy
+import gc
 import math
 import random
-from collections.abc import Mapping, MutableMapping
+from collections import deque
+from collections.abc import Iterator, Mapping, MappingView, MutableMapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import is_dataclass
+from functools import partial
+from types import (
+    BuiltinMethodType,
+    CellType,
+    CodeType,
+    FunctionType,
+    GeneratorType,
+    MethodType,
+    ModuleType,
+)
 
 import numpy as np
 import torch
@@ -188,6 +201,68 @@ def call(
     with _keeping_random(gpus), in_single(model):
         return model(**args) if isinstance(args, Mapping) else model(*args)
 
+# %% ../nbs/05_layers.ipynb #25f3a093
+_NOTHING = (str, bytes, int, float, bool, type(None), torch.dtype, torch.device, nn.Module)
+_NOTHING += (type, ModuleType, CodeType)
+_SEVERAL = (list, tuple, set, frozenset, deque, MappingView)
+
+
+def _attributes(value) -> list:
+    "What an object holds, in its dictionary and in its slots."
+    slots = [vars(c).get('__slots__', ()) for c in type(value).__mro__]
+    names = [k for s in slots for k in ([s] if isinstance(s, str) else s)]
+    held = [getattr(value, k, None) for k in names if k not in ('__dict__', '__weakref__')]
+    return [*getattr(value, '__dict__', {}).values(), *held]
+
+
+def _parts(value) -> list:
+    "What an output, or a part of it, consists of; of a function or a generator, what it refers to."
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, _SEVERAL):
+        return list(value)
+    if isinstance(value, FunctionType):
+        return [value.__closure__, value.__defaults__, value.__kwdefaults__]
+    if isinstance(value, GeneratorType):
+        return list(value.gi_frame.f_locals.values()) if value.gi_frame else []
+    if isinstance(value, (Iterator, partial, CellType, MethodType, BuiltinMethodType)):
+        return gc.get_referents(value)
+    return _attributes(value)
+
+# %% ../nbs/05_layers.ipynb #ec19db40
+def leaves(
+    value,  # anything
+    seen: set | None = None,  # ids of what was looked at before
+    depth: int = 8,  # attributes of attributes that are followed
+) -> list:  # tensors and other things
+    """Tensors in what a network puts out, and other things without parts.
+
+    They are found in collections, mappings and data classes at any depth, in attributes of other
+    objects down to a depth. A cache of keys and values is the network's own.
+    """
+    seen = set() if seen is None else seen
+    if isinstance(value, Tensor) or isinstance(value, _NOTHING):
+        return [value]
+    is_cache = hasattr(type(value), 'get_seq_length')
+    if is_cache or id(value) in seen or not depth:
+        return []
+    seen.add(id(value))
+    parts = _parts(value)
+    collection = isinstance(value, (Mapping, *_SEVERAL))
+    if not collection and not parts:
+        return [value]
+    if not collection and not is_dataclass(value):
+        depth -= 1
+    return [leaf for v in parts for leaf in leaves(v, seen, depth)]
+
+
+def tensors_within(
+    value,  # anything
+    depth: int = 8,  # attributes of attributes that are followed
+) -> list:  # of tensors
+    "The tensors among `leaves`."
+    return [v for v in leaves(value, depth=depth) if isinstance(v, Tensor)]
+
 # %% ../nbs/05_layers.ipynb #bd8ae884
 def with_tensors(
     hook,  # a function of a module, the list of tensors that it is given, and its output
@@ -255,6 +330,22 @@ def keeping_state(
             vars(m).clear()
             vars(m).update(held)
 
+# %% ../nbs/05_layers.ipynb #d0937dc3
+def copied(
+    model: nn.Module,  # any
+    memo: dict | None = None,  # {id of an object: what takes its place in the copy}
+) -> nn.Module:
+    """A copy; what modules keep of the last pass is copied without its gradients.
+
+    ValueError where it cannot be made."""
+    held = [v for m in model.modules() for k, v in vars(m).items() if 'hook' not in k]
+    kept = {id(t): t.detach().clone() for t in tensors_within(held) if t.grad_fn is not None}
+    try:
+        return copy.deepcopy(model, kept | (memo or {}))
+    except Exception as e:
+        name = type(model).__name__
+        raise ValueError(f'{name}: cannot be copied: {type(e).__name__}: {e}') from e
+
 # %% ../nbs/05_layers.ipynb #3e35f281
 def own_copy(
     module: nn.Module,  # any
@@ -272,9 +363,7 @@ def shared_copy(
     of = model if weights is None else weights
     pairs = zip(model.parameters(), of.parameters(), strict=True)
     memo = {id(p): nn.Parameter(_trainable(q.detach()), q.requires_grad) for p, q in pairs}
-    kept = [t for m in model.modules() for t in tensors(vars(m)) if t.grad_fn is not None]
-    memo |= {id(t): t.detach().clone() for t in kept}
-    net = copy.deepcopy(model, memo).eval()
+    net = copied(model, memo).eval()
     for m in net.modules():
         for k, b in m._buffers.items():
             if b is not None and b.dtype in _HALF:

@@ -262,7 +262,9 @@ def save_weights(
     model: nn.Module,  # any network
     path: str | Path,  # safetensors file to write or replace
 ) -> Path:  # the file
-    "Write all parameters and buffers; the file appears as a whole or not at all"
+    """Write all parameters and buffers; the file appears as a whole or not at all.
+
+    ValueError naming what a module keeps besides that is no tensor."""
     write_safetensors(model.state_dict(), path)
     return Path(path)
 

@@ -6,7 +6,6 @@
 __all__ = ['from_masks', 'unmask', 'from_pruned', 'restore_inside']
 
 # %% ../nbs/18_pruned_elsewhere.ipynb #c28682ec
-import copy
 from dataclasses import replace
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from .graph import find_groups
-from .layers import LAYERS, as_args, by_output, evaluating
+from .layers import LAYERS, as_args, by_output, copied, evaluating
 from .plans import FilterNumbers, _kept_of
 from .recover import Restoration, restore
 from .trace import _first_calls, _private_copy, trace
@@ -70,9 +69,7 @@ def from_masks(
     _check_others(masks, plan)
     if not plan:
         raise ValueError(f'{type(model).__name__} has no mask on any weight')
-    # masked weights are computed from others, and such tensors cannot be copied
-    computed = [getattr(layers[name], what) for name, what in masks]
-    dense = copy.deepcopy(model, {id(v): v.detach() for v in computed})
+    dense = copied(model)
     for name, what in masks:
         unmask(dense.get_submodule(name), what)
     return dense, plan
@@ -217,7 +214,7 @@ def restore_inside(
     keyword arguments; and for a parameter that it shares with the rest and that would change."""
     if not name or not _has(model, name):
         raise ValueError(f'{type(model).__name__} has no part {name!r}')
-    whole, args = copy.deepcopy(model), as_args(example_inputs)
+    whole, args = copied(model), as_args(example_inputs)
     with evaluating(whole):
         inner = _called_with(whole, name, args)
     old = whole.get_submodule(name)

@@ -41,9 +41,7 @@ def save_restored(
     plan = {k: [int(i) for i in v] for k, v in plan.items()}
     network = type(model).__name__
     about = dict(format=_RESTORED_FORMAT, network=network, plan=json.dumps(plan))
-    state = model.state_dict()
-    _check_tensors(state)
-    write_safetensors(state, path, about)
+    write_safetensors(model.state_dict(), path, about)
 
 # %% ../nbs/37_saved.ipynb #f7ce83c3
 def _check_module(model):
@@ -57,14 +55,6 @@ def _check_compact(model: nn.Module):
     for name, m in model.named_modules():
         if isinstance(m, Expanded):
             raise ValueError(f'{name or "the model"} is expanded: contract the model first')
-
-
-def _check_tensors(state: dict):
-    "ValueError naming a module whose extra state is no tensor."
-    for k, v in state.items():
-        if not isinstance(v, torch.Tensor):
-            name, kind = k.rpartition('.')[0] or 'the model', type(v).__name__
-            raise ValueError(f'{name}: its extra state is no tensor ({kind}) and cannot be saved')
 
 
 def _check_saved(model: nn.Module, plan):

@@ -21,7 +21,7 @@ from .closed_form import check_ridge
 from .delivery import Delivery, removed
 from .fisher import _answers, _classes, _mean_divergence, fisher, softening
 from .graph import add_constant, find_groups
-from .layers import batch_size, by_output, conv_groups, in_weight, map_samples
+from .layers import batch_size, by_output, conv_groups, copied, in_weight, map_samples
 from .layerwise import _put_back, _running_means, look_at_consumers, taps_fit
 from .least_lost import _Columns, _elimination, _read_by, _read_of, _scores
 from .moments import total
@@ -30,7 +30,7 @@ from .plans import check_ratio, families_of
 from .probes import Probes
 from .progress import progress
 from .recover import _prunable, check_model
-from .trace import _copy_of, gathered, trace
+from .trace import gathered, trace
 
 # %% ../nbs/15a_sensitivity.ipynb #dc1dbf4f
 def _root(F: Tensor, n: int) -> list:  # of (r, o)
@@ -167,7 +167,7 @@ class _Trial:
     temperature: float  # of the answers
 
     def __post_init__(self):
-        self.copy = _copy_of(self.probes.model)
+        self.copy = copied(self.probes.model)
         self.means = _running_means(self.copy)
         self.dense = _answers(self.probes.model, self.probes, self.batch)
 

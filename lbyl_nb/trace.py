@@ -7,26 +7,14 @@ __all__ = ['Traced', 'gathered', 'of_one_class', 'trace', 'dense_copy']
 
 # %% ../nbs/09_trace.ipynb #9fe31d8a
 import copy
-import gc
 import math
 import re
 import sys
 import warnings
-from collections import deque
-from collections.abc import Iterator, Mapping, MappingView
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import (
-    BuiltinMethodType,
-    CellType,
-    CodeType,
-    FunctionType,
-    GeneratorType,
-    MethodType,
-    ModuleType,
-)
 
 import torch
 import torch.nn.functional as F
@@ -57,8 +45,10 @@ from lbyl_nb.layers import (
     _single,
     as_args,
     call,
+    copied,
     in_single,
     keeping_state,
+    leaves,
     map_tensors,
     shared_copy,
 )
@@ -190,61 +180,6 @@ def _tensors_in(v) -> list:
     if isinstance(v, Tensor):
         return [v]
     return [t for x in v for t in _tensors_in(x)] if isinstance(v, (tuple, list)) else []
-
-# %% ../nbs/09_trace.ipynb #ab1ef2c7
-_NOTHING = (str, bytes, int, float, bool, type(None), torch.dtype, torch.device, nn.Module)
-_NOTHING += (type, ModuleType, CodeType)
-_SEVERAL = (list, tuple, set, frozenset, deque, MappingView)
-
-
-def _attributes(value) -> list:
-    "What an object holds, in its dictionary and in its slots."
-    slots = [vars(c).get('__slots__', ()) for c in type(value).__mro__]
-    names = [k for s in slots for k in ([s] if isinstance(s, str) else s)]
-    held = [getattr(value, k, None) for k in names if k not in ('__dict__', '__weakref__')]
-    return [*getattr(value, '__dict__', {}).values(), *held]
-
-
-def _parts(value) -> list:
-    "What an output, or a part of it, consists of; of a function or a generator, what it refers to."
-    if isinstance(value, Mapping):
-        return list(value.values())
-    if isinstance(value, _SEVERAL):
-        return list(value)
-    if isinstance(value, FunctionType):
-        return [value.__closure__, value.__defaults__, value.__kwdefaults__]
-    if isinstance(value, GeneratorType):
-        return list(value.gi_frame.f_locals.values()) if value.gi_frame else []
-    if isinstance(value, (Iterator, partial, CellType, MethodType, BuiltinMethodType)):
-        return gc.get_referents(value)
-    return _attributes(value)
-
-# %% ../nbs/09_trace.ipynb #8b429003
-def _leaves(value, seen=None, depth: int = 8) -> list:
-    """Tensors in what a network puts out, and other things without parts.
-
-    They are found in collections, mappings and data classes at any depth, in attributes of other
-    objects down to a depth. A cache of keys and values is the network's own.
-    """
-    seen = set() if seen is None else seen
-    if isinstance(value, Tensor) or isinstance(value, _NOTHING):
-        return [value]
-    is_cache = hasattr(type(value), 'get_seq_length')
-    if is_cache or id(value) in seen or not depth:
-        return []
-    seen.add(id(value))
-    parts = _parts(value)
-    collection = isinstance(value, (Mapping, *_SEVERAL))
-    if not collection and not parts:
-        return [value]
-    if not collection and not is_dataclass(value):
-        depth -= 1
-    return [leaf for v in parts for leaf in _leaves(v, seen, depth)]
-
-
-def _tensors_within(value, depth: int = 8) -> list:
-    "The tensors among `_leaves`."
-    return [v for v in _leaves(value, depth=depth) if isinstance(v, Tensor)]
 
 # %% ../nbs/09_trace.ipynb #db278363
 _TORCH = str(Path(torch.__file__).parent)
@@ -609,8 +544,8 @@ def _record(r: _Recorder, args):
     "Run the network once and write everything down."
     with torch.no_grad(), _watched(r), _Whole(r), r:
         out = call(r.model, args)
-    leaves = _leaves(out)
-    given = [_mark(r, v) for v in leaves if isinstance(v, Tensor)]
+    found = leaves(out)
+    given = [_mark(r, v) for v in found if isinstance(v, Tensor)]
     ends = {id(m.node) for m in given}
     for node, labels, reason in r.unless_read:
         if node.outputs or id(node) in ends:
@@ -618,7 +553,7 @@ def _record(r: _Recorder, args):
     for m in given:
         if m.labels is not None and not m.const:
             _hold(r, m.labels, "its channels are the network's output")
-    if not all(isinstance(v, _WITHOUT_NUMBERS) for v in leaves):
+    if not all(isinstance(v, _WITHOUT_NUMBERS) for v in found):
         for labels in r.as_numbers:
             _hold(r, labels, "its channels become numbers, which the network's output may hold")
     for k in r.elsewhere:
@@ -1304,15 +1239,6 @@ def _equal_layer(m: nn.Module) -> nn.Module | None:
         return None
 
 # %% ../nbs/09_trace.ipynb #f9173249
-def _without_history(model: nn.Module) -> dict:
-    "{id: tensor without gradient} of activations that modules keep, which cannot be copied."
-    kept = {}
-    for m in model.modules():
-        public = {k: v for k, v in vars(m).items() if not k.startswith('_')}
-        kept |= {id(t): t.detach() for t in _tensors_within(public) if t.grad_fn is not None}
-    return kept
-
-
 def of_one_class(
     a: nn.Module,  # any module
     b: nn.Module,  # its copy, perhaps with PyTorch's layers for equal ones
@@ -1322,21 +1248,12 @@ def of_one_class(
     return type(a) is type(b) or (isinstance(a, graph) and isinstance(b, graph))
 
 
-def _copy_of(model: nn.Module) -> nn.Module:
-    "A copy with parameters of its own. ValueError where it cannot be made."
-    try:
-        return copy.deepcopy(model, _without_history(model))
-    except Exception as e:
-        name = type(model).__name__
-        raise ValueError(f'{name}: cannot be copied: {type(e).__name__}: {e}') from e
-
-
 def _private_copy(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode, with PyTorch's layers for equal ones of other libraries.
 
     ValueError where it cannot be made.
     """
-    net = _copy_of(model)
+    net = copied(model)
     net.train()  # tables that it computed of its parameters for evaluation are dropped
     net.eval()
     for name, m in list(net.named_modules()):

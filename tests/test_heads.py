@@ -13,6 +13,7 @@ from torch import nn
 
 from lbyl_nb.graph import find_groups
 from lbyl_nb.heads import HeadsLeft
+from lbyl_nb.layers import tensors_within
 from lbyl_nb.layerwise import layerwise, probe
 from lbyl_nb.least_lost import least_lost
 from lbyl_nb.plans import families_of
@@ -21,7 +22,7 @@ from lbyl_nb.recover import plan, restore
 from lbyl_nb.restorers import lbyl, prune_only
 from lbyl_nb.saved import load_restored, save_restored
 from lbyl_nb.sensitivity import output_loss
-from lbyl_nb.trace import _tensors_within, trace
+from lbyl_nb.trace import trace
 
 EXACT = dict(
     probe=lambda x: probe(calibration(x), ridge=1e-10),
@@ -288,7 +289,7 @@ def first_half(net, x):
 
 def gap(a, b):
     "The largest relative difference of what two networks put out."
-    pairs = list(zip(_tensors_within(a), _tensors_within(b), strict=True))
+    pairs = list(zip(tensors_within(a), tensors_within(b), strict=True))
     return max(((p - q).abs().max() / q.abs().max()).item() for p, q in pairs)
 
 

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from lbyl_nb.graph import find_groups
-from lbyl_nb.layers import BATCH_NORM, LAYERS, by_output
+from lbyl_nb.layers import BATCH_NORM, LAYERS, by_output, tensors_within
 from lbyl_nb.layerwise import layerwise, probe
 from lbyl_nb.plans import cells_of, families_of
 from lbyl_nb.probes import calibration
 from lbyl_nb.recover import restore
 from lbyl_nb.restorers import lbyl, merging, prune_only
 from lbyl_nb.saved import load_restored, save_restored
-from lbyl_nb.trace import _tensors_within, trace
+from lbyl_nb.trace import trace
 
 EXACT = dict(
     merging=lambda x: merging(),
@@ -378,7 +378,7 @@ def twins(net, groups):
 
 def gap(a, b):
     "The largest relative difference of what two networks put out."
-    pairs = list(zip(_tensors_within(a), _tensors_within(b), strict=True))
+    pairs = list(zip(tensors_within(a), tensors_within(b), strict=True))
     return max(((p - q).abs().max() / q.abs().max()).item() for p, q in pairs)
 
 

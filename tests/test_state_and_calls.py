@@ -15,8 +15,10 @@ from conftest import MoreState
 from torch import nn
 
 from lbyl_nb.cost import cost
+from lbyl_nb.data import Dataset
 from lbyl_nb.distilled import distilled
 from lbyl_nb.files import write_safetensors
+from lbyl_nb.finetune import Recipe, finetune, fresh
 from lbyl_nb.fisher import _answers
 from lbyl_nb.layers import keeping_state
 from lbyl_nb.layerwise import layerwise, probe, probed_lbyl
@@ -117,6 +119,7 @@ OF_NUMBERS = dict(
     budget=lambda net, x: restore(net, x, macs=0.5),
     sensitivity=sensitivity,
     cost=cost,
+    restore_inside=lambda net, x: restore_inside(nn.Sequential(net), '0', x, ratio=0.5),
 )
 
 
@@ -131,6 +134,36 @@ def test_no_global_generator_moves_and_activations_may_be_kept(way):
     assert net.last is kept and kept.grad_fn is not None
     assert random.getstate() == state[0] and torch.equal(torch.get_rng_state(), state[1])
     assert all(map(np.array_equal, np.random.get_state()[1:], state[2]))
+
+
+class Seen(nn.Sequential):
+    "Keeps its features of the last pass, with their history."
+
+    def forward(self, x):
+        self.last = self[1](self[0](x))
+        return self[4](self[3](self[2](self.last)))
+
+
+def finetuned(net, x):
+    few = Dataset(torch.zeros(8, 3, 9, 9, dtype=torch.uint8), torch.arange(8) % 2)
+    finetune(net, few, teacher=net, recipe=Recipe(1, batch=4))
+
+
+OF_IMAGES = dict(
+    finetune=finetuned,
+    fresh=lambda net, x: fresh(net),
+    distilled=lambda net, x: distilled(4, 2)(net, (x,)),
+)
+
+
+@pytest.mark.parametrize('way', OF_IMAGES)
+def test_trained_networks_keep_their_activations(way):
+    conv, norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+    net = Seen(conv, norm, nn.ReLU(), nn.Flatten(), nn.Linear(196, 2))
+    net(X)
+    kept = net.last
+    OF_IMAGES[way](net, X)
+    assert net.last is kept and kept.grad_fn is not None
 
 
 def test_copies_of_channels_are_exact_also_for_what_is_kept(tmp_path):
@@ -379,7 +412,7 @@ def test_what_gives_no_numbers_or_has_another_state_is_refused(tmp_path):
     with pytest.raises(TypeError, match='ratios must be several, .* got 0.3'):
         sensitivity(nn.Sequential(*chain()), x, ratios=0.3)
     r = restore(nn.Sequential(*chain(Versioned)).eval(), x, ratio=0.5)
-    with pytest.raises(ValueError, match='0: its extra state is no tensor .dict.'):
+    with pytest.raises(ValueError, match='0._extra_state is no tensor but dict'):
         save_restored(r.model, r.plan, tmp_path / 'net')
     assert not any(tmp_path.iterdir())
 

@@ -65,7 +65,7 @@ PROBED = [
     'deit_tiny_patch16_224',
 ]
 # pixels where 64 are too few
-LARGE = dict(inception=96, swin=224, maxvit=224, vit=224, deit=224, mixer=224, poolformer=224)
+LARGE = dict(inception=96, maxvit=224, vit=224, mixer=224, poolformer=224)
 RESTORERS = dict(
     lbyl=lbyl(),
     probe=probe(noise(4), ridge=0.1),
@@ -76,7 +76,8 @@ RESTORERS = dict(
 def made(name):
     torch.manual_seed(0)
     if name in TIMM:
-        return pytest.importorskip('timm').create_model(name).eval()
+        how = dict(img_size=64) if name.startswith('deit') else {}
+        return pytest.importorskip('timm').create_model(name, **how).eval()
     slow_to_draw = name in ('googlenet', 'inception_v3')
     how = dict(init_weights=False) if slow_to_draw else {}
     return get_model(name, weights=None, **how).eval()
