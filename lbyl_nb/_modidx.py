@@ -959,6 +959,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'lbyl_nb.saved._load_tensors': ('saved.html#_load_tensors', 'lbyl_nb/saved.py'),
                                'lbyl_nb.saved._misfits': ('saved.html#_misfits', 'lbyl_nb/saved.py'),
                                'lbyl_nb.saved._new_biases': ('saved.html#_new_biases', 'lbyl_nb/saved.py'),
+                               'lbyl_nb.saved._without_channels': ('saved.html#_without_channels', 'lbyl_nb/saved.py'),
                                'lbyl_nb.saved.load_restored': ('saved.html#load_restored', 'lbyl_nb/saved.py'),
                                'lbyl_nb.saved.save_restored': ('saved.html#save_restored', 'lbyl_nb/saved.py')},
             'lbyl_nb.sensitivity': { 'lbyl_nb.sensitivity._Curve': ('sensitivity.html#_curve', 'lbyl_nb/sensitivity.py'),

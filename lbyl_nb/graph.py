@@ -818,15 +818,22 @@ def silence(
             by_output(layer)[:, in_weight(layer, c.columns[removed[g.name]])] = 0
 
 # %% ../nbs/10_graph.ipynb #ac58caa6
+# arguments by which operations are told to draw nothing
+_DRAWING_NOTHING = dict(dropout_p=0.0, dropout=0.0, training=False, train=False)
+
+
 class _Still(TorchDispatchMode):
     "No random numbers: dropout keeps everything, noise is a constant."
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded not in func.tags:
-            return out
-        if func.overloadpacket.__name__ == 'native_dropout':
-            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
+            return func(*args, **kwargs)
+        names = [a.name for a in func._schema.arguments]
+        if _DRAWING_NOTHING.keys() & set(names):
+            args = [_DRAWING_NOTHING.get(k, v) for k, v in zip(names, args)]
+            return func(*args, **{k: _DRAWING_NOTHING.get(k, v) for k, v in kwargs.items()})
+        out = func(*args, **kwargs)
         for t in tensors_within(out):
             t.fill_(0.5 if t.is_floating_point() else 0)
         return out

@@ -880,3 +880,36 @@ def test_frozen_networks_are_seen_as_others_are(kind):
     assert told(net.requires_grad_(False), x) == seen
     r = restore(net, x, ratio=0.5, restorer=prune_only())
     assert not any(p.requires_grad for p in r.model.parameters())
+
+
+class Slopes(nn.Module):
+    "Attention with a slope for each head (ALiBi), made of the number of heads that it has."
+
+    def __init__(self, fused):
+        super().__init__()
+        self.fused, self.heads = fused, 4
+        self.i, self.q, self.k, self.v = (nn.Linear(n, 16) for n in (6, 16, 16, 16))
+        self.o, self.last = nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        z = self.i(x)
+        split = lambda v: v.unflatten(-1, (self.heads, 4)).transpose(1, 2)
+        q, k, v = split(self.q(z)), split(self.k(z)), split(self.v(z))
+        slopes = 2.0 ** -torch.arange(1, self.heads + 1)[:, None, None]
+        bias = slopes * torch.arange(z.shape[1])
+        if self.fused:
+            y = F.scaled_dot_product_attention(q, k, v, bias[None].to(z))
+        else:
+            y = (q @ k.mT / 2 + bias).softmax(-1) @ v
+        return self.last(z + self.o(y.transpose(1, 2).flatten(2)))
+
+
+@pytest.mark.parametrize('fused', [False, True])
+def test_the_comparison_sees_through_attention(fused):
+    "With two heads less the others would get other slopes, however attention is computed."
+    torch.manual_seed(0)
+    net, x = Slopes(fused).eval(), torch.randn(8, 9, 6)
+    for p in net.parameters():
+        p.data.normal_(std=0.5)
+    with pytest.raises(ValueError, match='v cannot be pruned: o computes something else'):
+        restore(net, x, keep=dict(v=[*range(8, 16)]), restorer=prune_only())
