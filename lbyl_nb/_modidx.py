@@ -32,6 +32,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'lbyl_nb.bench._run': ('bench.html#_run', 'lbyl_nb/bench.py'),
                                'lbyl_nb.bench._same_columns': ('bench.html#_same_columns', 'lbyl_nb/bench.py'),
                                'lbyl_nb.bench._save_epoch': ('bench.html#_save_epoch', 'lbyl_nb/bench.py'),
+                               'lbyl_nb.bench._seed_others': ('bench.html#_seed_others', 'lbyl_nb/bench.py'),
                                'lbyl_nb.bench._seeded': ('bench.html#_seeded', 'lbyl_nb/bench.py'),
                                'lbyl_nb.bench._side_by_side': ('bench.html#_side_by_side', 'lbyl_nb/bench.py'),
                                'lbyl_nb.bench._step': ('bench.html#_step', 'lbyl_nb/bench.py'),

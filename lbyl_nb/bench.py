@@ -12,6 +12,7 @@ import hashlib
 import io
 import math
 import platform
+import random
 import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import BrokenExecutor
@@ -24,6 +25,7 @@ from types import CodeType, FunctionType, MethodType
 
 # %% ../nbs/32_bench.ipynb #c9e3e100
 import joblib
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -35,8 +37,8 @@ from .progress import progress
 import lbyl_nb
 from .data import Dataset, normalise
 from .expand import Expanded
-from .files import locked, writing
-from .layers import evaluating, keeping_modes
+from .files import check_folder, locked, writing
+from .layers import _keeping_random, evaluating, keeping_modes
 
 # %% ../nbs/32_bench.ipynb #a76a5395
 @contextmanager
@@ -250,7 +252,7 @@ def trial(
 # %% ../nbs/32_bench.ipynb #ac9d8ab3
 def _run(path: Path, measure: Callable, device, setting: dict) -> dict:
     "A trial as one call that can be sent to another process"
-    return trial(path, setting, partial(measure, setting), device=device)
+    return trial(path, setting, partial(measure, dict(setting)), device=device)
 
 
 def _ends_process(run: Callable, setting: dict) -> bool:
@@ -415,14 +417,21 @@ def shown(
     return _Page(html, text[:rows].to_string())
 
 # %% ../nbs/32_bench.ipynb #38bcb412
+def _seed_others(seed: int):
+    "Seed the global generators of NumPy and Python, which an augmentation may use"
+    np.random.seed(seed % 2**32)
+    random.seed(int(seed))
+
+
 @contextmanager
 def _seeded(
     seed: int,  # of PyTorch's global generator inside the block
     device: torch.device = torch.device('cpu'),  # whose generator is put aside as well
 ):
-    "Random numbers from `seed` inside the block, and the caller's own afterwards"
-    with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
+    "Random numbers of all kinds from `seed` inside the block; the caller's own after it"
+    with _keeping_random([device] if device.type == 'cuda' else []):
         torch.manual_seed(seed)
+        _seed_others(seed)
         yield
 
 # %% ../nbs/32_bench.ipynb #3566ef00
@@ -608,7 +617,7 @@ def train(
     weight_decay: float = 5e-4,  # on all parameters
     optimizer: Callable = sgd,  # (parameters, lr=, weight_decay=) -> optimizer; or `AdamW`
     augment: Callable = lambda x: x,  # normalised images -> images, before each step
-    seed: int = 0,  # order of the images, dropout, augmentation
+    seed: int = 0,  # order of the images, dropout, augmentation, by whichever generator
     autocast: torch.dtype | None = None,  # as `torch.bfloat16`: half the time where it is known
     checkpoint: str | Path | None = None,  # file that is written after each epoch
     label: str = 'training',  # in front of the bar
@@ -623,6 +632,10 @@ def train(
     another run: of another start or network, other data, or trained in another way. An `augment`
     is known by its code and arguments, if it is an object by what it prints."""
     _check_training(dataset, epochs, batch, mean, std)
+    epochs, batch, seed = int(epochs), int(batch), int(seed)
+    lr, weight_decay = float(lr), float(weight_decay)
+    if checkpoint is not None:
+        check_folder(checkpoint)
     device, dtype = place(model)
     steps, path = len(dataset) // batch, None if checkpoint is None else Path(checkpoint)
     opt = optimizer(model.parameters(), lr=lr, weight_decay=weight_decay)
@@ -635,6 +648,7 @@ def train(
         done, dataset = _load_epoch(path, parts, run), dataset.to(device)
         with progress(total=epochs * steps, initial=done * steps, desc=label) as bar:
             for epoch in range(done, epochs):
+                _seed_others(seed + epoch)  # the same where a run goes on
                 order = torch.randperm(len(dataset)).to(device)
                 for part in order[: steps * batch].split(batch):
                     x = augment(normalise(dataset.images[part], mean, std)).to(dtype)

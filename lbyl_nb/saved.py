@@ -127,7 +127,8 @@ def _new_biases(model: nn.Module, tensors: dict) -> dict:
     names = [k.removesuffix('.bias') for k in tensors if k.endswith('.bias')]
     bare = [k for k in names if getattr(layers.get(k), 'bias', 0) is None]
     biases = {k: tensors[f'{k}.bias'] for k in bare}
-    return {k: b for k, b in biases.items() if len(b) == len(layers[k].weight)}
+    outputs = lambda m: width(m) if isinstance(m, LAYERS) else len(m.weight)
+    return {k: b for k, b in biases.items() if len(b) == outputs(layers[k])}
 
 
 def _misfits(own: dict, tensors: dict) -> list:

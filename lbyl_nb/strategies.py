@@ -30,7 +30,7 @@ from .criteria import keep_best, l1_norm, l2_norm
 from .data import Dataset, normalise, subset
 from .delivery import removed
 from .finetune import FINETUNING, Finetuned, Penalty, Recipe, _begin, _complete, unchanged
-from .graph import silence
+from .graph import lost, silence
 from lbyl_nb.layers import (
     as_args,
     batch_size,
@@ -44,6 +44,7 @@ from lbyl_nb.layers import (
 )
 from .layerwise import layerwise, look_at_consumers, taps_fit
 from .moments import look, patch_gram, total
+from .norms import deaf_norms
 from .plans import by_ratio, check_plan, unit_scores, whole_units
 from .probes import calibration, pin
 from .recover import verified
@@ -322,7 +323,8 @@ def _judged(
     gone = {g.name: removed(keep[g.name], g.channels).tolist() for g in groups}
     silent = copy.deepcopy(net.model)
     silence(silent, groups, gone)
-    right, n = accuracy(adaptive_bn(silent, images), held_out, mean, std)
+    with deaf_norms(silent, net, lost(groups, gone)):
+        right, n = accuracy(adaptive_bn(silent, images), held_out, mean, std)
     return 100 * right / n
 
 # %% ../nbs/23_strategies.ipynb #d95111d1

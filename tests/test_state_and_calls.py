@@ -454,3 +454,16 @@ def test_a_layer_that_is_read_by_nobody_loses_nothing():
     have, want = sensitivity(deaf, x), sensitivity(plain, x)
     pd.testing.assert_frame_equal(have.loc[['a']], want.loc[['a']], rtol=1e-3)
     assert len(restore(deaf, x, macs=0.5).plan['a']) < 8
+
+
+def test_a_transposed_convolution_may_get_a_bias(tmp_path):
+    "Its weight has inputs first; what was written can be read."
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 5, 2, 2, bias=False)
+    net, x = nn.Sequential(*layers, nn.Sigmoid()).eval(), torch.randn(8, 3, 6, 6)
+    r = restore(net, x, ratio=0.5, restorer=layerwise(calibration(x)))
+    assert r.model[2].bias is not None and r.model[2].weight.shape[:2] == (4, 5)
+    save_restored(r.model, r.plan, tmp_path / 'net.safetensors')
+    again = load_restored(net, x, tmp_path / 'net.safetensors')
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), r.model(x))

@@ -831,3 +831,16 @@ def test_grouped_convolutions():
         plan(net, x[:1], 0.5, thinet(x))
     with pytest.raises(ValueError, match='0: ADMM removes channels one by one'):
         admm(net, x[:1], data, 0.5)
+
+
+def test_candidates_behind_layer_norms_are_judged_as_they_will_be_cut():
+    "Silent channels would count in the norm's mean; cut ones do not."
+    train_set, part = digits()[0], subset(digits()[0], 400, 3)
+    torch.manual_seed(0)
+    layers = nn.Flatten(), nn.Linear(64, 48), nn.LayerNorm(48), nn.ReLU(), nn.Linear(48, 10)
+    net = train(nn.Sequential(*layers), train_set, 2, lr=0.05, batch=64).eval()
+    how = dict(candidates=4, statistics=100, held_out=300, seed=3, most=0.8)
+    found = eagleeye(net, torch.zeros(2, 1, 8, 8), train_set, 0.5, streams=True, **how)
+    cut = restore(net, torch.zeros(2, 1, 8, 8), keep=found.plan, restorer=prune_only()).model
+    right, n = accuracy(cut, part[100:])
+    assert found.candidates.accuracy.max() == pytest.approx(100 * right / n)

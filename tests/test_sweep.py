@@ -145,3 +145,16 @@ def test_a_number_of_jobs_that_is_none(jobs):
     run = bench('lenet_300_100_fashion_mnist', '--jobs', jobs)
     assert run.returncode == 1
     assert run.stderr.strip() == f'lbyl-bench: jobs: {jobs} is neither -1 nor a number of processes'
+
+
+def consuming(s):
+    "Takes a value out of what it is given, and changes another."
+    s['n'] = 100 * s['n']
+    return dict(size=s['n'] + len(s.pop('kind')))
+
+
+def test_a_measurement_may_change_what_it_is_given(tmp_path):
+    for path in (tmp_path / 'a.csv', tmp_path / 'a.csv'):
+        rows = sweep(path, SETTINGS, consuming)
+        assert rows[['n', 'kind']].to_dict('records') == SETTINGS
+        assert rows['size'].tolist() == [100 * s['n'] + len(s['kind']) for s in SETTINGS]

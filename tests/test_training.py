@@ -1,8 +1,10 @@
 "What a checkpoint of `train` belongs to, and what training leaves of a network that it is refused."
 
 import copy
+import random
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,9 +12,11 @@ from torch import nn
 
 from lbyl_nb.bench import accuracy, append, results, train, trial
 from lbyl_nb.data import Dataset, crop_flip, digits, subset
+from lbyl_nb.finetune import Recipe, finetune
 from lbyl_nb.models import digits_net, initialised
 
 IMAGES = subset(digits()[0], 128)
+SHORT = Recipe(2, batch=64)
 
 
 def net(seed=0, **options):
@@ -226,3 +230,50 @@ def test_a_setting_that_reads_as_another_is_refused(text, tmp_path):
     with pytest.raises(ValueError, match=f"setting a: the text '{text}' would be read back as"):
         trial(tmp_path / 'r.csv', dict(a=text), lambda: pytest.fail('measured'))
     assert not list(tmp_path.iterdir())
+
+
+class Mixed:
+    "Draws with NumPy and Python, as mixing two images does; fails at a call."
+
+    def __init__(self, fails=None):
+        self.calls, self.fails = 0, fails
+
+    def __repr__(self):
+        return 'Mixed()'
+
+    def __call__(self, x):
+        self.calls += 1
+        if self.calls == self.fails:
+            raise KeyboardInterrupt
+        return x * np.random.uniform(0.5, 1.5) + random.random()
+
+
+@pytest.mark.parametrize(
+    'run', [trained, lambda net, **how: finetune(net, IMAGES, recipe=SHORT, **how)]
+)
+def test_every_generator_follows_the_seed(run, tmp_path):
+    "The same call twice, and one that was interrupted, give the same; the caller's are left alone."
+    state = np.random.get_state()[1].copy(), random.getstate()
+    weights = lambda done: [*getattr(done, 'model', done).parameters()]
+    once, twice = (weights(run(net(), augment=Mixed())) for _ in range(2))
+    path = tmp_path / 'run.pt'
+    with pytest.raises(KeyboardInterrupt):
+        run(net(), augment=Mixed(fails=4), checkpoint=path)
+    resumed = weights(run(net(), augment=Mixed(), checkpoint=path))
+    assert all(map(torch.equal, once, twice)) and all(map(torch.equal, once, resumed))
+    assert (np.random.get_state()[1] == state[0]).all() and random.getstate() == state[1]
+
+
+def test_numbers_of_numpy_are_written_as_they_are_read(tmp_path):
+    how = dict(lr=np.float32(0.05), weight_decay=np.float64(1e-4), seed=np.int64(3))
+    path = tmp_path / 'run.pt'
+    first = trained(net(), epochs=np.int64(2), checkpoint=path, **how)
+    again = trained(net(), epochs=2, checkpoint=path, **how)
+    assert all(map(torch.equal, first.parameters(), again.parameters()))
+
+
+def test_a_folder_that_is_not_there_is_found_before_training(tmp_path):
+    augment = Mixed()
+    with pytest.raises(FileNotFoundError, match='there is no folder'):
+        trained(net(), augment=augment, checkpoint=tmp_path / 'none' / 'run.pt')
+    assert not augment.calls
