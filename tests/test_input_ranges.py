@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lbyl_nb.layerwise import layerwise
 from lbyl_nb.recover import restore
 from lbyl_nb.restorers import prune_only
 from lbyl_nb.saved import load_restored, save_restored
@@ -221,3 +222,37 @@ def test_a_network_that_does_not_react_to_probes_is_warned_of():
     net.b.bias.data.normal_()
     with pytest.warns(UserWarning, match='hardly depends on the held-out probes'):
         restore(net, torch.zeros(1, 3, 12, 12).double(), ratio=0.5, restorer=prune_only())
+
+
+class Packed(nn.Module):
+    "Tokens of sorted lengths through a recurrent network, two layers beside it, and a mean."
+
+    def __init__(self, kind):
+        super().__init__()
+        self.table, self.rnn = nn.Embedding(50, 16), kind(16, 12, batch_first=True)
+        self.a, self.b, self.out = nn.Linear(12, 8), nn.Linear(8, 12), nn.Linear(12, 5)
+
+    def forward(self, tokens, lengths):
+        pack, pad = nn.utils.rnn.pack_padded_sequence, nn.utils.rnn.pad_packed_sequence
+        y, _ = self.rnn(pack(self.table(tokens), lengths, batch_first=True))
+        y, _ = pad(y, batch_first=True, total_length=tokens.shape[1])
+        y = y + self.b(self.a(y).relu())
+        real = torch.arange(tokens.shape[1]) < lengths[:, None]
+        return self.out((y * real[..., None]).sum(1) / lengths[:, None])
+
+
+@pytest.mark.parametrize('kind', [nn.LSTM, nn.GRU])
+def test_lengths_that_must_be_sorted(kind):
+    "Cut as by hand; and restored on drawn tokens, whoever repeats others is removed without loss."
+    torch.manual_seed(0)
+    net = Packed(kind).double().eval()
+    x = torch.randint(1, 50, (6, 9)), torch.tensor([9, 8, 8, 5, 3, 2])
+    keep = dict(a=[0, 1, 2, 3])
+    small = restore(net, x, keep=keep, restorer=prune_only()).model
+    torch.testing.assert_close(out(small, *x), out(silent(net, keep['a']), *x))
+    with torch.no_grad():
+        for v in net.a.parameters():
+            v[4:] = v[:4]
+    small = restore(net, x, keep=keep, restorer=layerwise(ridge=1e-10)).model
+    assert (out(silent(net, keep['a']), *x) - out(net, *x)).abs().max() > 1e-3
+    torch.testing.assert_close(out(small, *x), out(net, *x), rtol=1e-5, atol=1e-6)
