@@ -297,7 +297,7 @@ def _again(
     k: int,  # of the first so many
 ) -> Tensor:  # (n, *v.shape[1:])
     "The first samples in turn."
-    return v[torch.arange(n, device=v.device) % k]
+    return v.detach()[torch.arange(n, device=v.device) % k]
 
 # %% ../nbs/06_probes.ipynb #afba340e
 _ENOUGH = 4096  # numbers of noise, to see whether a network can take it
@@ -333,6 +333,31 @@ def _positive(x: Tensor, example: Tensor) -> Tensor:
         low, high = 0, 1
     z = (x.float() - x.float().mean()) / x.float().std().clamp(min=1e-6)
     return (low + (high - low) * torch.special.ndtr(z).clamp(0.01, 0.99)).to(x)
+
+# %% ../nbs/06_probes.ipynb #139679dd
+def _hides(v: Tensor) -> bool:
+    "Are the numbers of a tensor zero and one other, or is minus infinity among them?"
+    if v.is_complex() or v.layout != torch.strided or not v.numel():
+        return False
+    v = v.detach() if v.is_floating_point() else v.float()
+    low, high = v.aminmax()
+    two = low < high and 0 in (low, high) and ((v == low) | (v == high)).all()
+    return bool(two or low == -math.inf)
+
+
+def _real_masks(args, tables) -> set:  # ids
+    "Which arguments are masks of floating-point numbers, beside others and what is looked up."
+    given = samples(args)
+
+    def is_mask(v):
+        if not v.is_floating_point() or v.ndim < 2 or v.shape[-1] < 2:
+            return False
+        tokens = any(id(u) in tables and u.shape == v.shape for u in given)
+        others = [u for u in given if u is not v and v.shape[-1] in u.shape[1:]]
+        beside = any(u.numel() > v.numel() or not _hides(u) for u in others)
+        return (beside and _hides(v)) or (tokens and bool((v == 1).all()))
+
+    return {id(v) for v in given if is_mask(v)}
 
 # %% ../nbs/06_probes.ipynb #26830fa8
 @torch.no_grad()
@@ -380,7 +405,12 @@ def random_args(
     Where the network does not run on them, integers are the example's, sample by sample; where it
     puts out NaN or infinity, floating-point numbers are positive if that helps."""
     tables = _lookups(model, args)
-    drawn = lambda v: draw(v, tables.get(id(v), ()))
+    masks = _real_masks(args, tables)
+
+    def drawn(v):
+        made = draw(v, tables.get(id(v), ()))
+        return _again(v, len(made), len(v)) if id(v) in masks else made
+
     made, share = map_samples(args, drawn), 1.0
     if any(map(_is_index, samples(args))) and not _runs(model, made):
         drawn, made = _that_runs(model, args, drawn, tables)
@@ -388,7 +418,8 @@ def random_args(
         share = _finite_share(model, made)
     if share == 1:
         return made
-    positive = map_samples(args, lambda v: _positive(drawn(v), v))
+    above = lambda v: drawn(v) if id(v) in masks else _positive(drawn(v), v)
+    positive = map_samples(args, above)
     return positive if _finite_share(model, positive) > share else made
 
 # %% ../nbs/06_probes.ipynb #4b0c1d11

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lbyl_nb.layerwise import layerwise
+from lbyl_nb.probes import noise
 from lbyl_nb.recover import restore
 from lbyl_nb.restorers import prune_only
 from lbyl_nb.saved import load_restored, save_restored
@@ -256,3 +257,58 @@ def test_lengths_that_must_be_sorted(kind):
     small = restore(net, x, keep=keep, restorer=layerwise(ridge=1e-10)).model
     assert (out(silent(net, keep['a']), *x) - out(net, *x)).abs().max() > 1e-3
     torch.testing.assert_close(out(small, *x), out(net, *x), rtol=1e-5, atol=1e-6)
+
+
+class Masked(nn.Module):
+    "Of its first layer's eight channels, four read what is no padding, and four its square."
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen, self.table = seen, nn.Embedding(20, 4)
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 5), nn.Linear(5, 3)
+        with torch.no_grad():
+            self.a.weight[:, 4:] = 0
+            self.a.weight[:4, 4] = torch.rand(4) + 1
+            self.a.weight[4:, :4] = self.a.weight[:4, :4]
+            self.a.weight[4:, 5] = self.a.weight[:4, 4]
+            self.a.bias[4:] = self.a.bias[:4]
+
+    def forward(self, x, mask):
+        x = x if x.is_floating_point() else self.table(x)
+        m = self.seen(mask)[..., None]
+        y = self.a(torch.cat([x, m, m * m], -1))
+        return self.c(self.b(y.relu()).relu())
+
+
+LENGTHS = torch.arange(9) < torch.arange(12)[:, None] % 6 + 3
+ADDED = torch.zeros(12, 1, 9, 9).masked_fill(~LENGTHS[:, None, None], -torch.inf)
+REAL_MASKS = dict(
+    factor=(LENGTHS.double(), lambda m: m),
+    added=(ADDED.double(), lambda m: m[:, 0, 0].exp()),
+    finite=(ADDED.double().clamp(min=-1e9), lambda m: m[:, 0, 0].exp()),
+    single=(ADDED.clamp(min=torch.finfo(torch.float).min), lambda m: m[:, 0, 0].exp().double()),
+)
+
+
+@pytest.mark.parametrize('beside', ['tokens', 'zeros'])
+@pytest.mark.parametrize('name', REAL_MASKS)
+def test_masks_of_floating_point_numbers(name, beside):
+    "Where a mask is zero or one, its square is the mask: half of the channels repeat the others."
+    torch.manual_seed(0)
+    mask, seen = REAL_MASKS[name]
+    net = Masked(seen).double().eval()
+    tokens = torch.randint(20, (12, 9))
+    x = tokens if beside == 'tokens' else torch.zeros(12, 9, 4).double()
+    how = dict(keep={'a': [0, 1, 2, 3]}, restorer=layerwise(ridge=1e-10))
+    small = restore(net, (x, mask), **how).model
+    real = tokens if beside == 'tokens' else torch.randn(12, 9, 4).double()
+    assert (out(silent(net, [0, 1, 2, 3]), real, mask) - out(net, real, mask)).abs().max() > 1e-2
+    torch.testing.assert_close(out(small, real, mask), out(net, real, mask), rtol=1e-5, atol=1e-6)
+
+
+def test_ones_beside_tokens_hide_nothing_and_black_and_white_images_are_no_masks():
+    net = Masked(lambda m: m).double().eval()
+    tokens, ones = torch.zeros(2, 9, dtype=torch.long), torch.ones(2, 9).double()
+    assert (noise(40)(net, (tokens, ones)).args[1] == 1).all()
+    for x in ((torch.rand(4, 1, 8, 8) > 0.5).float(), torch.ones(4, 1, 8, 8), torch.zeros(4, 9)):
+        assert noise(40)(nn.Identity(), (x,)).args[0].unique().numel() > 300
