@@ -290,3 +290,20 @@ def test_labels_that_are_not_counted(kind):
     assert (whole.logits - b.logits).abs().max() > 1e-4
     assert small.get_submodule(first).out_features == len(keep)
     restore(net, x, keep={first: keep})
+
+
+def test_the_kind_of_tokens_is_kept_in_own_text():
+    "What restores weights on texts of the model is those texts, of the kind of the example's."
+    net, x = made('gpt2')
+    net.generation_config.bos_token_id = net.generation_config.eos_token_id = 1
+    ids, how = x['input_ids'], dict(ratio=0.5, new_biases=False)
+    zeros, ones = torch.zeros(32, 9, dtype=torch.long), torch.ones(32, 9, dtype=torch.long)
+    given = x | dict(token_type_ids=0 * ids, attention_mask=0 * ids + 1)
+    own = restore(net, given, restorer=layerwise(written(32, length=9)), **how).model
+    texts = written(32, length=9)(net, x).args | dict(attention_mask=ones)
+    by_hand = {}
+    for kind in (zeros, ones):
+        source = calibration(texts | dict(token_type_ids=kind))
+        by_hand[kind.any().item()] = restore(net, given, restorer=layerwise(source), **how).model
+    far = lambda m: max((a - b).abs().max() for a, b in zip(own.parameters(), m.parameters()))
+    assert far(by_hand[False]) < 1e-6 < 1e-3 < far(by_hand[True])
