@@ -185,6 +185,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'lbyl_nb.distilled': { 'lbyl_nb.distilled._affordable': ('distilled.html#_affordable', 'lbyl_nb/distilled.py'),
                                    'lbyl_nb.distilled._divergence': ('distilled.html#_divergence', 'lbyl_nb/distilled.py'),
                                    'lbyl_nb.distilled._divergences': ('distilled.html#_divergences', 'lbyl_nb/distilled.py'),
+                                   'lbyl_nb.distilled._in_its_range': ('distilled.html#_in_its_range', 'lbyl_nb/distilled.py'),
                                    'lbyl_nb.distilled._kept_bytes': ('distilled.html#_kept_bytes', 'lbyl_nb/distilled.py'),
                                    'lbyl_nb.distilled._total_variation': ('distilled.html#_total_variation', 'lbyl_nb/distilled.py'),
                                    'lbyl_nb.distilled._warn_if_far': ('distilled.html#_warn_if_far', 'lbyl_nb/distilled.py'),

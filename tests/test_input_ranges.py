@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lbyl_nb.distilled import distilled
 from lbyl_nb.layerwise import layerwise
-from lbyl_nb.probes import noise
+from lbyl_nb.photographs import photographs
+from lbyl_nb.probes import noise, pin
 from lbyl_nb.recover import restore
 from lbyl_nb.restorers import prune_only
 from lbyl_nb.saved import load_restored, save_restored
@@ -312,3 +314,25 @@ def test_ones_beside_tokens_hide_nothing_and_black_and_white_images_are_no_masks
     assert (noise(40)(net, (tokens, ones)).args[1] == 1).all()
     for x in ((torch.rand(4, 1, 8, 8) > 0.5).float(), torch.ones(4, 1, 8, 8), torch.zeros(4, 9)):
         assert noise(40)(nn.Identity(), (x,)).args[0].unique().numel() > 300
+
+
+class Holes(nn.Module):
+    "Images of bytes with holes in them, as the mask says."
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.n, self.c = nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 3)
+
+    def forward(self, x, mask):
+        return self.c(self.n(self.a(torch.cat([x, mask], 1))).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize('source', [noise(8), distilled(8, steps=2), photographs(8)])
+def test_every_source_leaves_masks_as_they_are(source):
+    "And brings images into the range that the first batch norm remembers."
+    torch.manual_seed(0)
+    x, mask = 64 * torch.randn(4, 3, 12, 12) + 128, (torch.rand(4, 1, 12, 12) > 0.3).float()
+    net = pin(Holes(), [(x, mask)])
+    made, same = source(net, (x, mask)).args
+    assert torch.equal(same, torch.cat([mask, mask]))
+    assert made.unique().numel() > 1000 and made.std() > 8
