@@ -24,7 +24,7 @@ from lbyl_nb.layers import (
     tensors,
 )
 from .photographs import _is_image, crops, input_range
-from .probes import _spans, calibration, random_args, random_like
+from .probes import _real_masks, _spans, calibration, random_args, random_like
 from .progress import progress
 
 # %% ../nbs/08_distilled.ipynb #06cb4bb9
@@ -119,16 +119,18 @@ def distil(
     A warning where 20 steps or more leave them far from it. ValueError without batch norms, or
     without samples that are floating-point."""
     net, free = copied(model).eval().requires_grad_(False), []
+    masks = _real_masks(args, {})
 
     def leaf(v):
-        if not v.is_floating_point():
+        if not v.is_floating_point() or id(v) in masks:
             return v
         free.append(v.detach().clone().requires_grad_())
         return free[-1]
 
     args = map_samples(args, leaf)
     if not free:
-        raise ValueError('example_inputs: none is floating-point, so there is nothing to distil')
+        what = 'none is floating-point and no mask'
+        raise ValueError(f'example_inputs: {what}, so there is nothing to distil')
     opt = torch.optim.Adam(free, lr * scale)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps, lr * scale / 50)
     bar = progress(range(steps), 'distilling')
@@ -187,6 +189,13 @@ def _affordable(model: nn.Module, args, most: int = 128) -> int:
     return max(2, min(most, fit))
 
 # %% ../nbs/08_distilled.ipynb #8257159d
+def _in_its_range(args, scale, offset):
+    "Samples as a network takes them; integers and masks as they are."
+    masks = _real_masks(args, {})
+    real = lambda v: v.is_floating_point() and id(v) not in masks
+    return map_samples(args, lambda v: scale * v + offset if real(v) else v)
+
+
 def distilled(
     n: int = 256,  # how many probes
     seed: int = 0,  # of the images they start from
@@ -211,9 +220,9 @@ def distilled(
         first = start(16)  # says what the inputs are like, and what a pass takes
         scale, offset = input_range(net, first)
         gen.manual_seed(seed)
-        fit = lambda v: scale * v + offset if v.is_floating_point() else v
         for i, j in _spans(n, batch or _affordable(net, first)):
-            parts.append(distil(model, map_samples(start(j - i), fit), steps, lr, scale=scale))
+            made = _in_its_range(start(j - i), scale, offset)
+            parts.append(distil(model, made, steps, lr, scale=scale))
         return calibration(_joined_samples(parts, torch.cat), reflect)(model, args)
 
     return source

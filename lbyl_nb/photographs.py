@@ -23,7 +23,16 @@ from lbyl_nb.layers import (
     statistics_of,
     tensors,
 )
-from .probes import Probes, _drawn_noise, _in_range, noise, pinned, random_args, random_like
+from lbyl_nb.probes import (
+    Probes,
+    _drawn_noise,
+    _in_range,
+    _real_masks,
+    noise,
+    pinned,
+    random_args,
+    random_like,
+)
 
 # %% ../nbs/06a_photographs.ipynb #fec9703c
 @cache
@@ -168,7 +177,9 @@ def _drawn_photographs(model, args, n: int, seed: int, mean=None, std=None) -> P
         raise ValueError('photographs: the network takes no images; use noise()')
     if mean is None:
         a, b = input_range(shared_copy(model), given)
-        given = map_samples(given, lambda v: a * v + b if _is_image(v) else v)
+        masks = _real_masks(given, {})
+        shown = lambda v: _is_image(v) and id(v) not in masks
+        given = map_samples(given, lambda v: a * v + b if shown(v) else v)
     return Probes(model, given)
 
 # %% ../nbs/06a_photographs.ipynb #e97f94ed

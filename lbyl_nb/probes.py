@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from inspect import signature
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -279,12 +280,24 @@ def _in_range(x: Tensor, example: Tensor) -> Tensor:
 
 # %% ../nbs/06_probes.ipynb #4b0c1d07
 def _random_integers(v, shape, generator, tables):
-    "Rows of tables, the example's own samples in turn, or integers from its range."
+    "Rows of tables, samples of the example in turn, its own numbers, or others from their range."
     if tables:
         return _random_rows(tables, shape, generator)
     if _is_mask(v) or _counts_up(v):
-        return v[torch.arange(shape[0], device=v.device) % len(v)]
+        return _again(v, shape[0], len(v))
+    if v.min() < 0:
+        own = torch.randint(v.numel(), shape, generator=generator)
+        return v.flatten()[own.to(v.device)]
     return torch.randint(int(v.min()), int(v.max()) + 1, shape, generator=generator)
+
+
+def _again(
+    v: Tensor,  # samples
+    n: int,  # how many to make
+    k: int,  # of the first so many
+) -> Tensor:  # (n, *v.shape[1:])
+    "The first samples in turn."
+    return v.detach()[torch.arange(n, device=v.device) % k]
 
 # %% ../nbs/06_probes.ipynb #afba340e
 _ENOUGH = 4096  # numbers of noise, to see whether a network can take it
@@ -321,6 +334,66 @@ def _positive(x: Tensor, example: Tensor) -> Tensor:
     z = (x.float() - x.float().mean()) / x.float().std().clamp(min=1e-6)
     return (low + (high - low) * torch.special.ndtr(z).clamp(0.01, 0.99)).to(x)
 
+# %% ../nbs/06_probes.ipynb #139679dd
+def _hides(v: Tensor) -> bool:
+    "Are the numbers of a tensor zero and one other, or is minus infinity among them?"
+    if v.is_complex() or v.layout != torch.strided or not v.numel():
+        return False
+    v = v.detach() if v.is_floating_point() else v.float()
+    low, high = v.aminmax()
+    two = low < high and 0 in (low, high) and ((v == low) | (v == high)).all()
+    return bool(two or low == -math.inf)
+
+
+def _real_masks(args, tables) -> set:  # ids
+    "Which arguments are masks of floating-point numbers, beside others and what is looked up."
+    given = samples(args)
+
+    def is_mask(v):
+        if not v.is_floating_point() or v.ndim < 2 or v.shape[-1] < 2:
+            return False
+        tokens = any(id(u) in tables and u.shape == v.shape for u in given)
+        others = [u for u in given if u is not v and v.shape[-1] in u.shape[1:]]
+        beside = any(u.numel() > v.numel() or not _hides(u) for u in others)
+        return (beside and _hides(v)) or (tokens and bool((v == 1).all()))
+
+    return {id(v) for v in given if is_mask(v)}
+
+# %% ../nbs/06_probes.ipynb #26830fa8
+@torch.no_grad()
+def _runs(model, args) -> bool:
+    "Does a network take these arguments, as many at a time as it will be given?"
+    try:
+        for part in Probes(model, args).batches():
+            call(shared_copy(model), part)
+    except Exception:
+        return False
+    return True
+
+
+def _with_given(v, draw, count):
+    "Samples in place of an example: drawn; of integers, its own first ones if a count is given."
+    made = draw(v)
+    real = v.is_floating_point() or v.is_complex()
+    return made if real or count is None else _again(v, len(made), count(v))
+
+
+def _that_runs(
+    model: nn.Module,  # that does not run on samples as they are drawn
+    args: tuple | dict,  # example inputs
+    draw: Callable,  # from a tensor to samples in its place
+    tables: dict,  # as in `_lookups`
+) -> tuple:  # a function like `draw`, and the arguments that it makes
+    "Integers of the example, as few as may be, where drawn ones are not taken; drawn if none are."
+    first = lambda v: 1 if v.ndim == 1 else len(v)
+    for looked_up, others in product((None, len), (None, len, first)):
+        count = lambda v: looked_up if id(v) in tables else others
+        given = lambda v: _with_given(v, draw, count(v))
+        made = map_samples(args, given)
+        if _runs(model, made):
+            return given, made
+    return draw, map_samples(args, draw)
+
 # %% ../nbs/06_probes.ipynb #3e60d1c4
 def random_args(
     model: nn.Module,  # the network, which says where integers are looked up
@@ -329,33 +402,25 @@ def random_args(
 ) -> tuple | dict:  # like `args`
     """Arguments with other samples in place of the example's.
 
-    Where the network does not run on them, what is looked up is the example's, sample by sample;
-    where it puts out NaN or infinity, they are positive if that helps."""
+    Where the network does not run on them, integers are the example's, sample by sample; where it
+    puts out NaN or infinity, floating-point numbers are positive if that helps."""
     tables = _lookups(model, args)
-    drawn = lambda v: draw(v, tables.get(id(v), ()))
-    made = map_samples(args, drawn)
-    if tables and not _runs(model, made):
-        turns = torch.arange(len(samples(made)[0]))
-        repeated = lambda v: v[turns.to(v.device) % len(v)]
-        drawn = lambda v: repeated(v) if id(v) in tables else draw(v, ())
-        made = map_samples(args, drawn)
-    share = 1.0
+    masks = _real_masks(args, tables)
+
+    def drawn(v):
+        made = draw(v, tables.get(id(v), ()))
+        return _again(v, len(made), len(v)) if id(v) in masks else made
+
+    made, share = map_samples(args, drawn), 1.0
+    if any(map(_is_index, samples(args))) and not _runs(model, made):
+        drawn, made = _that_runs(model, args, drawn, tables)
     if any(v.is_floating_point() for v in samples(made)):
         share = _finite_share(model, made)
     if share == 1:
         return made
-    positive = map_samples(args, lambda v: _positive(drawn(v), v))
+    above = lambda v: drawn(v) if id(v) in masks else _positive(drawn(v), v)
+    positive = map_samples(args, above)
     return positive if _finite_share(model, positive) > share else made
-
-
-@torch.no_grad()
-def _runs(model, args) -> bool:
-    "Does a network take these arguments?"
-    try:
-        call(shared_copy(model), args)
-    except Exception:
-        return False
-    return True
 
 # %% ../nbs/06_probes.ipynb #4b0c1d11
 def _check_varied(args):

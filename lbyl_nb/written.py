@@ -52,7 +52,7 @@ def _tokens_of(args) -> tuple:
 
 
 def _with_texts(args, texts: Tensor):
-    "Arguments with texts (n, t) in place of the example's tokens, and masks that hide nothing."
+    "Arguments with texts (n, t) in place of tokens, masks that hide nothing, and kinds that are 0."
     key, tokens = _tokens_of(args)
     made = dict(args) if isinstance(args, Mapping) else dict(enumerate(args))
     for k, v in made.items():
@@ -61,7 +61,7 @@ def _with_texts(args, texts: Tensor):
         elif any(v is s for s in samples(args)):
             if v.shape != tokens.shape or not _is_mask(v):
                 raise ValueError(f'example_inputs[{k!r}]: what goes with a text is not known')
-            made[k] = torch.ones_like(texts, dtype=v.dtype, device=v.device)
+            made[k] = v.new_full(texts.shape, v.any().item())
     return made if isinstance(args, Mapping) else tuple(made.values())
 
 # %% ../nbs/06b_written.ipynb #20fad968

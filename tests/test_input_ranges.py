@@ -10,6 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lbyl_nb.distilled import distilled
+from lbyl_nb.layerwise import layerwise
+from lbyl_nb.photographs import photographs
+from lbyl_nb.probes import noise, pin
 from lbyl_nb.recover import restore
 from lbyl_nb.restorers import prune_only
 from lbyl_nb.saved import load_restored, save_restored
@@ -221,3 +225,114 @@ def test_a_network_that_does_not_react_to_probes_is_warned_of():
     net.b.bias.data.normal_()
     with pytest.warns(UserWarning, match='hardly depends on the held-out probes'):
         restore(net, torch.zeros(1, 3, 12, 12).double(), ratio=0.5, restorer=prune_only())
+
+
+class Packed(nn.Module):
+    "Tokens of sorted lengths through a recurrent network, two layers beside it, and a mean."
+
+    def __init__(self, kind):
+        super().__init__()
+        self.table, self.rnn = nn.Embedding(50, 16), kind(16, 12, batch_first=True)
+        self.a, self.b, self.out = nn.Linear(12, 8), nn.Linear(8, 12), nn.Linear(12, 5)
+
+    def forward(self, tokens, lengths):
+        pack, pad = nn.utils.rnn.pack_padded_sequence, nn.utils.rnn.pad_packed_sequence
+        y, _ = self.rnn(pack(self.table(tokens), lengths, batch_first=True))
+        y, _ = pad(y, batch_first=True, total_length=tokens.shape[1])
+        y = y + self.b(self.a(y).relu())
+        real = torch.arange(tokens.shape[1]) < lengths[:, None]
+        return self.out((y * real[..., None]).sum(1) / lengths[:, None])
+
+
+@pytest.mark.parametrize('kind', [nn.LSTM, nn.GRU])
+def test_lengths_that_must_be_sorted(kind):
+    "Cut as by hand; and restored on drawn tokens, whoever repeats others is removed without loss."
+    torch.manual_seed(0)
+    net = Packed(kind).double().eval()
+    x = torch.randint(1, 50, (6, 9)), torch.tensor([9, 8, 8, 5, 3, 2])
+    keep = dict(a=[0, 1, 2, 3])
+    small = restore(net, x, keep=keep, restorer=prune_only()).model
+    torch.testing.assert_close(out(small, *x), out(silent(net, keep['a']), *x))
+    with torch.no_grad():
+        for v in net.a.parameters():
+            v[4:] = v[:4]
+    small = restore(net, x, keep=keep, restorer=layerwise(ridge=1e-10)).model
+    assert (out(silent(net, keep['a']), *x) - out(net, *x)).abs().max() > 1e-3
+    torch.testing.assert_close(out(small, *x), out(net, *x), rtol=1e-5, atol=1e-6)
+
+
+class Masked(nn.Module):
+    "Of its first layer's eight channels, four read what is no padding, and four its square."
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen, self.table = seen, nn.Embedding(20, 4)
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 5), nn.Linear(5, 3)
+        with torch.no_grad():
+            self.a.weight[:, 4:] = 0
+            self.a.weight[:4, 4] = torch.rand(4) + 1
+            self.a.weight[4:, :4] = self.a.weight[:4, :4]
+            self.a.weight[4:, 5] = self.a.weight[:4, 4]
+            self.a.bias[4:] = self.a.bias[:4]
+
+    def forward(self, x, mask):
+        x = x if x.is_floating_point() else self.table(x)
+        m = self.seen(mask)[..., None]
+        y = self.a(torch.cat([x, m, m * m], -1))
+        return self.c(self.b(y.relu()).relu())
+
+
+LENGTHS = torch.arange(9) < torch.arange(12)[:, None] % 6 + 3
+ADDED = torch.zeros(12, 1, 9, 9).masked_fill(~LENGTHS[:, None, None], -torch.inf)
+REAL_MASKS = dict(
+    factor=(LENGTHS.double(), lambda m: m),
+    added=(ADDED.double(), lambda m: m[:, 0, 0].exp()),
+    finite=(ADDED.double().clamp(min=-1e9), lambda m: m[:, 0, 0].exp()),
+    single=(ADDED.clamp(min=torch.finfo(torch.float).min), lambda m: m[:, 0, 0].exp().double()),
+)
+
+
+@pytest.mark.parametrize('beside', ['tokens', 'zeros'])
+@pytest.mark.parametrize('name', REAL_MASKS)
+def test_masks_of_floating_point_numbers(name, beside):
+    "Where a mask is zero or one, its square is the mask: half of the channels repeat the others."
+    torch.manual_seed(0)
+    mask, seen = REAL_MASKS[name]
+    net = Masked(seen).double().eval()
+    tokens = torch.randint(20, (12, 9))
+    x = tokens if beside == 'tokens' else torch.zeros(12, 9, 4).double()
+    how = dict(keep={'a': [0, 1, 2, 3]}, restorer=layerwise(ridge=1e-10))
+    small = restore(net, (x, mask), **how).model
+    real = tokens if beside == 'tokens' else torch.randn(12, 9, 4).double()
+    assert (out(silent(net, [0, 1, 2, 3]), real, mask) - out(net, real, mask)).abs().max() > 1e-2
+    torch.testing.assert_close(out(small, real, mask), out(net, real, mask), rtol=1e-5, atol=1e-6)
+
+
+def test_ones_beside_tokens_hide_nothing_and_black_and_white_images_are_no_masks():
+    net = Masked(lambda m: m).double().eval()
+    tokens, ones = torch.zeros(2, 9, dtype=torch.long), torch.ones(2, 9).double()
+    assert (noise(40)(net, (tokens, ones)).args[1] == 1).all()
+    for x in ((torch.rand(4, 1, 8, 8) > 0.5).float(), torch.ones(4, 1, 8, 8), torch.zeros(4, 9)):
+        assert noise(40)(nn.Identity(), (x,)).args[0].unique().numel() > 300
+
+
+class Holes(nn.Module):
+    "Images of bytes with holes in them, as the mask says."
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.n, self.c = nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 3)
+
+    def forward(self, x, mask):
+        return self.c(self.n(self.a(torch.cat([x, mask], 1))).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize('source', [noise(8), distilled(8, steps=2), photographs(8)])
+def test_every_source_leaves_masks_as_they_are(source):
+    "And brings images into the range that the first batch norm remembers."
+    torch.manual_seed(0)
+    x, mask = 64 * torch.randn(4, 3, 12, 12) + 128, (torch.rand(4, 1, 12, 12) > 0.3).float()
+    net = pin(Holes(), [(x, mask)])
+    made, same = source(net, (x, mask)).args
+    assert torch.equal(same, torch.cat([mask, mask]))
+    assert made.unique().numel() > 1000 and made.std() > 8

@@ -11,7 +11,7 @@ import shutil
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from test_heads import gap, made, run, words
+from test_heads import SIZES, gap, made, run, words
 from torch import nn
 
 from lbyl_nb import calibration, layerwise, noise, probe, prune_only, restore, written
@@ -250,3 +250,60 @@ def test_networks_that_accelerate_keeps_elsewhere(where, tied, tmp_path):
     # the network that was passed in is where it was, and computes
     assert any(p.is_meta for p in away.parameters())
     assert gap(run(away, x), run(net, x)) < 1e-12
+
+
+MLP = dict(
+    llama=('model.layers.0.mlp.up_proj', 'model.layers.0.mlp.down_proj'),
+    bert=('bert.encoder.layer.0.intermediate.dense', 'bert.encoder.layer.0.output.dense'),
+    t5=('encoder.block.0.layer.1.DenseReluDense.wi', 'encoder.block.0.layer.1.DenseReluDense.wo'),
+)
+
+
+def with_head(kind):
+    "A network that takes labels, in double precision."
+    tf = pytest.importorskip('transformers')
+    sizes = dict(vocab_size=48, num_heads=4, d_model=32, d_kv=8, d_ff=40, num_layers=1)
+    build = dict(
+        llama=lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES)),
+        bert=lambda: tf.BertForMaskedLM(tf.BertConfig(**SIZES)),
+        t5=lambda: tf.T5ForConditionalGeneration(tf.T5Config(**sizes, decoder_start_token_id=0)),
+    )
+    torch.manual_seed(0)
+    return build[kind]().double().eval()
+
+
+@pytest.mark.parametrize('kind', MLP)
+def test_labels_that_are_not_counted(kind):
+    "A batch as it is trained on: output and loss are those of the network deaf to what is removed."
+    net, (first, second) = with_head(kind), MLP[kind]
+    x = padded(words(8, 9))
+    labels = x['input_ids'].masked_fill(x['attention_mask'] == 0, -100)
+    x, keep = x | dict(labels=labels), [*range(3, 30)]
+    small = restore(net, x, keep={first: keep}, restorer=prune_only()).model
+    deaf = copy.deepcopy(net)
+    gone = [i for i in range(40) if i not in keep]
+    deaf.get_submodule(second).weight.data[:, gone] = 0
+    with torch.no_grad():
+        a, b, whole = small(**x), deaf(**x), net(**x)
+    torch.testing.assert_close(a.logits, b.logits)
+    torch.testing.assert_close(a.loss, b.loss)
+    assert (whole.logits - b.logits).abs().max() > 1e-4
+    assert small.get_submodule(first).out_features == len(keep)
+    restore(net, x, keep={first: keep})
+
+
+def test_the_kind_of_tokens_is_kept_in_own_text():
+    "What restores weights on texts of the model is those texts, of the kind of the example's."
+    net, x = made('gpt2')
+    net.generation_config.bos_token_id = net.generation_config.eos_token_id = 1
+    ids, how = x['input_ids'], dict(ratio=0.5, new_biases=False)
+    zeros, ones = torch.zeros(32, 9, dtype=torch.long), torch.ones(32, 9, dtype=torch.long)
+    given = x | dict(token_type_ids=0 * ids, attention_mask=0 * ids + 1)
+    own = restore(net, given, restorer=layerwise(written(32, length=9)), **how).model
+    texts = written(32, length=9)(net, x).args | dict(attention_mask=ones)
+    by_hand = {}
+    for kind in (zeros, ones):
+        source = calibration(texts | dict(token_type_ids=kind))
+        by_hand[kind.any().item()] = restore(net, given, restorer=layerwise(source), **how).model
+    far = lambda m: max((a - b).abs().max() for a, b in zip(own.parameters(), m.parameters()))
+    assert far(by_hand[False]) < 1e-6 < 1e-3 < far(by_hand[True])
