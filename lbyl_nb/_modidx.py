@@ -716,6 +716,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'lbyl_nb.moments.Moments.__add__': ('moments.html#moments.__add__', 'lbyl_nb/moments.py'),
                                  'lbyl_nb.moments.Moments.centred': ('moments.html#moments.centred', 'lbyl_nb/moments.py'),
                                  'lbyl_nb.moments.Moments.var': ('moments.html#moments.var', 'lbyl_nb/moments.py'),
+                                 'lbyl_nb.moments._by_name': ('moments.html#_by_name', 'lbyl_nb/moments.py'),
                                  'lbyl_nb.moments._check_called': ('moments.html#_check_called', 'lbyl_nb/moments.py'),
                                  'lbyl_nb.moments._check_halves': ('moments.html#_check_halves', 'lbyl_nb/moments.py'),
                                  'lbyl_nb.moments._constants': ('moments.html#_constants', 'lbyl_nb/moments.py'),
