@@ -4,6 +4,7 @@ Networks of transformers are built from tiny configurations, with random weights
 """
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -426,6 +427,30 @@ def said(net):
         if numbers:
             found[name] = numbers
     return found
+
+
+@pytest.mark.parametrize('kind', ['phi3', 'llama'])
+@pytest.mark.parametrize('biases', [True, False])
+def test_biases_that_transformers_would_not_load_are_named(kind, biases, tmp_path):
+    "Heads alone are removed; the warning counts the biases that transformers itself calls unknown."
+    net, x = made(kind)
+    keep = plan(net, x, 0.5, ignore=['*mlp*'])
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter('always')
+        how = dict(restorer=layerwise(calibration(x)), new_biases=biases)
+        small = restore(net, x, keep=keep, **how).model
+    small.save_pretrained(tmp_path)
+    how = dict(dtype=torch.float64, output_loading_info=True)
+    again, told = type(net).from_pretrained(tmp_path, **how)
+    lost = sorted(told['unexpected_keys'])
+    said = [str(w.message) for w in heard if 'from_pretrained' in str(w.message)]
+    assert len(said) == bool(lost) == biases
+    if lost:
+        names = said[0].partition(':')[0].partition(' and ')
+        first = names[0].split(', ')
+        assert {f'{k}.bias' for k in first} <= set(lost)
+        assert len(first) + int(names[2].removesuffix(' more') or 0) == len(lost)
+    assert (gap(run(again.eval(), x), run(small, x)) > 1e-3) == bool(lost)
 
 
 def test_layers_with_different_numbers_of_heads_get_configurations_of_their_own():
