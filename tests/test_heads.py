@@ -4,6 +4,7 @@ Networks of transformers are built from tiny configurations, with random weights
 """
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -463,6 +464,32 @@ def test_layers_with_different_numbers_of_heads_get_configurations_of_their_own(
     assert small.get_submodule(first).num_attention_heads == 1
     assert (other.num_attention_heads, other.config.num_attention_heads) == (HEADS, HEADS)
     assert small.config.num_attention_heads == net.config.num_attention_heads == HEADS
+
+
+@pytest.mark.parametrize('kind', ['llama', 'phi3'])
+@pytest.mark.parametrize('both', [False, True])
+def test_layers_with_different_numbers_of_heads_hear_of_another_attention(kind, both):
+    """Another implementation of attention reaches all layers, and changes nothing but rounding.
+
+    Phi-3 looks up its number of heads in the configuration while it runs."""
+    net, x = made(kind, 'eager')
+    first, *more = [g for g in find_groups(trace(net, x)) if g.heads and not g.reason]
+    half = {g.name: (g.unit < 1).nonzero().flatten().tolist() for g in [first, *more][: both + 1]}
+    small = restore(net, x, keep=half, restorer=prune_only()).model
+    before = run(small, x)
+    for again in (small, copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+        again.set_attn_implementation('sdpa')
+        held = [m.config for m in again.modules() if hasattr(m, 'config')]
+        assert {c._attn_implementation for c in held} == {'sdpa'}
+        assert gap(run(again, x), before) < 1e-5  # softmax is in single precision
+        again.set_attn_implementation('eager')
+        assert {c._attn_implementation for c in held} == {'eager'}
+    assert net.config._attn_implementation == 'eager'
+    small.set_attn_implementation('sdpa')
+    other = x['input_ids'].clone()
+    other[:, -1] = 2 + (other[:, -1] + 7) % 40
+    a, b = (run(small, y).logits[:, :-1] for y in (x | dict(input_ids=other), x))
+    assert gap(a, b) < 1e-9  # it looks at no later token
 
 
 def test_weights_alone_hand_nothing_from_head_to_head():
