@@ -76,12 +76,12 @@ def _variance(y: Tensor) -> Tensor:
 def _answers(model: nn.Module, probes: Probes, batch: int = 16) -> list:
     "What a network puts out for each batch of probes."
     with keeping_state(model):
-        return [_of_texts(call(model, args), args) for args in probes.batches(batch)]
+        return [_of_texts(model, call(model, args), args) for args in probes.batches(batch)]
 
 
-def _of_texts(out, args):
+def _of_texts(model, out, args):
     "(positions, classes) logits of what is no padding, where texts are padded; else all of it."
-    y, counted = class_logits(out), no_padding(args)
+    y, counted = class_logits(out), no_padding(model, args)
     return out if y is None or counted is None or y.shape[:-1] != counted.shape else y[counted]
 
 
@@ -152,7 +152,7 @@ def fisher(
             given.clear()
             with torch.enable_grad():
                 out = call(probes.model, map_samples(args, _with_gradient))
-                out = _of_texts(out, args)
+                out = _of_texts(probes.model, out, args)
                 for draw in range(draws):
                     s = _drawn_likelihood(out, gen, batch_size(args), temperature)
                     _add_products(sums, probes.model, given, s, again=draw < draws - 1)

@@ -7,7 +7,6 @@ __all__ = ['Consumer', 'Family', 'Group', 'shares_table', 'find_groups', 'Reader
            'remove_channels', 'silence', 'follow_sizes', 'Filters', 'Channels', 'channels', 'stored', 'add_constant']
 
 # %% ../nbs/10_graph.ipynb #02c4cf7c
-import copy
 import math
 from collections import defaultdict
 from contextlib import ExitStack
@@ -23,7 +22,7 @@ from .closed_form import _products, all_finite
 from .errors import bn_affine
 from .experts import takes_constants
 from .gaussian import Activation, relu
-from .heads import bound_classes, of_one_sample, settings_of
+from .heads import bound_classes, of_one_sample, settings_of, with_own_heads
 from lbyl_nb.layers import (
     _NORMS,
     LAYERS,
@@ -1043,9 +1042,7 @@ def _other_settings(settings, new: dict):
     "Copies of a configuration with one number of heads put right."
     for a, n in vars(settings).items():
         if 'head' in a and type(n) is int and n in new:
-            other = copy.copy(settings)
-            other.__dict__ = vars(settings) | {a: new[n]}
-            yield other
+            yield with_own_heads(settings, {a: new[n]})
 
 
 def _changes(left, name):

@@ -598,7 +598,8 @@ def _given_bytes(layer: nn.Module, x: Tensor) -> int:
 def _meet_in_parts(pair, s, layer: nn.Linear, x: Tensor):
     "Solve for a layer behind which nothing is of interest, without all that it gives at once."
     (dense, restored), n = x.chunk(2), len(x) // 2
-    read, some = selected(layer, restored, s.read), counted_positions(layer, pair.probes.args)
+    some = counted_positions(layer, pair.probes.model, pair.probes.args)
+    read = selected(layer, restored, s.read)
     measure = lambda *v: _site_moments(s, layer, *v)
     many = 2 * max(1, n * _WIDE // (8 * _given_bytes(layer, x)))  # an even number
     halves, prints = None, []
@@ -668,7 +669,8 @@ class _SideBySide(_Restoring):
     def halves(self, s, f, *v):
         "A function of even samples, and of odd ones."
         layer = self.model.get_submodule(s.reader.name)
-        return in_turn(f, *v, counted=counted_positions(layer, self.probes.args))
+        some = counted_positions(layer, self.probes.model, self.probes.args)
+        return in_turn(f, *v, counted=some)
 
 # %% ../nbs/14_layerwise.ipynb #74618d25
 def _fit_table(pair, s, layer, x, out):
@@ -904,7 +906,7 @@ class _OneByOne(_Restoring):
         "A function of even samples, and of odd ones."
         layer, place = self.model.get_submodule(s.reader.name), self.place[s.reader.name]
         ordered = [_samples_first(layer, place, len(self.probes), t) for t in v]
-        some = counted_positions(layer, self.probes.args)
+        some = counted_positions(layer, self.probes.model, self.probes.args)
         if place == 1 and some is not None:
             return in_turn(f, *(t[:, 0] for t in ordered), counted=some)
         of_rows = lambda *part: f(*(t.flatten(0, 2) for t in part))

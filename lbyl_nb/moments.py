@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
+from inspect import signature
 
 import torch
 import torch.nn.functional as F
@@ -203,11 +204,22 @@ def _stacked(parts):
     return Moments(parts[0].n, *map(along, ('G', 'C', 'p', 'y', 'yy')))
 
 # %% ../nbs/07_moments.ipynb #bc131965
+def _by_name(model: nn.Module, args) -> Mapping:
+    "Arguments by their names; none where a network does not say what it takes."
+    if isinstance(args, Mapping):
+        return args
+    try:
+        return signature(model.forward).bind_partial(*args).arguments
+    except (TypeError, ValueError):  # of compiled code, or with too many arguments
+        return {}
+
+
 def no_padding(
-    args,  # arguments of a network
+    model: nn.Module,  # a network
+    args,  # arguments of its forward
 ) -> Tensor | None:  # (n, t) which positions of its texts are no padding; None: all, or no texts
     "What an attention mask says of texts, if there is one."
-    mask = args.get('attention_mask') if isinstance(args, Mapping) else None
+    mask = _by_name(model, args).get('attention_mask')
     if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.bool().all():
         return None
     return mask.bool()
@@ -215,10 +227,11 @@ def no_padding(
 
 def counted_positions(
     layer: nn.Module,  # linear, or any other
+    model: nn.Module,  # the network that it belongs to
     args,  # arguments of the network
 ) -> Tensor | None:  # (n, t) which positions are no padding; None: all count, or it is not known
     "Positions of texts that a layer is to be judged by."
-    return no_padding(args) if isinstance(layer, nn.Linear) else None
+    return no_padding(model, args) if isinstance(layer, nn.Linear) else None
 
 # %% ../nbs/07_moments.ipynb #972e256a
 def _over_samples(layer, v: Tensor) -> Tensor:  # (o,) in float64
@@ -499,7 +512,7 @@ def look(
     def hook(name):
         def add(layer, inputs, y):
             layer, x = as_called(layer, inputs[0])
-            some = counted_positions(layer, now[0])
+            some = counted_positions(layer, probes.model, now[0])
             x, y = batched(layer, x), batched(layer, y)
             new = in_turn(lambda x, y: measure(layer, x, y, name), x, y, counted=some)
             sums[name] = [a + b for a, b in zip(sums[name], new)] if name in sums else new

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .closed_form import all_finite
-from .configuration import describe
+from .configuration import describe, lost_biases
 from .cost import _count
 from .criteria import l2_norm
 from .delivery import Delivery, removed
@@ -472,6 +472,19 @@ def described(
             for now, then in held:
                 now.clear()
                 now.update(then)
+    _warn_of_lost_biases(small)
+
+
+def _warn_of_lost_biases(small: nn.Module):
+    "A warning that names what `lost_biases` finds."
+    if names := lost_biases(small):
+        some = ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
+        warnings.warn(
+            f'{some}: have biases that the configuration has no room for, so that after '
+            'save_pretrained from_pretrained would leave them out without an error; use '
+            'save_restored, or restore with new_biases=False',
+            stacklevel=4,
+        )
 
 # %% ../nbs/13_recover.ipynb #1f86b2c9
 def _difference(net, looks, classes):

@@ -4,6 +4,8 @@ Networks of transformers are built from tiny configurations, with random weights
 """
 
 import copy
+import pickle
+import warnings
 
 import pytest
 import torch
@@ -428,6 +430,30 @@ def said(net):
     return found
 
 
+@pytest.mark.parametrize('kind', ['phi3', 'llama'])
+@pytest.mark.parametrize('biases', [True, False])
+def test_biases_that_transformers_would_not_load_are_named(kind, biases, tmp_path):
+    "Heads alone are removed; the warning counts the biases that transformers itself calls unknown."
+    net, x = made(kind)
+    keep = plan(net, x, 0.5, ignore=['*mlp*'])
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter('always')
+        how = dict(restorer=layerwise(calibration(x)), new_biases=biases)
+        small = restore(net, x, keep=keep, **how).model
+    small.save_pretrained(tmp_path)
+    how = dict(dtype=torch.float64, output_loading_info=True)
+    again, told = type(net).from_pretrained(tmp_path, **how)
+    lost = sorted(told['unexpected_keys'])
+    said = [str(w.message) for w in heard if 'from_pretrained' in str(w.message)]
+    assert len(said) == bool(lost) == biases
+    if lost:
+        names = said[0].partition(':')[0].partition(' and ')
+        first = names[0].split(', ')
+        assert {f'{k}.bias' for k in first} <= set(lost)
+        assert len(first) + int(names[2].removesuffix(' more') or 0) == len(lost)
+    assert (gap(run(again.eval(), x), run(small, x)) > 1e-3) == bool(lost)
+
+
 def test_layers_with_different_numbers_of_heads_get_configurations_of_their_own():
     net, x = made('bert')
     first = 'bert.encoder.layer.0.attention.self'
@@ -438,6 +464,32 @@ def test_layers_with_different_numbers_of_heads_get_configurations_of_their_own(
     assert small.get_submodule(first).num_attention_heads == 1
     assert (other.num_attention_heads, other.config.num_attention_heads) == (HEADS, HEADS)
     assert small.config.num_attention_heads == net.config.num_attention_heads == HEADS
+
+
+@pytest.mark.parametrize('kind', ['llama', 'phi3'])
+@pytest.mark.parametrize('both', [False, True])
+def test_layers_with_different_numbers_of_heads_hear_of_another_attention(kind, both):
+    """Another implementation of attention reaches all layers, and changes nothing but rounding.
+
+    Phi-3 looks up its number of heads in the configuration while it runs."""
+    net, x = made(kind, 'eager')
+    first, *more = [g for g in find_groups(trace(net, x)) if g.heads and not g.reason]
+    half = {g.name: (g.unit < 1).nonzero().flatten().tolist() for g in [first, *more][: both + 1]}
+    small = restore(net, x, keep=half, restorer=prune_only()).model
+    before = run(small, x)
+    for again in (small, copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+        again.set_attn_implementation('sdpa')
+        held = [m.config for m in again.modules() if hasattr(m, 'config')]
+        assert {c._attn_implementation for c in held} == {'sdpa'}
+        assert gap(run(again, x), before) < 1e-5  # softmax is in single precision
+        again.set_attn_implementation('eager')
+        assert {c._attn_implementation for c in held} == {'eager'}
+    assert net.config._attn_implementation == 'eager'
+    small.set_attn_implementation('sdpa')
+    other = x['input_ids'].clone()
+    other[:, -1] = 2 + (other[:, -1] + 7) % 40
+    a, b = (run(small, y).logits[:, :-1] for y in (x | dict(input_ids=other), x))
+    assert gap(a, b) < 1e-9  # it looks at no later token
 
 
 def test_weights_alone_hand_nothing_from_head_to_head():

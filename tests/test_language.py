@@ -55,6 +55,19 @@ def test_padding_is_not_looked_at(kind, left, way):
     assert largest(one, two) < 5e-5 < 1e-3 < largest(one, three)
 
 
+@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize('kind', ['llama', 'bert'])
+def test_a_mask_that_is_given_by_position_hides_padding(kind, way):
+    "Texts with padding, as arguments without names, restore what texts without it restore."
+    net, _ = made(kind)
+    tokens = words(40, 9)
+    hidden = tuple(padded(tokens).values())
+    give = lambda x: dict(ratio=0.5, restorer=WAYS[way](calibration(x), ridge=1e-3))
+    one = restore(net, (tokens,), **give((tokens,))).model.state_dict()
+    two = restore(net, hidden, **give(hidden)).model.state_dict()
+    assert max((one[k] - two[k]).abs().max().item() for k in one) < 5e-5
+
+
 @pytest.mark.parametrize('hidden', [False, True])
 @pytest.mark.parametrize('kind', ['llama', 'bert'])
 def test_a_wide_last_layer_is_met_some_samples_at_a_time(kind, hidden, monkeypatch):
