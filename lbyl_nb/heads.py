@@ -529,7 +529,9 @@ def _apart(m: nn.MultiheadAttention) -> nn.Module:
     weights = m.in_proj_weight.chunk(3) if packed else [getattr(m, f'{k}_weight') for k in names]
     biases = (None,) * 3 if m.in_proj_bias is None else m.in_proj_bias.chunk(3)
     for k, w, b in zip(names, weights, biases):
-        setattr(new, k, _linear(w, b))
+        layer = _linear(w, b)
+        layer.takes_no_constant = b is None  # `put_together` has no room for one
+        setattr(new, k, layer)
     new.out_proj = _linear(m.out_proj.weight, m.out_proj.bias)
     return new
 

@@ -520,6 +520,34 @@ def test_own_attention_with_one_head_less(batch_first, need_weights):
     assert small.model.a.in_proj_weight.shape == (24, 12)
 
 
+@pytest.mark.parametrize('made', EXACT.values(), ids=EXACT)
+@pytest.mark.parametrize('more', [{}, dict(kdim=12, vdim=12)], ids=['together', 'apart'])
+def test_own_attention_without_biases_takes_no_constants(made, more):
+    "What is always one goes without loss if it stays once more: no constant can say it."
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.i, self.j, self.o = nn.Linear(6, 12), nn.Linear(6, 12), nn.Linear(12, 3)
+            self.a = nn.MultiheadAttention(12, 3, bias=False, batch_first=True, **more)
+
+        def forward(self, x):
+            y = self.j(x).relu()
+            return self.o(self.a(self.i(x).relu(), y, y, need_weights=False)[0])
+
+    torch.manual_seed(0)
+    net, x = randomised(Net()), torch.randn(32, 5, 6).double()
+    with torch.no_grad():
+        for layer in (net.i, net.j):
+            layer.weight[10:], layer.bias[10:] = 0, 1
+    r = restore(net, x, keep=dict.fromkeys('ij', list(range(11))), restorer=made(x))
+    assert r.model.i.out_features == r.model.j.out_features == 11
+    with torch.no_grad():
+        assert gap(r.model(x), net(x)) < 1e-5
+    assert r.model.a.in_proj_bias is None
+    assert sum(p.numel() for p in r.model.parameters()) == r.cost.params['after']
+
+
 def test_what_cannot_be_followed_is_left_alone():
     "A width in the code, weights of all heads in the output, a single head of keys."
 
