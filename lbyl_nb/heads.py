@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['head_rows', 'bound_classes', 'of_one_sample', 'settings_of', 'set_numbers_of_heads', 'take_back', 'attend',
-           'HeadsLeft', 'put_together']
+           'HeadsLeft', 'put_together', 'nest_again']
 
 # %% ../nbs/09a_heads.ipynb #fac61c91
 import copy
@@ -571,3 +571,15 @@ def put_together(
     out._parameters = dict(now.out_proj._parameters)
     out.in_features, out.out_features = now.out_proj.in_features, now.out_proj.out_features
     return new
+
+# %% ../nbs/09a_heads.ipynb #339bdde2
+def nest_again(
+    small: nn.Module,  # a smaller copy; changed in place
+    model: nn.Module,  # the dense network
+):
+    "Let encoders use nested tensors as they did, unless an attention of theirs lost heads."
+    for name, m in small.named_modules():
+        if isinstance(m, nn.TransformerEncoder):
+            whole = not any(isinstance(a, HeadsLeft) for a in m.modules())
+            before = getattr(model.get_submodule(name), 'use_nested_tensor', False)
+            m.use_nested_tensor = whole and before

@@ -45,7 +45,7 @@ from lbyl_nb.graph import (
     silence,
     stored,
 )
-from .heads import put_together, set_numbers_of_heads, take_back
+from .heads import nest_again, put_together, set_numbers_of_heads, take_back
 from lbyl_nb.layers import (
     _PLAIN,
     BATCH_NORM,
@@ -595,6 +595,7 @@ def _attempt(
     size = lambda: sum(p.numel() for p in small.parameters())
     undescribed = size()
     described(small, model, as_args(example_inputs))
+    nest_again(small, model)
     after['params'] += size() - undescribed  # biases that are zero
     costs = pd.DataFrame(dict(before=before, after=after)).T
     return Restoration(small, chosen, report, costs), {}

@@ -17,6 +17,7 @@ from .delivery import removed
 from .expand import Expanded
 from .files import read_safetensors, write_safetensors
 from .graph import find_groups, follow_sizes, lost, remove_channels
+from .heads import nest_again
 from .layers import LAYERS, as_args, width
 from .plans import check_plan
 from .recover import _dress, _plainly, described, number_heads
@@ -106,6 +107,7 @@ def load_restored(
     number_heads(net, net.args, lost(groups, gone))
     small = _load_tensors(_dress(small, model), tensors, path)
     described(small, model, as_args(example_inputs))
+    nest_again(small, model)
     return small
 
 # %% ../nbs/37_saved.ipynb #57a0bce6

@@ -1257,6 +1257,8 @@ def _private_copy(model: nn.Module) -> nn.Module:
     net.train()  # tables that it computed of its parameters for evaluation are dropped
     net.eval()
     for name, m in list(net.named_modules()):
+        if isinstance(m, nn.TransformerEncoder):
+            m.use_nested_tensor = False
         new = _equal_layer(m)
         if new is None:
             continue

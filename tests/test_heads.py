@@ -548,6 +548,73 @@ def test_own_attention_without_biases_takes_no_constants(made, more):
     assert sum(p.numel() for p in r.model.parameters()) == r.cost.params['after']
 
 
+class Nesting(nn.Module):
+    "An encoder that packs padded inputs, as PyTorch's do by default; or one with a decoder."
+
+    def __init__(self, decoder=False):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, WIDTH), nn.Linear(WIDTH, 5)
+        how = dict(dim_feedforward=40, batch_first=True)
+        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, **how)
+        whole = nn.Transformer(WIDTH, HEADS, 2, 2, **how)
+        self.inner = whole if decoder else nn.TransformerEncoder(layer, 2)
+
+    def forward(self, x, mask=None):
+        masks, z = dict(src_key_padding_mask=mask), self.first(x)
+        if isinstance(self.inner, nn.Transformer):
+            return self.last(self.inner(z, z[:, :3], memory_key_padding_mask=mask, **masks))
+        return self.last(self.inner(z, **masks))
+
+
+def unheard(net, plan):
+    "A copy that does not listen to what a plan of heads and hidden units removes."
+    silent = copy.deepcopy(net)
+    for name, kept in plan.items():
+        owner, _, layer = name.rpartition('.')
+        if layer in ('v_proj', 'linear1'):
+            reader = 'out_proj' if layer == 'v_proj' else 'linear2'
+            W = silent.get_submodule(f'{owner}.{reader}').weight.data
+            W[:, [i for i in range(W.shape[1]) if i not in kept]] = 0
+    return silent
+
+
+@pytest.mark.parametrize('decoder', [False, True])
+@pytest.mark.parametrize('masked', [False, True])
+def test_encoders_that_nest_run_with_masks(decoder, masked, tmp_path):
+    "With fewer heads they give what the dense one gives for each sample alone, without padding."
+    torch.manual_seed(0)
+    net, x = randomised(Nesting(decoder)), torch.randn(8, 7, 6).double()
+    lengths = torch.arange(8) % 5 + 3
+    mask = torch.arange(7) >= lengths[:, None]
+    args = (x, mask) if masked else x
+    r = restore(net, args, ratio=0.5, restorer=prune_only())
+    assert sum(type(m) is HeadsLeft for m in r.model.modules()) == (6 if decoder else 2)
+    save_restored(r.model, r.plan, tmp_path / 'small')
+    again, silent = load_restored(net, args, tmp_path / 'small'), unheard(net, r.plan)
+    with torch.no_grad():
+        for small in (r.model, again):
+            for y, sample, n in zip(small(x, mask), x, lengths):
+                assert gap(y[:n], silent(sample[None, :n])[0]) < 1e-10
+    encoder = net.inner.encoder if decoder else net.inner
+    assert encoder.use_nested_tensor
+
+
+def test_encoders_with_all_heads_nest_as_before(tmp_path):
+    "What they give at padded positions is zero then, before the last layer."
+    torch.manual_seed(0)
+    net, x = randomised(Nesting()), torch.randn(8, 7, 6).double()
+    args = x, torch.arange(7) >= torch.arange(8)[:, None] % 5 + 3
+    ratio = {f'inner.layers.{i}.linear1': 0.5 for i in range(2)}
+    r = restore(net, args, ratio=ratio, restorer=prune_only())
+    assert r.model.inner.layers[1].linear1.out_features == 20
+    save_restored(r.model, r.plan, tmp_path / 'small')
+    with torch.no_grad():
+        for small in (r.model, load_restored(net, args, tmp_path / 'small')):
+            y = small(*args)
+            assert gap(y, unheard(net, r.plan)(*args)) < 1e-10
+            assert torch.equal(y[args[1]], net.last.bias.expand_as(y[args[1]]))
+
+
 def test_what_cannot_be_followed_is_left_alone():
     "A width in the code, weights of all heads in the output, a single head of keys."
 
