@@ -548,6 +548,35 @@ def test_own_attention_without_biases_takes_no_constants(made, more):
     assert sum(p.numel() for p in r.model.parameters()) == r.cost.params['after']
 
 
+class Attending(nn.Module):
+    "Layers, attentions of PyTorch among them, beside hidden units."
+
+    def __init__(self, first, second=None):
+        super().__init__()
+        self.i, self.u, self.d = nn.Linear(6, WIDTH), nn.Linear(WIDTH, 40), nn.Linear(40, WIDTH)
+        self.first, self.second, self.o = first, second or first, nn.Linear(WIDTH, 5)
+
+    def forward(self, x):
+        x = self.i(x)
+        for m in (self.first, self.second):
+            own = isinstance(m, nn.MultiheadAttention)
+            x = x + (m(x, x, x, need_weights=False)[0] if own else m(x).tanh())
+        return self.o(x + self.d(self.u(x).relu()))
+
+
+def test_whole_attentions_of_pytorch_come_back():
+    "Its own way to compute them in one step gives the same, so hidden units beside them may go."
+    torch.manual_seed(0)
+    own = [nn.MultiheadAttention(WIDTH, HEADS, batch_first=True) for _ in range(2)]
+    net, x = randomised(Attending(*own)), torch.randn(8, 5, 6).double()
+    r = restore(net, x, ratio={'u': 0.5}, restorer=prune_only())
+    silent = copy.deepcopy(net)
+    silent.d.weight.data[:, [i for i in range(40) if i not in r.plan['u']]] = 0
+    assert type(r.model.first) is type(r.model.second) is nn.MultiheadAttention
+    with torch.no_grad():
+        assert gap(r.model(x), silent(x)) < 1e-12
+
+
 class Nesting(nn.Module):
     "An encoder that packs padded inputs, as PyTorch's do by default; or one with a decoder."
 
