@@ -349,15 +349,17 @@ def _own_class(now, ref):
 
 def _own_classes(small, model):
     "The smaller copy with layers of other libraries in their own classes again."
-    for name, ref in model.named_modules():
+    made = {}
+    for name, ref in model.named_modules(remove_duplicate=False):
         now = small.get_submodule(name)
         if of_one_class(now, ref):
             continue
-        new = _own_class(now, ref)
+        if ref not in made:
+            made[ref] = _own_class(now, ref)
         if not name:
-            return new
+            return made[ref]
         parent, _, child = name.rpartition('.')
-        setattr(small.get_submodule(parent), child, new)
+        setattr(small.get_submodule(parent), child, made[ref])
     return small
 
 # %% ../nbs/13_recover.ipynb #2e331db9

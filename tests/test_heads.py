@@ -577,6 +577,46 @@ def test_whole_attentions_of_pytorch_come_back():
         assert gap(r.model(x), silent(x)) < 1e-12
 
 
+def conv1d():
+    tf = pytest.importorskip('transformers.pytorch_utils')
+    return tf.Conv1D(WIDTH, WIDTH)
+
+
+TWICE = dict(
+    attention=lambda: nn.MultiheadAttention(WIDTH, HEADS, batch_first=True),
+    conv1d=conv1d,
+    inside=lambda: nn.Sequential(conv1d()),
+)
+
+
+@pytest.mark.parametrize('kind', TWICE)
+def test_layers_of_other_kinds_with_two_names_keep_both(kind, tmp_path):
+    "One layer, called under two names, is one layer afterwards."
+    torch.manual_seed(0)
+    net, x = randomised(Attending(TWICE[kind]())), torch.randn(8, 5, 6).double()
+    r = restore(net, x, ratio={'u': 0.5}, restorer=prune_only())
+    silent = copy.deepcopy(net)
+    silent.d.weight.data[:, [i for i in range(40) if i not in r.plan['u']]] = 0
+    save_restored(r.model, r.plan, tmp_path / 'small')
+    for small in (r.model, load_restored(net, x, tmp_path / 'small')):
+        assert small.first is small.second and type(small.first) is type(net.first)
+        assert sum(p.numel() for p in small.parameters()) == r.cost.params['after']
+        with torch.no_grad():
+            assert gap(small(x), silent(x)) < 1e-12
+
+
+def test_a_second_name_of_an_attention_is_that_of_the_smaller_one():
+    torch.manual_seed(0)
+    own = [nn.MultiheadAttention(WIDTH, HEADS, batch_first=True) for _ in range(2)]
+    net, x = randomised(Attending(*own)), torch.randn(8, 5, 6).double()
+    net.other = nn.ModuleList(own)
+    r = restore(net, x, keep={'first.v_proj': list(range(D))}, restorer=prune_only())
+    assert r.model.other[0] is r.model.first and r.model.other[1] is r.model.second
+    assert (type(r.model.first), r.model.first.num_heads) == (HeadsLeft, 1)
+    with torch.no_grad():
+        assert gap(r.model(x), unheard(net, r.plan)(x)) < 1e-12
+
+
 class Nesting(nn.Module):
     "An encoder that packs padded inputs, as PyTorch's do by default; or one with a decoder."
 
