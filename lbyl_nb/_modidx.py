@@ -514,6 +514,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'lbyl_nb.heads.attend': ('heads.html#attend', 'lbyl_nb/heads.py'),
                                'lbyl_nb.heads.bound_classes': ('heads.html#bound_classes', 'lbyl_nb/heads.py'),
                                'lbyl_nb.heads.head_rows': ('heads.html#head_rows', 'lbyl_nb/heads.py'),
+                               'lbyl_nb.heads.nest_again': ('heads.html#nest_again', 'lbyl_nb/heads.py'),
                                'lbyl_nb.heads.of_one_sample': ('heads.html#of_one_sample', 'lbyl_nb/heads.py'),
                                'lbyl_nb.heads.put_together': ('heads.html#put_together', 'lbyl_nb/heads.py'),
                                'lbyl_nb.heads.set_numbers_of_heads': ('heads.html#set_numbers_of_heads', 'lbyl_nb/heads.py'),

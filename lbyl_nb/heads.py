@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['head_rows', 'bound_classes', 'of_one_sample', 'settings_of', 'with_own_heads', 'set_numbers_of_heads', 'take_back',
-           'attend', 'HeadsLeft', 'put_together']
+           'attend', 'HeadsLeft', 'put_together', 'nest_again']
 
 # %% ../nbs/09a_heads.ipynb #fac61c91
 import copy
@@ -575,7 +575,9 @@ def _apart(m: nn.MultiheadAttention) -> nn.Module:
     weights = m.in_proj_weight.chunk(3) if packed else [getattr(m, f'{k}_weight') for k in names]
     biases = (None,) * 3 if m.in_proj_bias is None else m.in_proj_bias.chunk(3)
     for k, w, b in zip(names, weights, biases):
-        setattr(new, k, _linear(w, b))
+        layer = _linear(w, b)
+        layer.takes_no_constant = b is None  # `put_together` has no room for one
+        setattr(new, k, layer)
     new.out_proj = _linear(m.out_proj.weight, m.out_proj.bias)
     return new
 
@@ -615,3 +617,15 @@ def put_together(
     out._parameters = dict(now.out_proj._parameters)
     out.in_features, out.out_features = now.out_proj.in_features, now.out_proj.out_features
     return new
+
+# %% ../nbs/09a_heads.ipynb #339bdde2
+def nest_again(
+    small: nn.Module,  # a smaller copy; changed in place
+    model: nn.Module,  # the dense network
+):
+    "Let encoders use nested tensors as they did, unless an attention of theirs lost heads."
+    for name, m in small.named_modules():
+        if isinstance(m, nn.TransformerEncoder):
+            whole = not any(isinstance(a, HeadsLeft) for a in m.modules())
+            before = getattr(model.get_submodule(name), 'use_nested_tensor', False)
+            m.use_nested_tensor = whole and before

@@ -45,7 +45,7 @@ from lbyl_nb.graph import (
     silence,
     stored,
 )
-from .heads import put_together, set_numbers_of_heads, take_back
+from .heads import nest_again, put_together, set_numbers_of_heads, take_back
 from lbyl_nb.layers import (
     _PLAIN,
     BATCH_NORM,
@@ -349,15 +349,17 @@ def _own_class(now, ref):
 
 def _own_classes(small, model):
     "The smaller copy with layers of other libraries in their own classes again."
-    for name, ref in model.named_modules():
+    made = {}
+    for name, ref in model.named_modules(remove_duplicate=False):
         now = small.get_submodule(name)
         if of_one_class(now, ref):
             continue
-        new = _own_class(now, ref)
+        if ref not in made:
+            made[ref] = _own_class(now, ref)
         if not name:
-            return new
+            return made[ref]
         parent, _, child = name.rpartition('.')
-        setattr(small.get_submodule(parent), child, new)
+        setattr(small.get_submodule(parent), child, made[ref])
     return small
 
 # %% ../nbs/13_recover.ipynb #2e331db9
@@ -603,6 +605,7 @@ def _attempt(
     size = lambda: sum(p.numel() for p in small.parameters())
     undescribed = size()
     described(small, model, as_args(example_inputs))
+    nest_again(small, model)
     after['params'] += size() - undescribed  # biases that are zero
     costs = pd.DataFrame(dict(before=before, after=after)).T
     return Restoration(small, chosen, report, costs), {}

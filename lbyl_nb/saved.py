@@ -17,6 +17,7 @@ from .delivery import removed
 from .expand import Expanded
 from .files import read_safetensors, write_safetensors
 from .graph import find_groups, follow_sizes, lost, remove_channels, silence
+from .heads import nest_again
 from .layers import LAYERS, as_args, width
 from .plans import check_plan
 from .recover import _dress, _looks, _plainly, described, number_heads
@@ -104,6 +105,7 @@ def load_restored(
     small = _without_channels(net, [g for g in groups if gone.get(g.name)], gone)
     small = _load_tensors(_dress(small, model), tensors, path)
     described(small, model, as_args(example_inputs))
+    nest_again(small, model)
     return small
 
 # %% ../nbs/37_saved.ipynb #b260420d

@@ -1256,8 +1256,11 @@ def _private_copy(model: nn.Module) -> nn.Module:
     net = copied(model)
     net.train()  # tables that it computed of its parameters for evaluation are dropped
     net.eval()
-    for name, m in list(net.named_modules()):
-        new = _equal_layer(m)
+    equal = {m: _equal_layer(m) for m in net.modules()}
+    for name, m in list(net.named_modules(remove_duplicate=False)):
+        if isinstance(m, nn.TransformerEncoder):
+            m.use_nested_tensor = False
+        new = equal[m]
         if new is None:
             continue
         if not name:

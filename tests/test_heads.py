@@ -572,6 +572,170 @@ def test_own_attention_with_one_head_less(batch_first, need_weights):
     assert small.model.a.in_proj_weight.shape == (24, 12)
 
 
+@pytest.mark.parametrize('made', EXACT.values(), ids=EXACT)
+@pytest.mark.parametrize('more', [{}, dict(kdim=12, vdim=12)], ids=['together', 'apart'])
+def test_own_attention_without_biases_takes_no_constants(made, more):
+    "What is always one goes without loss if it stays once more: no constant can say it."
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.i, self.j, self.o = nn.Linear(6, 12), nn.Linear(6, 12), nn.Linear(12, 3)
+            self.a = nn.MultiheadAttention(12, 3, bias=False, batch_first=True, **more)
+
+        def forward(self, x):
+            y = self.j(x).relu()
+            return self.o(self.a(self.i(x).relu(), y, y, need_weights=False)[0])
+
+    torch.manual_seed(0)
+    net, x = randomised(Net()), torch.randn(32, 5, 6).double()
+    with torch.no_grad():
+        for layer in (net.i, net.j):
+            layer.weight[10:], layer.bias[10:] = 0, 1
+    r = restore(net, x, keep=dict.fromkeys('ij', list(range(11))), restorer=made(x))
+    assert r.model.i.out_features == r.model.j.out_features == 11
+    with torch.no_grad():
+        assert gap(r.model(x), net(x)) < 1e-5
+    assert r.model.a.in_proj_bias is None
+    assert sum(p.numel() for p in r.model.parameters()) == r.cost.params['after']
+
+
+class Attending(nn.Module):
+    "Layers, attentions of PyTorch among them, beside hidden units."
+
+    def __init__(self, first, second=None):
+        super().__init__()
+        self.i, self.u, self.d = nn.Linear(6, WIDTH), nn.Linear(WIDTH, 40), nn.Linear(40, WIDTH)
+        self.first, self.second, self.o = first, second or first, nn.Linear(WIDTH, 5)
+
+    def forward(self, x):
+        x = self.i(x)
+        for m in (self.first, self.second):
+            own = isinstance(m, nn.MultiheadAttention)
+            x = x + (m(x, x, x, need_weights=False)[0] if own else m(x).tanh())
+        return self.o(x + self.d(self.u(x).relu()))
+
+
+def test_whole_attentions_of_pytorch_come_back():
+    "Its own way to compute them in one step gives the same, so hidden units beside them may go."
+    torch.manual_seed(0)
+    own = [nn.MultiheadAttention(WIDTH, HEADS, batch_first=True) for _ in range(2)]
+    net, x = randomised(Attending(*own)), torch.randn(8, 5, 6).double()
+    r = restore(net, x, ratio={'u': 0.5}, restorer=prune_only())
+    silent = copy.deepcopy(net)
+    silent.d.weight.data[:, [i for i in range(40) if i not in r.plan['u']]] = 0
+    assert type(r.model.first) is type(r.model.second) is nn.MultiheadAttention
+    with torch.no_grad():
+        assert gap(r.model(x), silent(x)) < 1e-12
+
+
+def conv1d():
+    tf = pytest.importorskip('transformers.pytorch_utils')
+    return tf.Conv1D(WIDTH, WIDTH)
+
+
+TWICE = dict(
+    attention=lambda: nn.MultiheadAttention(WIDTH, HEADS, batch_first=True),
+    conv1d=conv1d,
+    inside=lambda: nn.Sequential(conv1d()),
+)
+
+
+@pytest.mark.parametrize('kind', TWICE)
+def test_layers_of_other_kinds_with_two_names_keep_both(kind, tmp_path):
+    "One layer, called under two names, is one layer afterwards."
+    torch.manual_seed(0)
+    net, x = randomised(Attending(TWICE[kind]())), torch.randn(8, 5, 6).double()
+    r = restore(net, x, ratio={'u': 0.5}, restorer=prune_only())
+    silent = copy.deepcopy(net)
+    silent.d.weight.data[:, [i for i in range(40) if i not in r.plan['u']]] = 0
+    save_restored(r.model, r.plan, tmp_path / 'small')
+    for small in (r.model, load_restored(net, x, tmp_path / 'small')):
+        assert small.first is small.second and type(small.first) is type(net.first)
+        assert sum(p.numel() for p in small.parameters()) == r.cost.params['after']
+        with torch.no_grad():
+            assert gap(small(x), silent(x)) < 1e-12
+
+
+def test_a_second_name_of_an_attention_is_that_of_the_smaller_one():
+    torch.manual_seed(0)
+    own = [nn.MultiheadAttention(WIDTH, HEADS, batch_first=True) for _ in range(2)]
+    net, x = randomised(Attending(*own)), torch.randn(8, 5, 6).double()
+    net.other = nn.ModuleList(own)
+    r = restore(net, x, keep={'first.v_proj': list(range(D))}, restorer=prune_only())
+    assert r.model.other[0] is r.model.first and r.model.other[1] is r.model.second
+    assert (type(r.model.first), r.model.first.num_heads) == (HeadsLeft, 1)
+    with torch.no_grad():
+        assert gap(r.model(x), unheard(net, r.plan)(x)) < 1e-12
+
+
+class Nesting(nn.Module):
+    "An encoder that packs padded inputs, as PyTorch's do by default; or one with a decoder."
+
+    def __init__(self, decoder=False):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, WIDTH), nn.Linear(WIDTH, 5)
+        how = dict(dim_feedforward=40, batch_first=True)
+        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, **how)
+        whole = nn.Transformer(WIDTH, HEADS, 2, 2, **how)
+        self.inner = whole if decoder else nn.TransformerEncoder(layer, 2)
+
+    def forward(self, x, mask=None):
+        masks, z = dict(src_key_padding_mask=mask), self.first(x)
+        if isinstance(self.inner, nn.Transformer):
+            return self.last(self.inner(z, z[:, :3], memory_key_padding_mask=mask, **masks))
+        return self.last(self.inner(z, **masks))
+
+
+def unheard(net, plan):
+    "A copy that does not listen to what a plan of heads and hidden units removes."
+    silent = copy.deepcopy(net)
+    for name, kept in plan.items():
+        owner, _, layer = name.rpartition('.')
+        if layer in ('v_proj', 'linear1'):
+            reader = 'out_proj' if layer == 'v_proj' else 'linear2'
+            W = silent.get_submodule(f'{owner}.{reader}').weight.data
+            W[:, [i for i in range(W.shape[1]) if i not in kept]] = 0
+    return silent
+
+
+@pytest.mark.parametrize('decoder', [False, True])
+@pytest.mark.parametrize('masked', [False, True])
+def test_encoders_that_nest_run_with_masks(decoder, masked, tmp_path):
+    "With fewer heads they give what the dense one gives for each sample alone, without padding."
+    torch.manual_seed(0)
+    net, x = randomised(Nesting(decoder)), torch.randn(8, 7, 6).double()
+    lengths = torch.arange(8) % 5 + 3
+    mask = torch.arange(7) >= lengths[:, None]
+    args = (x, mask) if masked else x
+    r = restore(net, args, ratio=0.5, restorer=prune_only())
+    assert sum(type(m) is HeadsLeft for m in r.model.modules()) == (6 if decoder else 2)
+    save_restored(r.model, r.plan, tmp_path / 'small')
+    again, silent = load_restored(net, args, tmp_path / 'small'), unheard(net, r.plan)
+    with torch.no_grad():
+        for small in (r.model, again):
+            for y, sample, n in zip(small(x, mask), x, lengths):
+                assert gap(y[:n], silent(sample[None, :n])[0]) < 1e-10
+    encoder = net.inner.encoder if decoder else net.inner
+    assert encoder.use_nested_tensor
+
+
+def test_encoders_with_all_heads_nest_as_before(tmp_path):
+    "What they give at padded positions is zero then, before the last layer."
+    torch.manual_seed(0)
+    net, x = randomised(Nesting()), torch.randn(8, 7, 6).double()
+    args = x, torch.arange(7) >= torch.arange(8)[:, None] % 5 + 3
+    ratio = {f'inner.layers.{i}.linear1': 0.5 for i in range(2)}
+    r = restore(net, args, ratio=ratio, restorer=prune_only())
+    assert r.model.inner.layers[1].linear1.out_features == 20
+    save_restored(r.model, r.plan, tmp_path / 'small')
+    with torch.no_grad():
+        for small in (r.model, load_restored(net, args, tmp_path / 'small')):
+            y = small(*args)
+            assert gap(y, unheard(net, r.plan)(*args)) < 1e-10
+            assert torch.equal(y[args[1]], net.last.bias.expand_as(y[args[1]]))
+
+
 def test_what_cannot_be_followed_is_left_alone():
     "A width in the code, weights of all heads in the output, a single head of keys."
 
