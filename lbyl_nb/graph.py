@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Consumer', 'Family', 'Group', 'shares_table', 'find_groups', 'Reader', 'find_readers', 'own_consumers', 'lost',
-           'remove_channels', 'silence', 'follow_sizes', 'Filters', 'Channels', 'channels', 'stored', 'add_constant']
+           'remove_channels', 'partly_held', 'silence', 'follow_sizes', 'Filters', 'Channels', 'channels', 'stored',
+           'add_constant']
 
 # %% ../nbs/10_graph.ipynb #02c4cf7c
 import math
@@ -755,13 +756,17 @@ def _cut_layer(name, layer, out, inn):
     setattr(layer, f'in_{unit}', int(inn.sum()))
     setattr(layer, f'out_{unit}', int(out.sum()))
 
+# %% ../nbs/10_graph.ipynb #a48faff1
+def _whole_rows(keep: Tensor) -> bool:
+    "Are the places that stay whole rows and columns?"
+    return math.prod(int(k.sum()) for k in _along(keep)) == int(keep.sum())
+
 
 def _cut_held(name, module, attribute, keep):
     "Leave the places of a parameter or buffer that are marked."
-    along = _along(keep)
-    if math.prod(int(k.sum()) for k in along) != int(keep.sum()):
+    if not _whole_rows(keep):
         raise ValueError(f'{name}.{attribute}: what would be removed is no whole rows or columns')
-    _shrink(getattr(module, attribute), along)
+    _shrink(getattr(module, attribute), _along(keep))
     for k in ('num_features', 'num_channels', 'num_parameters'):
         if getattr(module, k, None) == len(keep):
             setattr(module, k, int(keep.sum()))
@@ -800,6 +805,23 @@ def remove_channels(
         if isinstance(m, nn.Embedding):
             m.embedding_dim = m.weight.shape[1]
     return net.model
+
+# %% ../nbs/10_graph.ipynb #75d71277
+def partly_held(
+    net: Traced,  # from `trace`
+    groups: list,  # of it
+    removed: dict[str, list],  # {group: indices of the channels to remove}
+) -> dict:  # {group: why it cannot be cut}
+    "Groups whose channels are no whole rows of a parameter or buffer, of which a part was used."
+    found = {}
+    for g in groups:
+        gone = lost([g], removed) if removed.get(g.name) else ()
+        for (name, attribute), labels in net.seen.param.items() if len(gone) else ():
+            if not _whole_rows(_stays(net, labels, gone)):
+                table = f'{name}.{attribute}'.lstrip('.')
+                why = f'on example_inputs only a part of {table} is used with its channels'
+                found[g.name] = f'{why}; give inputs for which all of it is'
+    return found
 
 # %% ../nbs/10_graph.ipynb #d1a96552
 @torch.no_grad()

@@ -41,6 +41,7 @@ from lbyl_nb.graph import (
     follow_sizes,
     lost,
     own_consumers,
+    partly_held,
     remove_channels,
     silence,
     stored,
@@ -433,7 +434,12 @@ def _cut(net, groups, gone):
     classes = lost(groups, gone)
     looks = _looks(net, classes)
     args = looks[0][0]
-    small = remove_channels(net, groups, gone)
+    try:
+        small = remove_channels(net, groups, gone)
+    except ValueError:
+        if wrong := partly_held(net, groups, gone):
+            return None, wrong
+        raise
     follow_sizes(net, args, classes)  # also where nothing shows, as `load_restored` does
     name, error = number_heads(net, looks, classes)
     if name is None and not error:

@@ -1129,3 +1129,37 @@ def test_the_comparison_sees_through_attention(fused):
         p.data.normal_(std=0.5)
     with pytest.raises(ValueError, match='v cannot be pruned: o computes something else'):
         restore(net, x, keep=dict(v=[*range(8, 16)]), restorer=prune_only())
+
+
+class Distances(nn.Module):
+    "Attention with a bias for each head and pair of places, sliced to the length of the input."
+
+    def __init__(self):
+        super().__init__()
+        self.i, self.qkv, self.o = nn.Linear(6, 32), nn.Linear(32, 96), nn.Linear(32, 32)
+        self.u, self.d = nn.Linear(32, 16), nn.Linear(16, 3)
+        self.table = nn.Parameter(torch.randn(4, 20, 20))
+
+    def forward(self, x):
+        z, t = self.i(x), x.shape[1]
+        q, k, v = self.qkv(z).unflatten(-1, (3, -1, 8)).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.mT / 8**0.5 + self.table[:, :t, :t]).softmax(-1)
+        return self.d(self.u(z + self.o((weights @ v).transpose(1, 2).flatten(2))).relu())
+
+
+@pytest.mark.parametrize('length', [7, 20])
+def test_tables_of_which_the_example_uses_a_part(length):
+    "Their heads stay, with the reason; all else goes, and what is left is right at full length."
+    torch.manual_seed(0)
+    net, x = Distances().double().eval(), torch.randn(8, length, 6).double()
+    r = restore(net, x, ratio=0.5, restorer=prune_only())
+    why = r.report.left_alone[r.report.left_alone.str.contains('only a part of table')]
+    assert bool(len(why)) == (length == 7)
+    assert r.model.table.shape == ((4, 20, 20) if length == 7 else (2, 20, 20))
+    silent, whole = copy.deepcopy(net), torch.randn(8, 20, 6).double()
+    silent.d.weight.data[:, [i for i in range(16) if i not in r.plan['u']]] = 0
+    if length == 20:
+        heads = {i // 8 for i in r.plan['qkv[64:96]']}
+        silent.o.weight.data[:, [i for i in range(32) if i // 8 not in heads]] = 0
+    with torch.no_grad():
+        torch.testing.assert_close(r.model(whole), silent(whole))
