@@ -143,6 +143,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'lbyl_nb.cost._count': ('cost.html#_count', 'lbyl_nb/cost.py'),
                               'lbyl_nb.cost._dry_run': ('cost.html#_dry_run', 'lbyl_nb/cost.py'),
                               'lbyl_nb.cost._formula': ('cost.html#_formula', 'lbyl_nb/cost.py'),
+                              'lbyl_nb.cost._grouped_macs': ('cost.html#_grouped_macs', 'lbyl_nb/cost.py'),
                               'lbyl_nb.cost._private': ('cost.html#_private', 'lbyl_nb/cost.py'),
                               'lbyl_nb.cost._product_macs': ('cost.html#_product_macs', 'lbyl_nb/cost.py'),
                               'lbyl_nb.cost._recurrent_macs': ('cost.html#_recurrent_macs', 'lbyl_nb/cost.py'),

@@ -45,9 +45,15 @@ def _added(y, total, a, b):
     return _product_macs(y, a, b)
 
 
+def _grouped_macs(y, rows, matrices, *_) -> int:
+    "Products of experts computed at once: each row meets one matrix, that of its expert."
+    return _product_macs(y, rows, matrices)
+
+
 _COUNTS = (
     dict.fromkeys(['mm', 'bmm', 'mv', 'dot', 'vdot'], _product_macs)
     | dict.fromkeys(['addmm', 'baddbmm', 'addmv'], _added)
+    | dict.fromkeys(['_grouped_mm', 'grouped_mm_fallback'], _grouped_macs)
     | dict.fromkeys(['mkldnn_rnn_layer', '_cudnn_rnn', 'miopen_rnn'], _recurrent_macs)
     | dict(convolution=_convolution_macs)
 )
@@ -55,7 +61,7 @@ _COUNTS = (
 
 def _formula(operation: str):
     "The formula for an operation, given its name as in 'aten::mm'; None if it is not counted."
-    name = operation.removeprefix('aten::').rstrip('_')  # with _ at the end, it works in place
+    name = operation.rpartition('::')[2].rstrip('_')  # with _ at the end, it works in place
     return _attention_macs if name.startswith('_scaled_dot_product') else _COUNTS.get(name)
 
 # %% ../nbs/35_cost.ipynb #86b262c7

@@ -482,3 +482,25 @@ def test_weights_are_not_copied():
     net.register_forward_hook(lambda m, *_: same.append(m is not net and m.weight is net.weight))
     cost(net, rows)
     assert same == [True]
+
+
+@pytest.mark.parametrize('how', ['grouped_mm', 'batched_mm', 'eager'])
+def test_experts_count_however_they_are_computed(how):
+    "Two of four experts a token, three matrices each; all else is the same without experts."
+    tf = pytest.importorskip('transformers')
+    sizes = dict(vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=1)
+    sizes |= dict(num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
+    net = tf.MixtralForCausalLM(tf.MixtralConfig(**sizes, num_experts_per_tok=2)).eval()
+    net.set_experts_implementation(how)
+    x = dict(input_ids=torch.arange(64).view(4, 16) % 48, use_cache=False)
+    whole = cost(net, x)['macs']
+    net.model.layers[0].mlp = Nothing()
+    gate = 16 * 32 * 4
+    assert whole - cost(net, x)['macs'] == 16 * 2 * 3 * 32 * 48 + gate
+
+
+class Nothing(nn.Module):
+    "In place of experts."
+
+    def forward(self, x):
+        return x
