@@ -634,10 +634,10 @@ def train(
     _check_training(dataset, epochs, batch, mean, std)
     epochs, batch, seed = int(epochs), int(batch), int(seed)
     lr, weight_decay = float(lr), float(weight_decay)
-    if checkpoint is not None:
-        check_folder(checkpoint)
     device, dtype = place(model)
     steps, path = len(dataset) // batch, None if checkpoint is None else Path(checkpoint)
+    if path:
+        check_folder(path)
     opt = optimizer(model.parameters(), lr=lr, weight_decay=weight_decay)
     how = dict(epochs=epochs, lr=lr, batch=batch, weight_decay=weight_decay, seed=seed)
     how |= dict(mean=tuple(map(float, mean)), std=tuple(map(float, std)), autocast=str(autocast))

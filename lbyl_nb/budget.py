@@ -39,6 +39,22 @@ from .recover import verified
 from .restorers import prune_only
 from .trace import Traced
 
+# %% ../nbs/17_budget.ipynb #cbbfe0ef
+def _sums(
+    rows: list,  # of dicts, one a module, as `_row` makes them
+    out: dict,  # outputs that modules lose, {name: number}
+    inn: dict,  # inputs, likewise
+) -> tuple:
+    "Parameters and multiply-accumulates of modules without some outputs and inputs."
+    params, macs = 0, 0
+    for r in rows:
+        o = r['out'] - out.get(r['name'], 0)
+        i = r['inn'] - inn.get(r['name'], 0) / r['groups']
+        w = o * i * r['taps']
+        params = params + w + o * r['extra']
+        macs = macs + w * r['positions']
+    return params, macs
+
 # %% ../nbs/17_budget.ipynb #c82e06bc
 @dataclass
 class _Bill:
@@ -55,7 +71,7 @@ class _Bill:
         """Parameters and multiply-accumulates when each group loses so many channels.
 
         Numbers, or tensors of numbers for many cases at once."""
-        params, macs = self._sums(self.rows, lost)
+        params, macs = _sums(self.rows, *self._gone(lost))
         return dict(params=self.rest + params, macs=self.others + macs)
 
     def biases(self, lost: dict) -> int:
@@ -70,7 +86,8 @@ class _Bill:
         rows, groups = self._around(tuple(more))
         before = {g: lost.get(g, 0) for g in groups}
         after = {g: k + more.get(g, 0) for g, k in before.items()}
-        pairs = zip(('params', 'macs'), self._sums(rows, before), self._sums(rows, after))
+        sums = (_sums(rows, *self._gone(lost)) for lost in (before, after))
+        pairs = zip(('params', 'macs'), *sums)
         return {what: a - b for what, a, b in pairs}
 
     def _around(self, groups: tuple) -> tuple:
@@ -81,18 +98,6 @@ class _Bill:
             rows = [r for r in self.rows if r['name'] in names]
             self._near[groups] = rows, [g for g in self.tied if touched(g) & names]
         return self._near[groups]
-
-    def _sums(self, rows: list, lost: dict) -> tuple:
-        "Parameters and multiply-accumulates of some rows."
-        out, inn = self._gone(lost)
-        params, macs = 0, 0
-        for r in rows:
-            o = r['out'] - out.get(r['name'], 0)
-            i = r['inn'] - inn.get(r['name'], 0) / r['groups']
-            w = o * i * r['taps']
-            params = params + w + o * r['extra']
-            macs = macs + w * r['positions']
-        return params, macs
 
     def _gone(self, lost: dict) -> tuple:
         "How many outputs and how many inputs each module loses, {name: number} twice."

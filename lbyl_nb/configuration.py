@@ -119,13 +119,18 @@ def _with_biases(small: nn.Module, config) -> nn.Module | None:
     return fresh
 
 
+def _same_shapes(own: dict, built: dict) -> bool:
+    "Have two states the same shapes under the names that both have?"
+    return all(v.shape == built[k].shape for k, v in own.items() if k in built)
+
+
 def _fits(small: nn.Module, fresh: nn.Module) -> bool:
     "Has a network all weights of another one, in the same shapes, and biases at most besides?"
     own, built = small.state_dict(), fresh.state_dict()
     more = built.keys() - own.keys()
     if own.keys() - built.keys() or not all(k.endswith('.bias') for k in more):
         return False
-    return all(v.shape == built[k].shape for k, v in own.items())
+    return _same_shapes(own, built)
 
 # %% ../nbs/09c_configuration.ipynb #682b8eba
 def _same_numbers(small: nn.Module, fresh: nn.Module) -> list | None:
@@ -190,7 +195,6 @@ def lost_biases(
         return []
     own, built = small.state_dict(), fresh.state_dict()
     lost = [k for k in own if k not in built]
-    fits = all(v.shape == built[k].shape for k, v in own.items() if k in built)
-    if not fits or not all(k.endswith('.bias') for k in lost):
+    if not _same_shapes(own, built) or not all(k.endswith('.bias') for k in lost):
         return []
     return [k.removesuffix('.bias') for k in lost]

@@ -23,7 +23,7 @@ def _convolution_macs(y, x, weight, bias, stride, padding, dilation, transposed,
     return weight.numel() * len(at) * math.prod(at.shape[2:])
 
 # %% ../nbs/35_cost.ipynb #5ddffbbd
-def _product_macs(y, a, b) -> int:
+def _product_macs(y, a, b, *_) -> int:
     "Products in a @ b = y: each entry of it is a sum over the last dimension of a."
     return y.numel() * a.shape[-1]
 
@@ -45,15 +45,11 @@ def _added(y, total, a, b):
     return _product_macs(y, a, b)
 
 
-def _grouped_macs(y, rows, matrices, *_) -> int:
-    "Products of experts computed at once: each row meets one matrix, that of its expert."
-    return _product_macs(y, rows, matrices)
-
-
 _COUNTS = (
     dict.fromkeys(['mm', 'bmm', 'mv', 'dot', 'vdot'], _product_macs)
+    # of experts, each row with the matrix of its own
+    | dict.fromkeys(['_grouped_mm', 'grouped_mm_fallback'], _product_macs)
     | dict.fromkeys(['addmm', 'baddbmm', 'addmv'], _added)
-    | dict.fromkeys(['_grouped_mm', 'grouped_mm_fallback'], _grouped_macs)
     | dict.fromkeys(['mkldnn_rnn_layer', '_cudnn_rnn', 'miopen_rnn'], _recurrent_macs)
     | dict(convolution=_convolution_macs)
 )

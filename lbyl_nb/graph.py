@@ -726,6 +726,12 @@ def _along(keep: Tensor) -> list:
     return [keep[..., None].movedim(d, 0).flatten(1).any(1) for d in range(keep.ndim)]
 
 
+def _whole_rows(keep: Tensor) -> list | None:
+    "The same; None where what stays is no whole rows and columns."
+    along = _along(keep)
+    return along if math.prod(int(k.sum()) for k in along) == int(keep.sum()) else None
+
+
 @torch.no_grad()
 def _shrink(t: Tensor, keeps: list):
     "Leave the places of a tensor that are marked along each dimension (None: all), in place."
@@ -757,21 +763,26 @@ def _cut_layer(name, layer, out, inn):
     setattr(layer, f'out_{unit}', int(out.sum()))
 
 # %% ../nbs/10_graph.ipynb #a48faff1
-def _whole_rows(keep: Tensor) -> bool:
-    "Are the places that stay whole rows and columns?"
-    return math.prod(int(k.sum()) for k in _along(keep)) == int(keep.sum())
-
-
 def _cut_held(name, module, attribute, keep):
     "Leave the places of a parameter or buffer that are marked."
-    if not _whole_rows(keep):
+    along = _whole_rows(keep)
+    if along is None:
         raise ValueError(f'{name}.{attribute}: what would be removed is no whole rows or columns')
-    _shrink(getattr(module, attribute), _along(keep))
+    _shrink(getattr(module, attribute), along)
     for k in ('num_features', 'num_channels', 'num_parameters'):
         if getattr(module, k, None) == len(keep):
             setattr(module, k, int(keep.sum()))
 
 # %% ../nbs/10_graph.ipynb #300b729c
+def _losing(net, gone):
+    "What other modules than layers lose a part of: (name, module, attribute, what stays)."
+    for (name, attribute), labels in net.seen.param.items():
+        module, keep = net.model.get_submodule(name), _stays(net, labels, gone)
+        own = id(getattr(module, attribute)) not in net.seen.weights
+        if own and not isinstance(module, LAYERS) and not keep.all():
+            yield name, module, attribute, keep
+
+
 def remove_channels(
     net: Traced,  # from `trace`; its model is cut in place
     groups: list,  # of it
@@ -786,11 +797,8 @@ def remove_channels(
         inn = _stays(net, net.seen.read[name], gone)
         if not (out.all() and inn.all()):
             _cut_layer(name, net.model.get_submodule(name), out, inn)
-    for (name, attribute), labels in net.seen.param.items():
-        module, keep = net.model.get_submodule(name), _stays(net, labels, gone)
-        own = id(getattr(module, attribute)) not in net.seen.weights
-        if own and not isinstance(module, LAYERS) and not keep.all():
-            _cut_held(name, module, attribute, keep)
+    for name, module, attribute, keep in _losing(net, gone):
+        _cut_held(name, module, attribute, keep)
     for n in net.seen.nodes:
         if not n.kind.endswith('_norm') or n.labels[0] is None:
             continue
@@ -815,9 +823,8 @@ def partly_held(
     "Groups whose channels are no whole rows of a parameter or buffer, of which a part was used."
     found = {}
     for g in groups:
-        gone = lost([g], removed) if removed.get(g.name) else ()
-        for (name, attribute), labels in net.seen.param.items() if len(gone) else ():
-            if not _whole_rows(_stays(net, labels, gone)):
+        for name, _, attribute, keep in _losing(net, lost([g], removed)):
+            if _whole_rows(keep) is None:
                 table = f'{name}.{attribute}'.lstrip('.')
                 why = f'on example_inputs only a part of {table} is used with its channels'
                 found[g.name] = f'{why}; give inputs for which all of it is'
@@ -970,8 +977,8 @@ class _Left:
     def without(self, v):
         "Labels that stay, in as many dimensions as before if that is possible."
         stays = self.stays[v]
-        along = _along(stays)
-        if math.prod(int(k.sum()) for k in along) != int(stays.sum()):
+        along = _whole_rows(stays)
+        if along is None:
             return v[stays]
         for d, keep in enumerate(along):
             v = v.index_select(d, keep.nonzero().flatten())

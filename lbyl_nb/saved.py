@@ -16,11 +16,11 @@ from torch import nn
 from .delivery import removed
 from .expand import Expanded
 from .files import read_safetensors, write_safetensors
-from .graph import find_groups, follow_sizes, lost, remove_channels, silence
+from .graph import find_groups, lost, silence
 from .heads import nest_again
 from .layers import LAYERS, as_args, width
 from .plans import check_plan
-from .recover import _dress, _looks, _plainly, described, number_heads
+from .recover import _dress, _looks, _plainly, described, without_channels
 from .trace import trace
 
 # %% ../nbs/37_saved.ipynb #c3a7cdfc
@@ -102,25 +102,22 @@ def load_restored(
         raise ValueError(f'{path}: made for another architecture ({meta["network"]}): {e}') from e
     size = {g.name: g.channels for g in groups}
     gone = {k: removed(kept, size[k]).tolist() for k, kept in keep.items()}
-    small = _without_channels(net, [g for g in groups if gone.get(g.name)], gone)
+    small = _cut_again(net, [g for g in groups if gone.get(g.name)], gone)
     small = _load_tensors(_dress(small, model), tensors, path)
     described(small, model, as_args(example_inputs))
     nest_again(small, model)
     return small
 
 # %% ../nbs/37_saved.ipynb #b260420d
-def _without_channels(net, groups, gone):
-    "The network without channels; numbers of channels and heads follow, as when it was cut."
-    classes = lost(groups, gone)
+def _cut_again(net, groups, gone):
+    "The network without channels, as it was cut before it was saved."
     silence(net.model, groups, gone)
     try:
-        looks = _looks(net, classes)
+        looks = _looks(net, lost(groups, gone))
     except ValueError:  # its weights are not numbers
         looks = []
-    small = remove_channels(net, groups, gone)
-    follow_sizes(net, net.args, classes)
-    number_heads(net, looks, classes)
-    return small
+    without_channels(net, groups, gone, looks)
+    return net.model
 
 # %% ../nbs/37_saved.ipynb #57a0bce6
 def _new_biases(model: nn.Module, tensors: dict) -> dict:
